@@ -1,0 +1,34 @@
+"""Token pruning for audio transformers whose saving shows on the clock."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `import pruneattn` stays quick and needs no optional package.
+_PUBLIC = {
+    "create_model": "models",
+    "list_models": "models",
+    "trace": "models.trace",
+    "count_macs": "models.macs",
+    "load_checkpoint": "models.checkpoints",
+    "load_pretrained": "models.pretrained",
+    "save_pretrained": "models.pretrained",
+    "backends": "backend",
+    "use_backend": "backend",
+    "UserError": "errors",
+}
+_SUBMODULES = ("ops", "models", "data")
+
+__all__ = [*_PUBLIC, *_SUBMODULES]
+
+
+def __getattr__(name):
+    if name in _PUBLIC:
+        return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

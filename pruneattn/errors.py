@@ -1,0 +1,19 @@
+"""Errors meant for the person at the keyboard."""
+
+import sys
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used. The message names the thing and the remedy."""
+
+
+def run_command(main):
+    """Run a command line entry point: a ``UserError`` or an operating system error becomes one line and exit code 2."""
+    try:
+        return main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        # A full disk, a read-only folder, a missing permission: errno text and path say which.
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(f"error: {error.strerror or error}{where}")
