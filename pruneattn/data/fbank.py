@@ -187,9 +187,9 @@ def _fill_beyond(x, lengths, value):
 
 def _exact_matmul(power, mel):
     """float32 product also where the user lets matrix products drop to TF32 or bfloat16, which costs 1e-3 here."""
-    if torch.get_float32_matmul_precision() == "highest":
+    if not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "highest":
         return power @ mel
-    return (power.double() @ mel.double()).float()
+    return (power.double() @ mel.double()).float()  # a compiled graph cannot ask for the setting
 
 
 # Made on the CPU for every device, to the same bits; never as inference tensors, which would outlive that mode.
