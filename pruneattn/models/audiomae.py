@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..errors import UserError
 from .vit import PrunedViT
 
 
@@ -34,7 +35,7 @@ class AudioMAE(PrunedViT):
 def sincos_positions(time, mel, dim):
     """Sine-cosine code ``[P, dim]`` of places ``(time, mel)`` ``[P]``: half the channels for each axis."""
     if dim % 4:
-        raise ValueError(f"embed_dim: a sine-cosine position table needs a multiple of 4, got {dim}")
+        raise UserError(f"embed_dim: a sine-cosine position table needs a multiple of 4, got {dim}")
     rates = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = [axis.double().unsqueeze(1) * rates for axis in (time, mel)]  # [P, dim / 4] each
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
