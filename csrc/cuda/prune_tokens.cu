@@ -6,7 +6,7 @@ namespace {
 
 // `parts` blocks per clip: each repeats the selection, which is cheap beside the copies, and copies its share of rows.
 template <int kKeys>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     prune_tokens_kernel(const float* scores, int patches, int64_t batch_stride, int keep, int64_t* index,
                         int extra_tokens, int parts, const __grid_constant__ RowCopies copies) {
   __shared__ uint16_t kept[kMaxPatches];

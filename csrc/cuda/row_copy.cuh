@@ -34,10 +34,9 @@ inline RowCopies plan_copies(const RowsList& list) {
   return plan;
 }
 
-// Blocks that share the rows of one clip: enough in all for about four on each multiprocessor (64 KB in flight there),
-// at least one row for every warp.
+// Blocks that share the rows of one clip: enough in all to fill the device, with at least one row for every warp.
 inline int blocks_per_clip(int64_t batch, int64_t tokens, int device) {
-  const int64_t wanted = (4 * multiprocessors(device) + batch - 1) / batch;
+  const int64_t wanted = (kBlocksPerMultiprocessor * multiprocessors(device) + batch - 1) / batch;
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, tokens / kWarps)));
 }
 
@@ -54,23 +53,22 @@ __device__ inline Share share_of(int part, int parts, int tokens) {
 template <typename Access>
 __device__ void copy_rows_as(const Rows& rows, int64_t clip, int tokens, Share share, int extra_tokens,
                              const uint16_t* kept) {
+  // The accesses of the share, in the order of the output, are dealt to the threads in turn.
   const int per_row = static_cast<int>(rows.row_bytes / sizeof(Access));
   const int row_step = kThreads / per_row, access_step = kThreads % per_row;
   const char* src = rows.src + clip * rows.src_batch_stride;
-  char* dst = rows.dst + clip * tokens * rows.row_bytes;
-  // The accesses of the share, in the order of the output, are dealt to the threads in turn.
+  Access* dst = reinterpret_cast<Access*>(rows.dst) + clip * tokens * per_row;
+  Access* const end = dst + static_cast<int64_t>(share.last) * per_row;
+  dst += static_cast<int64_t>(share.first) * per_row + threadIdx.x;
   int token = share.first + static_cast<int>(threadIdx.x) / per_row;
   int access = static_cast<int>(threadIdx.x) % per_row;
-  while (token < share.last) {
+  for (; dst < end; dst += kUnroll * kThreads) {
     Access value[kUnroll];
-    Access* to[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      to[u] = nullptr;
+      value[u] = Access{};
       if (token < share.last) {
-        to[u] = reinterpret_cast<Access*>(dst + token * rows.row_bytes) + access;
-        const int patch = token < extra_tokens ? -extra_tokens + token : kept[token - extra_tokens];
-        value[u] = Access{};
+        const int patch = token < extra_tokens ? token - extra_tokens : kept[token - extra_tokens];
         if (patch != kNoPatch) {
           const char* row = src + (extra_tokens + patch) * rows.src_token_stride;
           value[u] = __ldg(reinterpret_cast<const Access*>(row) + access);
@@ -85,7 +83,7 @@ __device__ void copy_rows_as(const Rows& rows, int64_t clip, int tokens, Share s
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (to[u] != nullptr) *to[u] = value[u];
+      if (dst + u * kThreads < end) dst[u * kThreads] = value[u];
     }
   }
 }

@@ -7,7 +7,7 @@ namespace {
 
 // One block per clip.
 template <int kKeys>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     select_tokens_kernel(const float* scores, int patches, int64_t batch_stride, int keep, int64_t* index) {
   __shared__ uint16_t kept[kMaxPatches];
   select_block<kKeys>(scores + blockIdx.x * batch_stride, patches, keep, kept);

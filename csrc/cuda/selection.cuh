@@ -10,6 +10,7 @@ namespace pruneattn::cuda {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kBlocksPerMultiprocessor = 4;  // at once: 64 registers a thread, 64 KB of row loads in flight
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Calls `f(std::integral_constant<int, keys per thread>)` with the smallest instantiation that holds all patches.

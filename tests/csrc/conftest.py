@@ -89,6 +89,16 @@ class Kernels:
 
 
 @pytest.fixture(scope="session")
+def setup_module():
+    """setup.py as a module, without running it."""
+    pytest.importorskip("setuptools")
+    spec = importlib.util.spec_from_file_location("pruneattn_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def shim_module(tmp_path_factory):
     """``_C`` with the CUDA sources compiled by g++ against tests/csrc/shim."""
     pybind11 = pytest.importorskip("pybind11")
