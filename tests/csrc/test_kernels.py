@@ -123,7 +123,7 @@ def test_rows_may_be_strided(kernels):
 
 @pytest.mark.parametrize("multiprocessors", ["1", "132"])
 @pytest.mark.parametrize("order", ["reverse", "shuffle"])
-def test_cuda_result_depends_neither_on_thread_order_nor_on_device(shim, monkeypatch, order, multiprocessors):
+def test_cuda_result_depends_neither_on_order_nor_on_split(shim, monkeypatch, order, multiprocessors):
     monkeypatch.setenv("SHIM_ORDER", order)
     monkeypatch.setenv("SHIM_MULTIPROCESSORS", multiprocessors)
     rng = np.random.default_rng(8)
