@@ -13,6 +13,7 @@ Forcing a backend that cannot be used on this machine at all is an error that sa
 
 import functools
 import os
+import threading
 from collections.abc import Mapping
 from importlib import import_module
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import torch  # before _C, which then shares PyTorch's OpenMP threads
 from .errors import UserError
 
 try:
-    from . import _C
+    _C = import_module("._C", __package__)
 except ImportError as error:
     _C = None
     _WHY_NO_C = (
@@ -36,7 +37,9 @@ _DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # the device type ea
 _FASTEST_FIRST = ("cuda", "triton", "cpu")
 
 _kernels = {}  # op -> {backend: function}, filled by pruneattn.ops
-_forced = []  # the use_backend contexts that are open, innermost last
+_open = []  # the use_backend contexts that are open, innermost last; changed under the lock
+_lock = threading.Lock()
+_forced = None  # the name of the innermost
 
 
 def register(op, **functions):
@@ -48,7 +51,7 @@ def register(op, **functions):
 
 def choose(op, device_type):
     """The function that runs ``op`` on tensors of this device type now."""
-    return _resolve(op, device_type, _forced[-1].name if _forced else _from_environment())
+    return _resolve(op, device_type, _forced or _from_environment())
 
 
 def launch(kernel, tensor, *args):
@@ -80,16 +83,22 @@ class use_backend:
     def __enter__(self):
         if torch.compiler.is_compiling():
             raise RuntimeError("use_backend acts when ops run: put it around the compiled function, not inside")
-        _forced.append(self)
+        self._change(_open.append)
         return self
 
     def __exit__(self, *exception):
-        # By identity, not the last one: contexts of two threads may close in any order.
-        _forced.remove(self)
+        # This one, not the last one: contexts of two threads may close in any order.
+        self._change(_open.remove)
+
+    def _change(self, change):
+        global _forced
+        with _lock:
+            change(self)
+            _forced = _open[-1].name if _open else None
 
 
 class Status(NamedTuple):
-    """One backend of one op: ``state`` is "used", "available" or "unavailable"; ``reason`` says why the last."""
+    """One backend of one op: ``state`` is "used", "available", "unusable" or "no kernel"; ``reason`` is why, or ""."""
 
     state: str
     reason: str
@@ -113,9 +122,9 @@ class Backends(Mapping):
 
     def __repr__(self):
         width = max(map(len, self._rows))
-        lines = [f"{'op':<{width}}  " + "  ".join(f"{name:<11}" for name in NAMES)]
+        lines = [f"{'op':<{width}}  " + "  ".join(f"{name:<9}" for name in NAMES)]
         for op, row in self._rows.items():
-            lines.append(f"{op:<{width}}  " + "  ".join(f"{row[name].state:<11}" for name in NAMES))
+            lines.append(f"{op:<{width}}  " + "  ".join(f"{row[name].state:<9}" for name in NAMES))
         notes = [f"{name}: {why_not(name)}" for name in NAMES if why_not(name)]
         notes.append("an op without a usable kernel runs the reference")
         if self.forced:
@@ -131,7 +140,7 @@ def backends():
         runs now on at least one kind of device of this machine.
     """
     _load_ops()
-    forced = _forced[-1].name if _forced else _from_environment()
+    forced = _forced or _from_environment()
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows = {}
     for op, functions in _kernels.items():
@@ -142,9 +151,9 @@ def backends():
 
 def _status(op, name, functions, used, devices):
     if name not in functions:
-        return Status("unavailable", f"{op} has no kernel for it yet")
+        return Status("no kernel", f"{op} has no kernel for it yet")
     if why_not(name):
-        return Status("unavailable", why_not(name))
+        return Status("unusable", why_not(name))
     runs = any(f is functions[name] and _DEVICE.get(name, device) == device for f, device in zip(used, devices))
     return Status("used" if runs else "available", "")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..backend import launch
+from ..backend import _C, launch
 from .checks import check_device, check_dtype, check_extra_tokens, check_shape
 from .registration import LIBRARY, define
 
@@ -18,7 +18,8 @@ def gather_tokens(x, index, extra_tokens):
 
     Args:
         x: tokens ``[B, N, C]``, any dtype, any strides; the first ``extra_tokens`` of N are always kept.
-        index: int64 ``[B, keep]``, patch numbers 0 to N - extra_tokens - 1: extra tokens are not counted.
+        index: int64 ``[B, keep]``, patch numbers 0 to P - 1 where P = N - extra_tokens: extra tokens are not counted.
+            ``keep`` is 1 to P; any order, a number may repeat.
         extra_tokens: how many tokens at the front are not patches, 0 to N - 1.
 
     Returns:
@@ -26,7 +27,8 @@ def gather_tokens(x, index, extra_tokens):
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device than said here.
-        IndexError, RuntimeError: a patch number is out of range (on a GPU this is a device-side failure).
+        IndexError, RuntimeError: a patch number is out of range. On a GPU, where looking would cost a wait, it is
+            either a device-side assertion or rows without meaning.
     """
     return _gather_tokens(x, index, extra_tokens)
 
@@ -57,6 +59,10 @@ def _check(x, index, extra_tokens):
     check_dtype("index", index, (torch.int64,))
     check_device("index", index, "x", x)
     check_extra_tokens(extra_tokens, x.shape[1])
+    if not 1 <= index.shape[1] <= x.shape[1] - extra_tokens:
+        raise ValueError(
+            f"index: expected 1 to {x.shape[1] - extra_tokens} patch numbers a clip, got {index.shape[1]}"
+        )
 
 
 def _fake(x, index, extra_tokens):
@@ -66,6 +72,8 @@ def _fake(x, index, extra_tokens):
 def _compiled(x, index, extra_tokens):
     batch, tokens, channels = x.shape
     keep = index.shape[1]
+    if x.is_cuda and tokens - extra_tokens > _C.MAX_PATCHES:
+        return reference(x, index, extra_tokens)
     index = index.contiguous()
     x, (source, batch_stride, token_stride, row) = rows_of(x)
     out = x.new_empty((batch, extra_tokens + keep, channels))

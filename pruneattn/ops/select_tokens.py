@@ -9,8 +9,9 @@ from .registration import define
 
 def reference(scores, keep):
     """The definition of :func:`select_tokens` in plain PyTorch."""
-    # A stable descending sort breaks ties towards the lower patch number; NaN sorts above +Inf.
-    order = scores.sort(dim=1, descending=True, stable=True).indices  # [B, P]
+    # A stable descending sort breaks ties towards the lower patch number; NaN sorts above +Inf. Contiguous, because the
+    # strides of what sort returns follow its input.
+    order = scores.contiguous().sort(dim=1, descending=True, stable=True).indices  # [B, P]
     return order[:, :keep].sort(dim=1).values  # [B, keep]
 
 
