@@ -4,6 +4,7 @@ import warnings
 
 import torch
 
+from ..errors import UserError
 from .audiomae import sincos_positions
 
 ROWS = 8  # patches along mel

@@ -97,7 +97,8 @@ def _rebuild(path: Path, state, text):
         model.multilabel, model.extra = bool(content["multilabel"]), dict(content["extra"])
         model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())  # load_state_dict writes several lines
         raise UserError(
-            f"{path}: its configuration and its weights do not make a model ({error}); save the model again"
+            f"{path}: its configuration and its weights do not make a model ({reason}); save the model again"
         ) from error
     return model.eval()
