@@ -63,7 +63,7 @@ as20k/
   balanced_train_segments.csv        or an AST-style manifest, train.json
   eval_segments.csv                  or eval.json
   any/folders/YTID.flac              sound files, any of wav flac ogg mp3""",
-        how_to_get="the CSVs: research.google.com/audioset/download.html; the sound: no official source, clips come from YouTube",
+        how_to_get="the CSVs from research.google.com/audioset/download.html; the clips only from YouTube",
         markers=(
             *readers.AUDIOSET_SEGMENTS.values(),
             *readers.AUDIOSET_MANIFESTS["train"],
@@ -123,8 +123,8 @@ voxceleb1/
     "toy": DatasetInfo(
         num_classes=10,
         frames=128,
-        mean=-11.0,
-        std=3.0,
+        mean=-12.3,
+        std=3.9,
         multilabel=False,
         metric="top1",
         splits="2000 train, 400 val, 400 test",
@@ -209,7 +209,7 @@ def load_dataset(
         return ToyDataset(split, seed=seed, **cut)
     data_dir = data_dir or os.environ.get("PRUNEATTN_DATA")
     if name == "manifest" and manifest is None:
-        raise UserError(f"the data set 'manifest' needs a manifest for the split {split}; it looks like this:\n{info.layout}")
+        raise UserError(f"the data set 'manifest' needs a manifest for the split {split}. Expected:\n{info.layout}")
     if manifest is not None:
         if name not in ("manifest", "as20k"):
             raise UserError(f"{name} does not read manifests; use --dataset manifest")
@@ -244,5 +244,7 @@ def find_root(name, data_dir):
     for folder in (data_dir, *(data_dir / below for below in (name, *info.folders))):
         if folder.is_dir() and (not info.markers or any((folder / marker).is_file() for marker in info.markers)):
             return folder
-    needed = f"{' or '.join(info.markers[:2])} is neither in {data_dir} nor in {data_dir / name}" if info.markers else "no such folder"
-    raise UserError(f"{name}: not found in {data_dir}: {needed}. {expected}")
+    reason = "no such folder"
+    if info.markers:
+        reason = f"there is no {' or '.join(info.markers[:2])}, nor in {data_dir / name}"
+    raise UserError(f"{name}: not found in {data_dir}: {reason}. {expected}")

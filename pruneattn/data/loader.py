@@ -30,7 +30,8 @@ def collate(items, *, paths=None, replace=False):
             clip is empty: ``waves`` is ``[0, 0]``.
     """
     good = [item for item in items if item["error"] is None]
-    failed = [(str(paths[i["index"]]) if paths else str(i["index"]), i["error"]) for i in items if i["error"] is not None]
+    bad = [item for item in items if item["error"] is not None]
+    failed = [(str(paths[item["index"]] if paths else item["index"]), item["error"]) for item in bad]
     if replace and good:
         spare = iter(good * len(items))
         good = [item if item["error"] is None else next(spare) for item in items]
@@ -38,7 +39,7 @@ def collate(items, *, paths=None, replace=False):
     waves = torch.zeros(len(good), int(lengths.max()) if good else 0)
     for row, item in zip(waves, good):
         row[: len(item["wave"])] = item["wave"]
-    targets = torch.stack([item["target"] for item in good]) if good else items[0]["target"].new_empty(0, len(items[0]["target"]))
+    targets = torch.stack([item["target"] for item in good or items])[: len(good)]
     index = torch.tensor([item["index"] for item in good], dtype=torch.int64)
     return Batch(waves, lengths, targets, index, failed)
 
@@ -46,8 +47,8 @@ def collate(items, *, paths=None, replace=False):
 def train_batches(count, batch_size, *, seed, epoch, rank=0, world=1):
     """The clip numbers of each batch that process ``rank`` of ``world`` trains on in an epoch.
 
-    All processes cut the same shuffled list into global batches of ``world * batch_size`` clips, and each takes its
-    own stretch of every one; what is left over at the end is dropped.
+    All processes cut the same shuffled list into global batches of ``world * batch_size`` clips, and each takes its own
+    stretch of every one; what is left over at the end is dropped.
     """
     generator = torch.Generator().manual_seed(seed)
     # Two draws deep, so that (seed, epoch) and (seed + 1, epoch - 1) have nothing in common.
@@ -59,20 +60,23 @@ def train_batches(count, batch_size, *, seed, epoch, rank=0, world=1):
 
 
 def eval_batches(count, batch_size, *, rank=0, world=1):
-    """The clip numbers of each batch that process ``rank`` evaluates: every clip once over all processes, no padding."""
+    """The clip numbers of each batch that process ``rank`` evaluates: every clip once over all of them, no padding."""
     mine = list(range(rank, count, world))
     return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 
 class ClipLoader(DataLoader):
-    """A ``DataLoader`` of ``Batch`` that stops training with a clear message when a whole batch cannot be decoded."""
+    """A ``DataLoader`` of ``Batch`` that can stop with a clear message when a whole batch cannot be decoded."""
+
+    refuse_empty = False
 
     def __iter__(self):
         # Raised here, not in a worker: torch wraps what workers raise in their traceback.
         for batch in super().__iter__():
             if self.refuse_empty and len(batch.index) == 0:
-                path, message = batch.failed[0]
-                raise UserError(f"none of the {len(batch.failed)} clips of a batch can be decoded; the first, {path}: {message}")
+                _, message = batch.failed[0]
+                count = len(batch.failed)
+                raise UserError(f"none of the {count} clips of a batch can be decoded; the first: {message}")
             yield batch
 
 

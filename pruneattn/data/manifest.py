@@ -10,11 +10,12 @@ from pruneattn.errors import UserError
 FORMAT = '{"data": [{"wav": "audio/a.wav", "labels": "/m/09x0r,/m/05zppz"}, ...]}'
 
 
-def _read_text(path, what):
+def read_text(path, what):
+    """Text of a UTF-8 file, with or without byte order mark; ``what`` it is, for messages."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such {what}") from None
+        raise UserError(f"{path}: there is no such {what}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a {what}: byte {error.start} is not UTF-8 text") from None
 
@@ -25,7 +26,7 @@ def read_label_csv(path):
     Returns:
         ``(numbers, names)``: dict from label id (``mid``) to class number, and the display names by class number.
     """
-    rows = csv.DictReader(_read_text(path, "label CSV").splitlines())
+    rows = csv.DictReader(read_text(path, "label CSV").splitlines())
     if not {"index", "mid", "display_name"} <= set(rows.fieldnames or ()):
         raise UserError(f"{path}, line 1: a label CSV starts with the columns index,mid,display_name")
     numbers, names = {}, {}
@@ -43,7 +44,7 @@ def read_label_csv(path):
 
 
 def _parse_json(path):
-    text = _read_text(path, "manifest")
+    text = read_text(path, "manifest")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

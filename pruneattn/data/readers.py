@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pruneattn.data.clips import Clip
 from pruneattn.data.decode import find_audio
-from pruneattn.data.manifest import read_label_csv, read_manifest
+from pruneattn.data.manifest import read_label_csv, read_manifest, read_text
 from pruneattn.errors import UserError
 
 # The order of the published Speech Commands classifiers, so that their heads can be used as they are.
@@ -50,7 +50,7 @@ def read_manifest_set(manifest, *, label_csv=None, root=None, multilabel=None):
         found = [base / LABEL_CSV for base in bases if (base / LABEL_CSV).is_file()]
         if not found:
             places = ", ".join(str(base) for base in bases)
-            raise UserError(f"no {LABEL_CSV} beside {manifest} (looked in {places}); name the label CSV with --label-csv")
+            raise UserError(f"no {LABEL_CSV} near {manifest} (looked in {places}); name it with --label-csv")
         label_csv = found[0]
     numbers, names = read_label_csv(label_csv)
 
@@ -78,25 +78,25 @@ def read_audioset(root, split, *, label_csv=None):
     segments = root / AUDIOSET_SEGMENTS[part]
     files = {path.stem: path for path in find_audio(root)}
     clips, missing = [], []
-    with open(segments, newline="", encoding="utf-8") as text:
-        rows = csv.reader(text, skipinitialspace=True)
-        for row in rows:
-            if not row or row[0].startswith("#"):
-                continue
-            where = f"{segments}, line {rows.line_num}"
-            try:
-                ytid, start, end, mids = row
-                stems = _segment_stems(ytid, float(start), float(end))
-            except ValueError:
-                raise UserError(f'{where}: expected YTID, start_seconds, end_seconds, "labels"') from None
-            unknown = [mid for mid in mids.split(",") if mid not in numbers]
-            if unknown:
-                raise UserError(f"{where}: label {unknown[0]} of clip {ytid} is not in {label_csv}")
-            file = next((files[stem] for stem in stems if stem in files), None)
-            if file is None:
-                missing.append(ytid)
-            else:
-                clips.append(Clip(file, tuple(sorted({numbers[mid] for mid in mids.split(",")}))))
+    rows = csv.reader(read_text(segments, "segment list").splitlines(), skipinitialspace=True)
+    for row in rows:
+        if not row or row[0].startswith("#"):
+            continue
+        where = f"{segments}, line {rows.line_num}"
+        try:
+            ytid, start, end, mids = row
+            stems = _segment_stems(ytid, float(start), float(end))
+        except ValueError:
+            raise UserError(f'{where}: expected YTID, start_seconds, end_seconds, "labels"') from None
+        mids = mids.split(",")
+        unknown = [mid for mid in mids if mid not in numbers]
+        if unknown:
+            raise UserError(f"{where}: label {unknown[0]} of clip {ytid} is not in {label_csv}")
+        file = next((files[stem] for stem in stems if stem in files), None)
+        if file is None:
+            missing.append(ytid)
+        else:
+            clips.append(Clip(file, tuple(sorted({numbers[mid] for mid in mids}))))
     return Listing(clips, names, missing, True)
 
 
@@ -111,8 +111,8 @@ def read_speech_commands(root, split):
     """Speech Commands v0.02: validation_list.txt is val, testing_list.txt is test, every other clip is train."""
     listed = {}
     for part, name in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
-        text = (root / name).read_text(encoding="utf-8")
-        listed[part] = sorted({line.strip() for line in text.splitlines() if line.strip()})
+        lines = read_text(root / name, "list of clips").splitlines()
+        listed[part] = sorted({line.strip() for line in lines if line.strip()})
     if split == "train":
         held_out = {*listed["val"], *listed["test"]}
         there = (f"{path.parent.name}/{path.name}" for word in SPEECH_COMMANDS for path in (root / word).glob("*.wav"))
@@ -138,19 +138,19 @@ def read_esc50(root, split, *, fold=1):
     meta = _first_file(root, ("meta/esc50.csv", "meta/esc10.csv"))
     labels = [f"class_{number:02d}" for number in range(50)]
     entries = []
-    with open(meta, newline="", encoding="utf-8") as text:
-        rows = csv.DictReader(text)
-        for row in rows:
-            try:
-                target, in_fold = int(row["target"]), int(row["fold"]) == fold
-                labels[target] = row["category"]
-                file = root / "audio" / row["filename"]
-            except (KeyError, TypeError, ValueError, IndexError):
-                raise UserError(
-                    f"{meta}, line {rows.line_num}: expected the columns filename, fold, target (0 to 49) and category"
-                ) from None
-            if in_fold != (split == "train"):
-                entries.append((file, target))
+    rows = csv.DictReader(read_text(meta, "list of clips").splitlines())
+    for row in rows:
+        try:
+            target, in_fold = int(row["target"]), int(row["fold"]) == fold
+            file = root / "audio" / row["filename"]
+            if not 0 <= target < 50:
+                raise ValueError
+            labels[target] = row["category"]
+        except (KeyError, TypeError, ValueError, IndexError):
+            where = f"{meta}, line {rows.line_num}"
+            raise UserError(f"{where}: expected filename, fold, target (0 to 49) and category") from None
+        if in_fold != (split == "train"):
+            entries.append((file, target))
     return _listing(entries, labels)
 
 
@@ -166,13 +166,14 @@ def read_voxceleb1(root, split):
     folders = [root / name for name in names if (root / name).is_dir()] or [root]
     split_file = _first_file(root, ("iden_split.txt", "meta/iden_split.txt"))
     entries = []
-    for number, line in enumerate(split_file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(split_file, "identification split").splitlines(), 1):
         part, _, wav = line.strip().partition(" ")
         if not part:
             continue
         speaker = wav.split("/")[0]
         if part not in ("1", "2", "3") or speaker not in numbers:
-            raise UserError(f'{split_file}, line {number}: expected "1 id10001/VIDEO/00001.wav" (1 to 3, id10001 to id11251)')
+            expected = '"1 id10001/VIDEO/00001.wav" (1 to 3, id10001 to id11251)'
+            raise UserError(f"{split_file}, line {number}: expected {expected}")
         if part == wanted:
             file = next((folder / wav for folder in folders if os.path.isfile(folder / wav)), folders[0] / wav)
             entries.append((file, numbers[speaker]))

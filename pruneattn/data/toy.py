@@ -39,16 +39,17 @@ def _noise(rng, t):
 def _clicks(rng, t):
     """Single impulses at uneven distances."""
     sound = np.zeros_like(t)
-    gaps = rng.integers(SAMPLE_RATE // 40, SAMPLE_RATE // 10, size=len(t))
+    gaps = rng.integers(SAMPLE_RATE // 40, SAMPLE_RATE // 10, size=40)
     at = np.cumsum(gaps) - gaps[0]
     at = at[at < len(t)]
     sound[at] = rng.choice([-1.0, 1.0], size=len(at)) * (0.5 + rng.random(len(at)) / 2)
     return sound
 
 
-def _tremolo(rng, t):
-    """A tone that swells and fades 8 to 18 times a second."""
-    return _tone(rng, t) * (1 - np.cos(2 * np.pi * _pitch(rng, 8, 18) * t)) / 2
+def _beeps(rng, t):
+    """A tone in short pulses, 6 to 14 a second."""
+    swell = (1 - np.cos(2 * np.pi * _pitch(rng, 6, 14) * t)) / 2
+    return _tone(rng, t) * swell**3
 
 
 def _siren(rng, t):
@@ -80,7 +81,7 @@ KINDS = {
     "chirp down": _chirp_down,
     "noise": _noise,
     "clicks": _clicks,
-    "tremolo": _tremolo,
+    "beeps": _beeps,
     "siren": _siren,
     "chord": _chord,
     "buzz": _buzz,
@@ -100,19 +101,20 @@ def make_sound(kind, rng):
     Returns:
         float32 array ``[L]`` with ``|x| <= 1``.
     """
-    length, event = rng.integers(SAMPLE_RATE // 2, SAMPLE_RATE + 1), rng.integers(SAMPLE_RATE // 4, SAMPLE_RATE // 2 + 1)
+    length = rng.integers(SAMPLE_RATE // 2, SAMPLE_RATE + 1)
+    event = rng.integers(SAMPLE_RATE // 4, SAMPLE_RATE // 2 + 1)
     onset = rng.integers(0, length - event + 1)
     sound = KINDS[kind](rng, np.arange(event) / SAMPLE_RATE)
     fade = np.minimum(1, np.minimum(np.arange(event), np.arange(event)[::-1]) / (0.005 * SAMPLE_RATE))
     sound = sound * fade if kind != "clicks" else sound  # a fade would swallow an impulse
-    level, distance = _pitch(rng, 0.003, 0.03), _pitch(rng, 10, 100)  # RMS of the event; event over background
+    level, distance = _pitch(rng, 0.003, 0.03), _pitch(rng, 30, 300)  # RMS of the event; event over background
     wave = rng.standard_normal(length) * level / distance
     wave[onset : onset + event] += sound * level / np.sqrt(np.mean(sound**2))
     return np.clip(wave, -1, 1).astype(np.float32)
 
 
 class ToyDataset(ClipDataset):
-    """``SIZES[split]`` clips, the same for a seed on every machine; the kinds take turns."""
+    """``SIZES[split]`` clips, the same for the same seed; the kinds take turns."""
 
     def __init__(self, split, *, seed=0, max_samples=None, cache=False):
         self._key = (seed, list(SIZES).index(split))
