@@ -4,6 +4,7 @@ import argparse
 
 from pruneattn.data.catalog import DATASETS, SPLITS, load_dataset
 from pruneattn.data.fetch import fetch
+from pruneattn.data.stats import dataset_stats
 from pruneattn.errors import run_command
 
 
@@ -46,8 +47,6 @@ def _fetch(args):
 
 
 def _stats(args):
-    from pruneattn.data.stats import dataset_stats
-
     dataset = load_dataset(
         args.dataset,
         args.split,

@@ -123,8 +123,8 @@ voxceleb1/
     "toy": DatasetInfo(
         num_classes=10,
         frames=128,
-        mean=-12.3,
-        std=3.9,
+        mean=-12.5,
+        std=3.7,
         multilabel=False,
         metric="top1",
         splits="2000 train, 400 val, 400 test",

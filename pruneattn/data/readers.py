@@ -217,6 +217,10 @@ def _first_file(root, names):
 
 def _listing(entries, labels):
     """Listing of single-label ``(path, class number)`` entries, of which some may not be there."""
-    there = [(path, number) for path, number in entries if os.path.isfile(path)]
-    missing = [str(path) for path, number in entries if not os.path.isfile(path)]
-    return Listing([Clip(path, (number,)) for path, number in there], list(labels), missing, False)
+    clips, missing = [], []
+    for path, number in entries:
+        if os.path.isfile(path):
+            clips.append(Clip(path, (number,)))
+        else:
+            missing.append(str(path))
+    return Listing(clips, list(labels), missing, False)

@@ -90,7 +90,7 @@ KINDS = {
 
 
 def make_sound(kind, rng):
-    """One clip: 0.5 to 1 s of faint noise with an event of 0.25 to 0.5 s somewhere in it, at a random level.
+    """One clip: 0.5 to 1 s of faint noise with an event of 0.2 to 0.4 s somewhere in it, at a random level.
 
     All kinds share the distributions of length, onset, level and noise, so none of these tells them apart.
 
@@ -102,7 +102,7 @@ def make_sound(kind, rng):
         float32 array ``[L]`` with ``|x| <= 1``.
     """
     length = rng.integers(SAMPLE_RATE // 2, SAMPLE_RATE + 1)
-    event = rng.integers(SAMPLE_RATE // 4, SAMPLE_RATE // 2 + 1)
+    event = rng.integers(SAMPLE_RATE // 5, 2 * SAMPLE_RATE // 5 + 1)
     onset = rng.integers(0, length - event + 1)
     sound = KINDS[kind](rng, np.arange(event) / SAMPLE_RATE)
     fade = np.minimum(1, np.minimum(np.arange(event), np.arange(event)[::-1]) / (0.005 * SAMPLE_RATE))

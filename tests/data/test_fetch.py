@@ -233,3 +233,16 @@ def test_list(capsys):
     main(["list"])
     out = capsys.readouterr().out
     assert "voxceleb1: 1251 classes" in out and "iden_split.txt" in out and "fetch spc2 DIR" in out
+
+
+def test_stats(tmp_path, capsys):
+    soundfile = pytest.importorskip("soundfile")
+    for name, samples in (("train/dog/a.wav", [0.1] * 800), ("train/dog/b.wav", [0.0] * 800)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / name, samples, 16000)
+    (tmp_path / "train" / "dog" / "c.wav").write_text("no sound")
+    main(["stats", "--dataset", "folder", "--data-dir", str(tmp_path)])
+    bad, good = capsys.readouterr().out.splitlines()
+    assert bad.startswith(f"left out {tmp_path / 'train' / 'dog' / 'c.wav'}: ")
+    # A constant is nothing but its mean, which is removed: every bin is at the floor, log(2**-23).
+    assert good == "folder train, 2 clips: mean -15.942385, std 0.000000"
