@@ -42,17 +42,18 @@ def is_main():
     return rank() == 0
 
 
-def sum_over_processes(values, device):
-    """Sum of each of a list of numbers over all processes, the same floats in each of them."""
+def gather_numbers(values, device):
+    """A list of numbers from every process, in the order of their ranks, the same floats in each of them."""
     if world_size() == 1:
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+        return [list(values)]
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = mine.new_empty(world_size(), len(values))
+    dist.all_gather(list(everyone.unbind()), mine)
+    return everyone.tolist()
 
 
 def gather_objects(value):
-    """The value of every process, in the order of their ranks, in each of them."""
+    """The picklable value of every process, in the order of their ranks, in each of them."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()

@@ -7,6 +7,7 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from pruneattn.data import make_loader
 from pruneattn.errors import UserError
@@ -21,7 +22,11 @@ LOSSES = {"bce": F.binary_cross_entropy_with_logits, "ce": F.cross_entropy}
 
 
 class Stopped(Exception):
-    """A signal asked to stop, and the state is saved."""
+    """A signal asked to stop, and the state is saved; the message says where."""
+
+    def __init__(self, signum, place):
+        super().__init__(place)
+        self.signum = signum
 
 
 def seed_step(*numbers):
@@ -44,16 +49,17 @@ class Trainer:
     """
 
     def __init__(self, *, options, recipe, config, folder, device, model, running, features, augment, optimizer, scaler,
-                 train_set, val_set, progress, log, stop):  # fmt: skip
+                 train_set, val_set, open_test, progress, log, stop):  # fmt: skip
         self.options, self.recipe, self.config = options, recipe, config
         self.folder, self.device = folder, device
         self.model, self.running, self.features, self.augment = model, running, features, augment
         self.optimizer, self.scaler = optimizer, scaler
-        self.train_set, self.val_set = train_set, val_set
+        self.train_set, self.val_set, self.open_test = train_set, val_set, open_test
         self.progress, self.log, self.stop = progress, log, stop
         self.micro_batch = recipe.batch_size // (distributed.world_size() * recipe.accumulate)
         self.steps_per_epoch = len(train_set) // recipe.batch_size
         self.failed = set()
+        self._stop_signum = 0
         self._saved_at = time.monotonic()
 
     @property
@@ -120,8 +126,7 @@ class Trainer:
                 self.scaler.scale(loss / len(batches)).backward()
             losses.append(loss.detach())
         losses = torch.stack(losses).tolist()
-        loss, self._stop_votes = distributed.sum_over_processes([sum(losses) / len(losses), self.stop.signum], self.device)
-        loss /= distributed.world_size()
+        loss = self.agree(sum(losses) / len(losses))
         if not math.isfinite(loss):
             raise UserError(self.explain_loss(losses, batches, lr))
         if self.recipe.clip_grad > 0:
@@ -131,6 +136,12 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, lr
+
+    def agree(self, loss=0.0):
+        """Mean of ``loss`` over all processes; a signal that one process got is known to all after this."""
+        everyone = distributed.gather_numbers([loss, self.stop.signum], self.device)
+        self._stop_signum = int(max(signum for _, signum in everyone))
+        return sum(loss for loss, _ in everyone) / len(everyone)
 
     def loss(self, batch):
         """Loss of a batch of waves, with augmentation."""
@@ -164,11 +175,15 @@ class Trainer:
 
     def save_if_due(self, now):
         """Between two steps: save when it is time to, or when a signal came (seen by all processes in the same step)."""
-        asked = self._stop_votes > 0
-        if asked or (distributed.world_size() == 1 and now - self._saved_at > 60 * self.options.save_minutes):
+        if self._stop_signum or now - self._saved_at > 60 * self.options.save_minutes:
             self.save(state.LAST)
-        if asked:
-            raise Stopped
+        if self._stop_signum:
+            self.raise_stopped()
+
+    def raise_stopped(self):
+        """End the run after a signal; the state is saved."""
+        place = f"saved in epoch {self.progress.epoch} after step {self.progress.step} of {self.steps_per_epoch}"
+        raise Stopped(self._stop_signum, place)
 
     def save(self, name):
         """Write the state to go on from, in the main process."""
@@ -215,6 +230,26 @@ class Trainer:
         self.list_failed()
         self.progress = state.Progress(epoch=epoch + 1, best=progress.best)
         self.save(state.LAST)
+        self.agree()
+        if self._stop_signum and epoch + 1 < recipe.epochs:
+            self.raise_stopped()
+
+    def report(self):
+        """Evaluate the best checkpoint on the test split, where that is another one; write and print the result."""
+        best = self.progress.best
+        if best is None:
+            return
+        result = {"metric": self.recipe.metric, "best_epoch": best["epoch"], "keep_rate": best["keep_rate"], "val": best["val"]}
+        test_set = self.open_test()
+        if test_set is not None and test_set.clips != self.val_set.clips:
+            self.model.load_state_dict(load_file(self.folder / state.BEST))
+            self.model.set_keep_rate(best["keep_rate"])
+            result["test"] = self.evaluate(test_set)
+            self.list_failed()
+        split = "test" if "test" in result else "val"
+        say(f"best epoch {best['epoch'] + 1}: {self.recipe.metric} {result[split][self.recipe.metric]:.4f} on {split}; {self.folder}")
+        if distributed.is_main():
+            state.write_json(self.folder / state.RESULT, result)
 
     def evaluate(self, dataset):
         """Metrics of the model as it is now, without the ones per class; ``val_loss`` is the loss without augmentation."""

@@ -27,7 +27,6 @@ class Progress:
     step: int = 0  # optimiser steps done in this epoch
     loss_sum: float = 0.0  # of these steps
     train_seconds: float = 0.0
-    eval_seconds: float = 0.0  # evaluation that came before in all epochs
     best: dict | None = None  # epoch, metric, keep_rate, pruning and metrics of the best checkpoint
 
     def improves(self, metric, keep_rate, pruning):
