@@ -93,9 +93,9 @@ def _value_type(hint):
 def _add_options(parser, groups, instance):
     hints = get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
-        group = groups.setdefault(
-            field.metadata["group"], parser.add_argument_group(_GROUPS[field.metadata["group"]])
-        ) if field.metadata["group"] not in groups else groups[field.metadata["group"]]
+        name = field.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(_GROUPS[name])
         kind, nargs = _value_type(hints[field.name])
         settings = {"help": field.metadata["help"], "default": getattr(instance, field.name)}
         if kind is bool:
@@ -108,7 +108,7 @@ def _add_options(parser, groups, instance):
                 settings["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
         if field.name == "resume":
             settings.update(nargs="?", const="last", metavar="PATH")
-        group.add_argument("--" + field.name.replace("_", "-"), **settings)
+        groups[name].add_argument("--" + field.name.replace("_", "-"), **settings)
 
 
 def parse(argv=None):
