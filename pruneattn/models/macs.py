@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .vit import MLP_RATIO, PATCH, PruningBlock, kept_patches
+from .blocks import MLP_RATIO, PATCH, PruningBlock, kept_patches
 
 
 class Macs(NamedTuple):

@@ -36,7 +36,7 @@ class ColumnMeanPruning(Pruning):
     """The attention a patch receives, averaged over heads and patch queries (paper, eq. 2a): needs every query."""
 
     def __call__(self, attn, x, y, keep, extra, values):
-        q, k, v = attn.project(y, "qkv")
+        q, k, v = attn.split_heads(attn.qkv(y))
         out, scores = ops.column_mean_attention(q, k, v, extra)
         index, x, out = ops.prune_tokens(scores, x, attn.merge_heads(out), keep, extra)
         return index, scores, x, out
@@ -83,7 +83,7 @@ class FunctionPruning(Pruning):
         self.function = function
 
     def __call__(self, attn, x, y, keep, extra, values):
-        q, k, v = attn.project(y, "qkv")
+        q, k, v = attn.split_heads(attn.qkv(y))
         scores = self.function(q, k, v, extra).detach().float()
         expected = (x.shape[0], x.shape[1] - extra)
         if scores.shape != expected:
