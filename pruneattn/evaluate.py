@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .errors import UserError, run_command
 from .inference import autocast, predict_dataset
@@ -86,8 +87,10 @@ def score_keep_rates(model, dataset, keep_rates, device, *, amp="fp32", batch_si
     loader = make_loader(
         dataset, batch_size, train=False, workers=workers, rank=distributed.rank(), world=distributed.world_size()
     )
+    # disable=None: no bar where stderr is no terminal.
+    progress = tqdm(loader, desc="evaluate", unit="batch", disable=None if distributed.is_main() else True, leave=False)
     features = FeatureExtractor(model.features).to(device)
-    predictions = predict_dataset(_AtKeepRates(model, keep_rates).to(device), features, _progress(loader), device, amp)
+    predictions = predict_dataset(_AtKeepRates(model, keep_rates).to(device), features, progress, device, amp)
     scores = [
         evaluate_predictions(predictions.logits[:, i], predictions.targets, model.multilabel)
         for i in range(len(keep_rates))
@@ -196,13 +199,6 @@ def _metric(name, dataset):
     from .data import DATASETS
 
     return DATASETS[name].metric or ("map" if dataset.multilabel else "top1")
-
-
-def _progress(loader):
-    from tqdm import tqdm
-
-    # disable=None: no bar where stderr is no terminal.
-    return tqdm(loader, desc="evaluate", unit="batch", disable=None if distributed.is_main() else True, leave=False)
 
 
 def _device_name(device):

@@ -158,9 +158,10 @@ def _draw_panel(axis, colours, grid, start, sounding):
             Rectangle(corner, end - corner[0], _MEL_BINS, fill=False, hatch="////", lw=0, edgecolor="#9a9a9a", alpha=0.55)
         )
         axis.axvline(corner[0], color="#5ec8ff", lw=1.2)
-        axis.annotate(
-            "padding", (end, _MEL_BINS), (-4, -4), textcoords="offset points", ha="right", va="top", fontsize=7.5,
-            color=_INK, bbox=dict(boxstyle="round,pad=0.25", fc="white", ec="none", alpha=0.85),
+        narrow = sounding > 0.88 * frames
+        axis.text(
+            (corner[0] + end) / 2, _MEL_BINS / 2, "padding", ha="center", va="center", rotation=90 if narrow else 0,
+            fontsize=7.5, color=_INK, bbox=dict(boxstyle="round,pad=0.25", fc="white", ec="none", alpha=0.85),
         )  # fmt: skip
     names = [f"{hertz // 1000}k" if hertz >= 1000 else str(hertz) for hertz in _TICKS_HZ]
     axis.set_yticks([min(mel_bin(hertz), _MEL_BINS) for hertz in _TICKS_HZ], names)

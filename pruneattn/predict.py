@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from .errors import UserError, run_command
 from .inference import autocast
@@ -40,11 +41,11 @@ def main(argv=None):
         model.set_keep_rate(args.keep_rate)
     labels = _labels(model, args.label_csv)
     quiet = args.json == "-"
-
     results, failed, pictures = [], [], _PictureNames(args.plot)
     paths = find_clips(args.clips, failed)
+    progress = tqdm(paths, desc="predict", unit="clip", disable=None if len(paths) > 1 else True, leave=False)
     for clip in predict_clips(
-        model, _progress(paths), failed, device, amp=args.amp, batch_size=args.batch_size, overlap=args.overlap,
+        model, progress, failed, device, amp=args.amp, batch_size=args.batch_size, overlap=args.overlap,
         keep_waves=args.plot is not None,
     ):  # fmt: skip
         picture = None
@@ -54,9 +55,10 @@ def main(argv=None):
             clip.wave = None
         results.append(_result(model, clip, labels, args.top_k, picture))
         if not quiet:
-            print(_text(results[-1]), flush=True)
+            tqdm.write(_text(results[-1]), file=sys.stdout)  # keeps clear of the progress bar
     if args.json is not None:
-        _write_json(args.json, {**_about(args, model), "clips": results, "failed": [dict(zip(("path", "error"), one)) for one in failed]})
+        errors = [{"path": path, "error": reason} for path, reason in failed]
+        _write_json(args.json, {**_about(args, model), "clips": results, "failed": errors})
     if failed:
         print(f"{len(failed)} of {len(failed) + len(results)} could not be predicted:", file=sys.stderr)
         for path, reason in failed:
@@ -115,7 +117,8 @@ def predict_clips(model, paths, failed, device, *, amp="fp32", batch_size=16, ov
     waiting, pending = [], []  # clips without all their scores; windows that wait for a batch
 
     def run(count):
-        batch = [pending.pop(0) for _ in range(min(count, len(pending)))]
+        batch = pending[:count]
+        del pending[:count]
         waves = [clip.wave[start : start + window] for clip, start in batch]
         lengths = torch.tensor([len(wave) for wave in waves])
         padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)  # [B, L]
@@ -263,12 +266,6 @@ def _labels(model, label_csv):
     if len(names) != model.num_classes:
         raise UserError(f"{label_csv} names {len(names)} classes, the checkpoint has {model.num_classes}")
     return names
-
-
-def _progress(paths):
-    from tqdm import tqdm
-
-    return tqdm(paths, desc="predict", unit="clip", disable=None if len(paths) > 1 else True, leave=False)
 
 
 def _parse(argv):
