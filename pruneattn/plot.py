@@ -5,11 +5,12 @@ import math
 import numpy as np
 
 from .errors import UserError
+from .io import atomic_write
 
 PATCH = 16  # frames and mel bins of one patch
 _HOP = 0.01  # seconds from frame to frame
 _LOW_HZ, _HIGH_HZ, _MEL_BINS = 20.0, 8000.0, 128  # range of the Kaldi filterbank at 16 kHz
-_TICKS_HZ = (125, 250, 500, 1000, 2000, 4000, 8000)
+_TICKS_HZ = (125, 500, 1000, 2000, 4000, 8000)
 _DROPPED = np.array([0.945, 0.945, 0.95])
 _INK, _FAINT = "#222222", "#8a8a8a"
 _SIDE_BY_SIDE = 256  # up to so many frames the stages stand beside, not below one another
@@ -47,7 +48,7 @@ def plot_kept_patches(fbank, kept, *, title, subtitle="", sounding=None, start=0
     for axis, (name, grid) in zip(axes.flat, panels, strict=True):
         _draw_panel(axis, colours, np.asarray(grid, dtype=bool), start, sounding)
         count = int(np.sum(grid))
-        share = "" if count == rows * columns else f" of {rows * columns} ({count / (rows * columns):.0%})"
+        share = "" if count == rows * columns else f" of {rows * columns} ({100 * count / (rows * columns):.0f} %)"
         axis.set_title(f"{name}: {count}{share} patches", loc="left", fontsize=9, color=_INK, pad=4)
     for axis in axes[-1]:
         axis.set_xlabel("time (s)", fontsize=8)
@@ -59,34 +60,34 @@ def plot_kept_patches(fbank, kept, *, title, subtitle="", sounding=None, start=0
     return figure
 
 
-def plot_tradeoff(rows, metric, title):
+def plot_tradeoff(rows, metric, title, dense_clips_per_second=None):
     """Accuracy against what it costs: counted work on the left, measured speed on the right.
 
     Args:
-        rows: dicts with ``keep_rate``, ``metric`` (0..1), ``gmacs_paper``, ``clips_per_second`` and ``theory`` (share of
-            the unpruned work that is saved); the last two may be None where nothing was timed.
+        rows: dicts with ``keep_rate``, ``metric`` (0..1), ``gmacs_paper``, ``theory`` (share of the unpruned work that
+            is saved) and, if speed was measured, ``clips_per_second``.
         metric: name of the metric, for the axis.
         title: over the whole figure.
+        dense_clips_per_second: speed of the fastest unpruned variant; None leaves the right half out.
 
     Returns:
         matplotlib ``Figure``.
     """
     Figure = _matplotlib_figure()
     rows = sorted(rows, key=lambda row: -row["keep_rate"])
-    timed = all(row.get("clips_per_second") for row in rows)
+    timed = dense_clips_per_second is not None
     figure = Figure(figsize=(9.5 if timed else 5, 3.8), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
     score = [100 * row["metric"] for row in rows]
-    _curve(axes[0], [row["gmacs_paper"] for row in rows], score, rows, "#1f5fa8")
     axes[0].set_xlabel("GMACs of one clip (the paper's count)")
     axes[0].set_ylabel(f"{metric} (%)")
+    _curve(axes[0], [row["gmacs_paper"] for row in rows], score, rows, "#1f5fa8")
     if timed:
-        axes[1].set_xlabel("clips per second (measured)")
-        dense = rows[0]["clips_per_second"] * (1 - rows[0]["theory"])
-        promised = [dense / (1 - row["theory"]) for row in rows]
-        axes[1].plot(promised, score, "--o", color=_FAINT, mfc="white", lw=1, ms=5, label="if MACs were time")
+        promised = [dense_clips_per_second / (1 - row["theory"]) for row in rows]
+        axes[1].set_xlabel("clips per second")
+        axes[1].plot(promised, score, "--o", color=_FAINT, mfc="white", lw=1, ms=5, label="if time followed the MACs")
         _curve(axes[1], [row["clips_per_second"] for row in rows], score, rows, "#c2491d", label="measured")
-        axes[1].legend(frameon=False, fontsize=8)
+        axes[1].legend(frameon=False, fontsize=8, loc="lower left")
     for axis in axes:
         axis.grid(color="#e6e6e6", lw=0.6)
         axis.set_axisbelow(True)
@@ -99,7 +100,8 @@ def plot_tradeoff(rows, metric, title):
 def save_figure(figure, path):
     """Write a figure to ``path``; its suffix chooses the format."""
     check_plot_path(path)
-    figure.savefig(path)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format=str(path).rsplit(".", 1)[-1].lower())
 
 
 def check_plot_path(path):
@@ -156,12 +158,13 @@ def _draw_panel(axis, colours, grid, start, sounding):
             Rectangle(corner, end - corner[0], _MEL_BINS, fill=False, hatch="////", lw=0, edgecolor="#9a9a9a", alpha=0.55)
         )
         axis.axvline(corner[0], color="#5ec8ff", lw=1.2)
-        axis.annotate(
-            "padding", (end, _MEL_BINS), (-4, -4), textcoords="offset points", ha="right", va="top", fontsize=7.5,
-            color=_INK, bbox=dict(boxstyle="round,pad=0.25", fc="white", ec="none", alpha=0.85),
+        narrow = sounding > 0.88 * frames
+        axis.text(
+            (corner[0] + end) / 2, _MEL_BINS / 2, "padding", ha="center", va="center", rotation=90 if narrow else 0,
+            fontsize=7.5, color=_INK, bbox=dict(boxstyle="round,pad=0.25", fc="white", ec="none", alpha=0.85),
         )  # fmt: skip
-    ticks = [hertz for hertz in _TICKS_HZ if hertz not in (250,)]
-    axis.set_yticks([mel_bin(hertz) for hertz in ticks], [f"{h // 1000}k" if h >= 1000 else str(h) for h in ticks])
+    names = [f"{hertz // 1000}k" if hertz >= 1000 else str(hertz) for hertz in _TICKS_HZ]
+    axis.set_yticks([min(mel_bin(hertz), _MEL_BINS) for hertz in _TICKS_HZ], names)
     axis.set_ylim(0, _MEL_BINS)
     axis.set_xlim(start, end)
     axis.tick_params(labelsize=7.5, length=2.5, color=_FAINT)
@@ -172,5 +175,6 @@ def _curve(axis, x, y, rows, colour, **style):
     axis.plot(x, y, "-o", color=colour, lw=1.6, ms=5, **style)
     for x_, y_, row in zip(x, y, rows, strict=True):
         axis.annotate(
-            f"{row['keep_rate']:g}", (x_, y_), (0, 6), textcoords="offset points", ha="center", fontsize=8, color=_INK
+            f"{row['keep_rate']:g}", (x_, y_), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=_INK,
+            bbox=dict(boxstyle="round,pad=0.1", fc="white", ec="none", alpha=0.7),
         )
