@@ -141,7 +141,7 @@ def find_resume(options):
     folder = Path(options.output)
     if options.resume is None:
         return None, folder
-    if options.resume == "last":
+    if options.resume == state.LAST:
         path = folder / state.LAST
         if not path.exists():
             say(f"{path}: no checkpoint yet; starting from the beginning")
