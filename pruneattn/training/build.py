@@ -95,6 +95,8 @@ def build_trainer(options, recipe, stop):
     """Everything set up; where the run goes on from a checkpoint, as it was then."""
     device = pick_device(options)
     resume, folder = find_resume(options)
+    if distributed.is_main():
+        state.open_output(folder, going_on=options.resume is not None)
     train_set, val_set = open_split(options, recipe, "train"), open_split(options, recipe, "val")
     check_batch(recipe, train_set)
     recipe = resolve(recipe, DATASETS[options.dataset], train_set)
@@ -114,7 +116,6 @@ def build_trainer(options, recipe, stop):
     progress = state.restore(saved, model, optimizer, scaler) if saved else state.Progress()
 
     if distributed.is_main():
-        state.open_output(folder, going_on=options.resume is not None)
         if saved and not resume:
             for name, data in saved["files"].items():
                 (folder / name).write_bytes(data.numpy().tobytes())
@@ -140,7 +141,7 @@ def find_resume(options):
     folder = Path(options.output)
     if options.resume is None:
         return None, folder
-    if options.resume == "last":
+    if options.resume == state.LAST:
         path = folder / state.LAST
         if not path.exists():
             say(f"{path}: no checkpoint yet; starting from the beginning")

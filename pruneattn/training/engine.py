@@ -257,6 +257,7 @@ class Trainer:
             dataset, self.micro_batch, train=False, rank=distributed.rank(), world=distributed.world_size(),
             workers=self.options.workers,
         )  # fmt: skip
+        loader = self.until_stopped(loader)
         predictions = predict_dataset(self.running, self.features, loader, self.device, self.options.amp)
         self.failed.update(predictions.failed)
         metrics = evaluate_predictions(predictions.logits, predictions.targets, dataset.multilabel)
@@ -264,14 +265,25 @@ class Trainer:
         loss = LOSSES[self.recipe.loss](predictions.logits, predictions.targets)
         return {"val_loss": float(loss), **metrics}
 
+    def until_stopped(self, loader):
+        """The batches of an evaluation, ended by a signal. Several processes finish it, since they wait for each other."""
+        for batch in loader:
+            if self.stop.signum and distributed.world_size() == 1:
+                if self.progress.epoch < self.recipe.epochs:
+                    self.save(state.LAST)
+                self.agree()
+                self.raise_stopped()
+            yield batch
+
     def save_best(self):
+        """Write the model as it is now, with all that prediction needs."""
         from pruneattn.models.pretrained import save_pretrained
 
         if distributed.is_main():
             extra = {"epoch": self.progress.best["epoch"], "metric": self.recipe.metric, "value": self.progress.best["metric"]}
             save_pretrained(
                 self.model, self.folder / state.BEST, features=self.features.config, labels=self.train_set.labels,
-                multilabel=self.train_set.multilabel, extra=extra,
+                multilabel=self.train_set.multilabel, extra=state.finite(extra),
             )  # fmt: skip
 
     def list_failed(self):

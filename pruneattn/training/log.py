@@ -3,9 +3,11 @@
 import json
 import sys
 import warnings
+from contextlib import suppress
 
 from tqdm import tqdm
 
+from pruneattn.errors import UserError
 from pruneattn.training import state
 from pruneattn.training.distributed import is_main
 
@@ -43,8 +45,12 @@ class RunLog:
         """Add a line; numbers also go to TensorBoard as ``kind/name``."""
         if self._file is None:
             return
-        self._file.write((json.dumps(state.finite({"kind": kind, "step": step, **values})) + "\n").encode())
-        self._file.flush()
+        line = json.dumps(state.finite({"kind": kind, "step": step, **values})) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self._file.name}: {error.strerror}; {state.LAST} is as it was last saved") from None
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (list, tuple)) and value:
@@ -53,10 +59,10 @@ class RunLog:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self):
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for file in (self._file, self._board):
+            with suppress(OSError):  # a full disk has been reported before
+                if file is not None:
+                    file.close()
 
 
 def _summary_writer(folder, step):

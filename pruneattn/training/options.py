@@ -11,6 +11,10 @@ from pruneattn.errors import UserError
 from pruneattn.training.recipes import RECIPES, Recipe, option, recipe_for
 
 
+#: Value of --resume without a path: the last checkpoint of --output.
+LAST = "last.pt"
+
+
 @dataclass(frozen=True)
 class Options:
     """What to train on what, where, and where the results go; how is in the `Recipe`."""
@@ -21,26 +25,26 @@ class Options:
     embed_dim: int | None = option(None, "model", "width (the size's)")
     depth: int | None = option(None, "model", "blocks (the size's)")
     num_heads: int | None = option(None, "model", "attention heads (the size's)")
-    init: str | None = option(None, "model", "checkpoint to start from, in any of the known formats")
+    init: str | None = option(None, "model", "checkpoint to start from, in any of the known formats", metavar="FILE")
 
     # Data
-    dataset: str = option("toy", "data", "as20k, spc2, esc50, voxceleb1, toy, manifest or folder")
-    data_dir: str | None = option(None, "data", "where the data is (else the environment variable PRUNEATTN_DATA)")
+    dataset: str = option("toy", "data", "as20k, spc2, esc50, voxceleb1, toy, manifest or folder", metavar="NAME")
+    data_dir: str | None = option(None, "data", "where the data is (else the environment variable PRUNEATTN_DATA)", metavar="DIR")
     fold: int = option(1, "data", "esc50: the fold that is held out")
-    train_manifest: str | None = option(None, "data", "manifest: JSON file of the training clips")
-    val_manifest: str | None = option(None, "data", "manifest: JSON file of the clips that the best checkpoint is chosen by")
-    test_manifest: str | None = option(None, "data", "manifest: JSON file of the clips that the result is reported on")
-    label_csv: str | None = option(None, "data", "manifest: CSV of the labels (index,mid,display_name)")
+    train_manifest: str | None = option(None, "data", "manifest: JSON file of the training clips", metavar="FILE")
+    val_manifest: str | None = option(None, "data", "manifest: JSON file of the clips that the best checkpoint is chosen by", metavar="FILE")
+    test_manifest: str | None = option(None, "data", "manifest: JSON file of the clips that the result is reported on", metavar="FILE")
+    label_csv: str | None = option(None, "data", "manifest: CSV of the labels (index,mid,display_name)", metavar="FILE")
     cache: bool = option(False, "data", "decode every clip once and keep the waveforms in memory")
     workers: int = option(0, "data", "processes that decode clips")
 
     # Run
-    output: str = option("runs/train", "run", "folder for checkpoints, logs and results")
-    resume: str | None = option(None, "run", "go on from this checkpoint (without a value: last.pt of --output)")
+    output: str | None = option(None, "run", "folder for checkpoints, logs and results (runs/MODEL_SIZE_DATASET)", metavar="DIR")
+    resume: str | None = option(None, "run", "go on from this checkpoint (without a value: last.pt of --output)", metavar="PATH")
     branch_from: str | None = option(
-        None, "run", "start from another run's trunk.pt, its state before pruning began: only the pruning options may differ"
+        None, "run", "start from another run's trunk.pt, its state before pruning began: only the pruning options may differ", metavar="FILE"
     )
-    device: str = option("auto", "run", "auto, cpu, cuda or cuda:N")
+    device: str = option("auto", "run", "auto, cpu, cuda or cuda:N", metavar="NAME")
     amp: str = option("fp32", "run", "precision of the model", choices=("fp32", "bf16", "fp16"))
     compile: bool = option(False, "run", "compile the model with torch.compile")
     deterministic: bool = option(False, "run", "only deterministic algorithms, so that a GPU repeats a run bit for bit")
@@ -93,9 +97,9 @@ def _value_type(hint):
 def _add_options(parser, groups, instance):
     hints = get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
-        group = groups.setdefault(
-            field.metadata["group"], parser.add_argument_group(_GROUPS[field.metadata["group"]])
-        ) if field.metadata["group"] not in groups else groups[field.metadata["group"]]
+        name = field.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(_GROUPS[name])
         kind, nargs = _value_type(hints[field.name])
         settings = {"help": field.metadata["help"], "default": getattr(instance, field.name)}
         if kind is bool:
@@ -103,12 +107,12 @@ def _add_options(parser, groups, instance):
         else:
             settings.update(type=kind, choices=field.metadata["choices"])
             if nargs:
-                settings.update(nargs=nargs, metavar=field.name.upper() if nargs == "+" else None)
+                settings.update(nargs=nargs, metavar={int: "N", float: "X"}[kind])
             elif not field.metadata["choices"]:
-                settings["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+                settings["metavar"] = field.metadata["metavar"] or {int: "N", float: "X"}[kind]
         if field.name == "resume":
-            settings.update(nargs="?", const="last", metavar="PATH")
-        group.add_argument("--" + field.name.replace("_", "-"), **settings)
+            settings.update(nargs="?", const=LAST)
+        groups[name].add_argument("--" + field.name.replace("_", "-"), **settings)
 
 
 def parse(argv=None):
@@ -121,6 +125,7 @@ def parse(argv=None):
     pairs = ", ".join(f"{model} {dataset}" for model, dataset in RECIPES)
     parser = argparse.ArgumentParser(
         prog="python -m pruneattn.train",
+        usage="%(prog)s [--model MODEL] [--dataset NAME] [options]",
         description="Train a pruned AudioMAE or AST. The recipe defaults to the paper's for these pairs of --model and "
         f"--dataset: {pairs}; elsewhere to one for training from random weights. Give both with --help to see its values.",
         formatter_class=_HelpFormatter,
@@ -131,6 +136,8 @@ def parse(argv=None):
     _add_options(parser, groups, recipe)
     values = vars(parser.parse_args(argv))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if values["output"] is None:
+        values["output"] = "runs/{model}_{size}_{dataset}".format_map(values)
     options = Options(**{f.name: values[f.name] for f in dataclasses.fields(Options)})
     recipe = Recipe(**{f.name: values[f.name] for f in dataclasses.fields(Recipe)})
     check(options, recipe)

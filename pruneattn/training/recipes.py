@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field, replace
 
 
-def option(default, group, text, choices=None):
+def option(default, group, text, choices=None, metavar=None):
     """A dataclass field that the command line offers as an option of the same name."""
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "metavar": metavar})
 
 
 @dataclass(frozen=True)

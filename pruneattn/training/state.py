@@ -10,12 +10,11 @@ import torch
 
 from pruneattn.errors import UserError
 from pruneattn.io import atomic_write
-from pruneattn.training.options import PRUNING, differences
+from pruneattn.training.options import LAST, PRUNING, differences
 
-CONFIG, LOG, LAST, BEST, TRUNK, RESULT, FAILED, MISSING = (
-    "config.json", "log.jsonl", "last.pt", "best.safetensors", "trunk.pt", "result.json", "failed_clips.txt",
-    "missing_clips.txt",
-)  # fmt: skip
+CONFIG, LOG, RESULT = "config.json", "log.jsonl", "result.json"
+BEST, TRUNK = "best.safetensors", "trunk.pt"
+FAILED, MISSING = "failed_clips.txt", "missing_clips.txt"
 _FORMAT = 1
 
 
