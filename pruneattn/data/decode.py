@@ -87,11 +87,9 @@ def _decode(path, seconds):
             if os.fstat(file.fileno()).st_size == 0:
                 raise UserError(f"{path}: the file is empty; copy or download it again")
         with soundfile.SoundFile(path) as sound:
-            wanted = -1 if seconds is None else math.ceil((seconds + _MARGIN) * sound.samplerate)
-            blocks = sound.blocks(_BLOCK, frames=wanted, dtype="float32", always_2d=True)
-            mono = [block.mean(axis=1) for block in blocks]  # each [L, channels] -> [L]
-            mono = np.concatenate(mono) if mono else np.zeros(0, np.float32)
-            if (wanted < 0 or len(mono) < wanted) and _is_cut(sound, path):
+            wanted = math.inf if seconds is None else math.ceil((seconds + _MARGIN) * sound.samplerate)
+            mono = _read_mono(sound, wanted)
+            if len(mono) < wanted and _is_cut(sound, path):
                 raise UserError(f"{path}: the file is cut short; copy or download it again")
             rate = sound.samplerate
     except soundfile.LibsndfileError as error:
@@ -102,6 +100,19 @@ def _decode(path, seconds):
     if len(mono) == 0:
         raise UserError(f"{path}: holds no sound (0 samples)")
     return mono, rate
+
+
+def _read_mono(sound, wanted):
+    """Channel mean ``[L]`` of the next ``wanted`` samples, fewer where the file ends."""
+    blocks, left = [np.zeros(0, np.float32)], wanted
+    # Not `SoundFile.blocks`: where a file ends before its header says, it hands out memory that was never written.
+    while left > 0:
+        block = sound.read(min(left, _BLOCK), dtype="float32", always_2d=True)  # [L, channels]
+        if len(block) == 0:
+            break
+        blocks.append(block.mean(axis=1))
+        left -= len(block)
+    return np.concatenate(blocks)
 
 
 def _is_cut(sound, path):

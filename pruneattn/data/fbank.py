@@ -19,6 +19,7 @@ MEL_BINS = 128
 LOG_FLOOR = math.log(2.0**-23)
 
 _FFT = 512
+_CHUNK = 1024  # frames worked on at a time on a CPU: what fits its cache is 2 to 4 times as fast as a whole batch
 _LOW_HZ = 20.0
 _PREEMPHASIS = 0.97
 
@@ -29,18 +30,18 @@ def samples_for(frames):
 
 
 def remove_mean(waves, lengths=None):
-    """Subtract each clip's mean over its own length; padding becomes exactly 0.
+    """Subtract each clip's mean over its own length; padding becomes exactly 0, whatever it held.
 
     Args:
         waves: float ``[B, L]``.
         lengths: int64 ``[B]``, samples of each clip; None: all have L.
     """
-    if lengths is None:
-        return waves - waves.mean(dim=1, keepdim=True)
-    lengths = lengths.to(waves.device, non_blocking=True)[:, None]  # [B, 1]
-    inside = torch.arange(waves.shape[1], device=waves.device) < lengths  # [B, L]
-    mean = waves.where(inside, 0.0).sum(dim=1, keepdim=True) / lengths
-    return (waves - mean).where(inside, 0.0)
+    return zero_beyond(waves - _clip_mean(waves, lengths)[:, None], lengths)
+
+
+def zero_beyond(x, lengths):
+    """``x`` ``[B, L]`` or ``[B, L, C]`` with 0 from position ``lengths[b]`` on in row b; None: as it is."""
+    return x if lengths is None else _fill_beyond(x, lengths, 0.0)
 
 
 def kaldi_fbank(waves, lengths=None):
@@ -111,15 +112,14 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("mel", _mel_filters("cpu"), persistent=False)
 
     def forward(self, waves, lengths=None):
-        """``[B, L]`` at 16 kHz (and int64 ``[B]`` lengths) -> float32 ``[B, frames, 128]``; errors as ``kaldi_fbank``."""
+        """``[B, L]`` at 16 kHz and lengths ``[B]`` -> float32 ``[B, frames, 128]``; errors as ``kaldi_fbank``."""
         _check(waves, lengths)
         if self.mel.dtype != torch.float32:
             raise TypeError(f"FeatureExtractor computes in float32, but was converted to {self.mel.dtype}")
         config = self.config
         log_mel, frames = _fbank(waves, lengths, config.frames, self.window, self.mel)
         if config.padding == "zero":
-            beyond = torch.arange(log_mel.shape[1], device=log_mel.device) >= frames[:, None]  # [B, F]
-            log_mel = log_mel.masked_fill(beyond[:, :, None], 0.0)
+            log_mel = zero_beyond(log_mel, frames)
         fill = LOG_FLOOR if config.padding == "min" else 0.0
         log_mel = F.pad(log_mel, (0, 0, 0, config.frames - log_mel.shape[1]), value=fill)  # [B, frames, 128]
         return (log_mel - config.mean) / (2 * config.std)
@@ -145,24 +145,44 @@ def _check(waves, lengths):
 def _fbank(waves, lengths, max_frames, window, mel):
     """``kaldi_fbank``, of the first ``max_frames`` frames only; the clip's mean is still that of the whole clip."""
     with torch.autocast(waves.device.type, enabled=False):
-        waves = remove_mean(waves.float(), lengths)
-        if max_frames is not None:
-            waves = waves[:, : samples_for(max_frames)]
-        # The order of these steps is Kaldi's on purpose: where a bin's power is near the floor, rounding shows.
-        x = waves.unfold(1, WINDOW, HOP)  # [B, F, 400], a view
-        x = x - x.mean(dim=2, keepdim=True)
-        # Kaldi takes the sample before the first as equal to it; the window is 0 there, so the value is of no account.
-        x = torch.cat([x[:, :, :1] * (1 - _PREEMPHASIS), x[:, :, 1:] - _PREEMPHASIS * x[:, :, :-1]], dim=2)
-        spectrum = torch.view_as_real(torch.fft.rfft(x * window, n=_FFT))  # [B, F, 257, 2]
-        power = spectrum.square().sum(dim=3)  # [B, F, 257]
-        energy = _exact_matmul(power, mel)  # [B, F, 128]
-        log_mel = energy.clamp_min(torch.finfo(torch.float32).eps).log()
+        waves = waves.float()
+        mean = _clip_mean(waves, lengths)[:, None, None]  # [B, 1, 1]
+        frames = waves.unfold(1, WINDOW, HOP)[:, :max_frames]  # [B, F, 400], a view
+        if waves.device.type == "cpu" and not torch.compiler.is_compiling():
+            parts = frames.split(max(1, _CHUNK // max(1, len(waves))), dim=1)
+            log_mel = torch.cat([_log_mel(part - mean, window, mel) for part in parts], dim=1)
+        else:
+            log_mel = _log_mel(frames - mean, window, mel)  # [B, F, 128]
         if lengths is None:
             return log_mel, torch.full((len(waves),), log_mel.shape[1], device=waves.device)
-        frames = 1 + (lengths.to(waves.device, non_blocking=True) - WINDOW) // HOP
-        frames = frames.clamp(min=0, max=max_frames)
-        beyond = torch.arange(log_mel.shape[1], device=waves.device) >= frames[:, None]  # [B, F]
-        return log_mel.masked_fill(beyond[:, :, None], LOG_FLOOR), frames
+        counts = 1 + (lengths.to(waves.device, non_blocking=True) - WINDOW) // HOP
+        counts = counts.clamp(min=0, max=max_frames)
+        return _fill_beyond(log_mel, counts, LOG_FLOOR), counts
+
+
+def _clip_mean(waves, lengths):
+    """Mean ``[B]`` of each clip over its own length."""
+    if lengths is None:
+        return waves.mean(dim=1)
+    return zero_beyond(waves, lengths).sum(dim=1) / lengths.to(waves.device, non_blocking=True)
+
+
+def _log_mel(frames, window, mel):
+    """Frames ``[B, F, 400]`` to their log-mel ``[B, F, 128]``.
+
+    The order of the steps is Kaldi's to the last rounding: where a bin's power is near the floor, rounding shows.
+    """
+    x = frames - frames.mean(dim=2, keepdim=True)
+    # The first sample of a frame has none before it, but the window is 0 there, so it is 0 in any case.
+    x = (x[:, :, 1:] - _PREEMPHASIS * x[:, :, :-1]) * window[1:]  # [B, F, 399]
+    spectrum = torch.fft.rfft(F.pad(x, (1, _FFT - WINDOW)))  # [B, F, 257] complex
+    power = spectrum.real.square() + spectrum.imag.square()
+    return _exact_matmul(power, mel).clamp_min(torch.finfo(torch.float32).eps).log()
+
+
+def _fill_beyond(x, lengths, value):
+    beyond = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device, non_blocking=True)[:, None]  # [B, L]
+    return x.masked_fill(beyond if x.dim() == 2 else beyond[:, :, None], value)
 
 
 def _exact_matmul(power, mel):
@@ -172,12 +192,15 @@ def _exact_matmul(power, mel):
     return (power.double() @ mel.double()).float()
 
 
+# Made on the CPU for every device, to the same bits; never as inference tensors, which would outlive that mode.
 @lru_cache
+@torch.inference_mode(False)
 def _hanning(device):
-    return torch.hann_window(WINDOW, periodic=False, dtype=torch.float32).to(device)
+    return torch.hann_window(WINDOW, periodic=False, dtype=torch.float32, device="cpu").to(device)
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _mel_filters(device):
     """Triangles on the mel scale, float32 ``[257, 128]``: column m weighs the powers of the 257 FFT bins.
 
@@ -187,9 +210,9 @@ def _mel_filters(device):
     low = 1127.0 * math.log(1.0 + _LOW_HZ / 700.0)
     high = 1127.0 * math.log(1.0 + 0.5 * SAMPLE_RATE / 700.0)
     step = (high - low) / (MEL_BINS + 1)
-    number = torch.arange(MEL_BINS, dtype=torch.float32)  # [128]
+    number = torch.arange(MEL_BINS, dtype=torch.float32, device="cpu")  # [128]
     left, centre, right = (low + (number + k) * step for k in (0.0, 1.0, 2.0))
-    hertz = (SAMPLE_RATE / _FFT) * torch.arange(_FFT // 2, dtype=torch.float32)
+    hertz = (SAMPLE_RATE / _FFT) * torch.arange(_FFT // 2, dtype=torch.float32, device="cpu")
     mel = (1127.0 * (1.0 + hertz / 700.0).log())[:, None]  # [256, 1]; Kaldi leaves the Nyquist bin out
     rising, falling = (mel - left) / (centre - left), (right - mel) / (right - centre)  # [256, 128]
     return F.pad(torch.minimum(rising, falling).clamp_min(0.0), (0, 0, 0, 1)).to(device)
