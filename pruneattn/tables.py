@@ -68,25 +68,21 @@ def _markdown(rows, metric):
     columns = [("keep-rate", "keep_rate", "{:g}".format)]
     for name in (metric, *others):
         share = name in _SHARES
-        columns.append((METRIC_NAMES[name] + " (%)" * share, name, _percent if share else "{:.3f}".format))
+        columns.append((METRIC_NAMES[name], name, "{:.2%}".format if share else "{:.3f}".format))
     columns += [("GMACs paper", "gmacs_paper", _gmacs), ("GMACs computed", "gmacs_computed", _gmacs)]
     if "clips_per_second" in rows[0]:
         columns.append(("clips/s", "clips_per_second", "{:.1f}".format))
         if "clips_per_second_compiled" in rows[0]:
             columns.append(("eager", "clips_per_second_eager", "{:.1f}".format))
             columns.append(("compiled", "clips_per_second_compiled", "{:.1f}".format))
-        columns.append(("saving (%)", "saving", _percent))
-    columns.append(("theory (%)", "theory", _percent))
+        columns.append(("saving", "saving", "{:.1%}".format))
+    columns.append(("theory", "theory", "{:.1%}".format))
     if "clips_per_second" in rows[0]:
-        columns.append(("realised (%)", "realised", lambda share: "-" if share is None else f"{100 * share:.0f}"))
+        columns.append(("realised", "realised", lambda share: "-" if share is None else f"{share:.0%}"))
     cells = [[head for head, _, _ in columns]] + [[show(row[key]) for _, key, show in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     text = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
     return [text[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *text[1:]]
-
-
-def _percent(share):
-    return f"{100 * share:.2f}" if abs(share) > 1e-12 else "0.00"
 
 
 def _gmacs(value):
