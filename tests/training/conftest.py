@@ -6,22 +6,23 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pruneattn.data.toy import KINDS, make_sound
 from pruneattn.train import main
 
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
-    """A folder of real files: three kinds of toy sounds, 36 to train on, 9 to validate and 9 to test."""
+    """A folder of real files: tones of three pitches in noise, 36 to train on, 9 to validate and 9 to test."""
     soundfile = pytest.importorskip("soundfile")
     root = tmp_path_factory.mktemp("clips")
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 3), ("test", 3)):
-        for kind in list(KINDS)[:3]:
+        for kind, pitch in (("low", 300), ("middle", 1200), ("high", 4800)):
             folder = root / split / kind
             folder.mkdir(parents=True)
             for i in range(count):
-                soundfile.write(folder / f"{i:02d}.wav", make_sound(kind, rng), 16000)
+                time = np.arange(rng.integers(6000, 12000)) / 16000
+                wave = np.sin(2 * np.pi * pitch * time) + 0.01 * rng.standard_normal(len(time))
+                soundfile.write(folder / f"{i:02d}.wav", 0.1 * wave, 16000)
     return root
 
 
