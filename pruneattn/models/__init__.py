@@ -21,8 +21,19 @@ def list_models():
     return [f"{family}_{size}" for family, (_, sizes) in _FAMILIES.items() for size in sizes]
 
 
-def create_model(name, *, num_classes=527, frames=1024, keep_rate=1.0, prune_blocks=(3, 6, 9), score=None,
-                 drop_path=0.0, embed_dim=None, depth=None, num_heads=None):  # fmt: skip
+def create_model(
+    name,
+    *,
+    num_classes=527,
+    frames=1024,
+    keep_rate=1.0,
+    prune_blocks=(3, 6, 9),
+    score=None,
+    drop_path=0.0,
+    embed_dim=None,
+    depth=None,
+    num_heads=None,
+):
     """Make an AudioMAE or AST with token pruning and fresh weights.
 
     Args:
@@ -46,5 +57,13 @@ def create_model(name, *, num_classes=527, frames=1024, keep_rate=1.0, prune_blo
     family, _, size = name.partition("_")
     overrides = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     sizes = _SIZES[size] | {key: value for key, value in overrides.items() if value is not None}
-    return _FAMILIES[family][0](name, num_classes=num_classes, frames=frames, keep_rate=keep_rate,
-                                prune_blocks=prune_blocks, score=score, drop_path=drop_path, **sizes)  # fmt: skip
+    return _FAMILIES[family][0](
+        name,
+        num_classes=num_classes,
+        frames=frames,
+        keep_rate=keep_rate,
+        prune_blocks=prune_blocks,
+        score=score,
+        drop_path=drop_path,
+        **sizes,
+    )

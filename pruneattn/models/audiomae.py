@@ -25,8 +25,8 @@ class AudioMAE(PrunedViT):
         self.pos_embed.requires_grad_(False)
         with torch.no_grad():
             self.pos_embed[0, 0] = 0
-            self.pos_embed[0, 1:] = sincos_positions(*self.patch_position(torch.arange(self.num_patches)),
-                                                     self.embed_dim)  # fmt: skip
+            time, mel = self.patch_position(torch.arange(self.num_patches))
+            self.pos_embed[0, 1:] = sincos_positions(time, mel, self.embed_dim)
 
     def forward_head(self, x):
         return self.head(self.fc_norm(x[:, self.num_extra_tokens :].mean(1)))

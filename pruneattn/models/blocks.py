@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def merge_heads(x):
-        """``[B, H, N, D]`` to ``[B, N, C]``: a view where the rows of a token lie together, as attention leaves them."""
+        """``[B, H, N, D]`` to ``[B, N, C]``: a view if the heads of a token lie together, as attention leaves them."""
         return x.transpose(1, 2).flatten(2)
 
     def attend(self, q, k, v):
@@ -102,7 +102,7 @@ class Block(nn.Module):
 
 
 class PruningBlock(Block):
-    """A block that drops patches between its attention's residual add and its MLP (paper, section 3)."""
+    """A block that drops patches between its attention's residual add and its MLP."""
 
     def __init__(self, dim, num_heads, drop_path, pruning, extra_tokens):
         super().__init__(dim, num_heads, drop_path)

@@ -18,8 +18,7 @@ from ..errors import UserError
 class Pruning:
     """Base of the prunings: how attention runs for kept queries only."""
 
-    def values(self, cells):
-        """Input statistic ``[B, P]`` of the patches' cells ``[B, P, 256]``, for the scores that rank by one."""
+    statistic = None  # of the input patches' cells, [.., 256] to [..], for the scores that rank by one
 
     def attention_macs(self, tokens, kept, dim):
         """Multiply-accumulates of the block's attention part on one clip, both products around it included."""
@@ -65,9 +64,6 @@ class InputPruning(Pruning):
     def __init__(self, statistic):
         self.statistic = statistic
 
-    def values(self, cells):
-        return self.statistic(cells if cells.dtype == torch.float64 else cells.float()).float()
-
     def __call__(self, attn, x, y, keep, extra, values):
         k, v = attn.project(y, "kv")
         return self.select_then_query(attn, x, y, values, k, v, keep, extra)
@@ -101,7 +97,7 @@ def mean(cells):
     """Mean over the last dimension, a power of two, summed pair by pair: the same bits on every device, and patches of
     one constant (padding) tie exactly.
     """
-    total = cells
+    cells = total = cells.to(torch.promote_types(cells.dtype, torch.float32))
     while total.shape[-1] > 1:
         total = total[..., ::2] + total[..., 1::2]
     return total.squeeze(-1) / cells.shape[-1]
@@ -109,6 +105,7 @@ def mean(cells):
 
 def standard_deviation(cells):
     """Population standard deviation over the last dimension; exactly 0 for a constant."""
+    cells = cells.to(torch.promote_types(cells.dtype, torch.float32))
     return mean((cells - mean(cells).unsqueeze(-1)).square()).sqrt()
 
 
@@ -121,7 +118,7 @@ _PRUNINGS = {
 
 
 def make_pruning(score):
-    """The pruning for a score: one of the names ``column_mean``, ``cls``, ``intensity``, ``variation``, or a function."""
+    """The pruning for a score: ``column_mean``, ``cls``, ``intensity``, ``variation``, or a function."""
     if callable(score):
         return FunctionPruning(score)
     if score not in _PRUNINGS:

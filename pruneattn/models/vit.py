@@ -24,8 +24,20 @@ class PrunedViT(nn.Module):
     num_extra_tokens: int
     default_score: str
 
-    def __init__(self, name, *, embed_dim, depth, num_heads, num_classes, frames, keep_rate, prune_blocks, score,
-                 drop_path):  # fmt: skip
+    def __init__(
+        self,
+        name,
+        *,
+        embed_dim,
+        depth,
+        num_heads,
+        num_classes,
+        frames,
+        keep_rate,
+        prune_blocks,
+        score,
+        drop_path,
+    ):
         super().__init__()
         prune_blocks = tuple(prune_blocks)
         _check_arguments(embed_dim, depth, num_heads, num_classes, frames, prune_blocks, drop_path)
@@ -98,10 +110,6 @@ class PrunedViT(nn.Module):
         if len(counts) != 1:
             raise ValueError(f"grid: every clip must take the same number of patches, got {sorted(counts)}")
         return taken.nonzero()[:, -1].reshape(*taken.shape[:-1], *counts)
-
-    def to_tokens(self, grid):
-        """``[B, columns, rows, ...]`` to ``[B, P, ...]`` in this model's token order."""
-        return (grid if self.time_major else grid.transpose(1, 2)).flatten(1, 2)
 
     # Keep rates and configuration -------------------------------------------------------------------------------
 
@@ -176,7 +184,7 @@ class PrunedViT(nn.Module):
         """
         self._check_input(fbank, patches)
         x = self.embed(fbank)  # [B, P, C]
-        values = self.pruning.values(self.patch_cells(fbank))  # [B, P], or None
+        values = self.input_values(fbank)  # [B, P], or None
         if patches is not None:
             x = ops.gather_tokens(x, patches, 0)  # [B, P', C]
             values = values if values is None else values.gather(1, patches)
@@ -201,11 +209,14 @@ class PrunedViT(nn.Module):
         """
         return self.forward_head(self.forward_features(fbank, patches))
 
-    def patch_cells(self, fbank):
-        """The 256 cells of each patch, ``[B, P, 256]``, in token order."""
+    def input_values(self, fbank):
+        """The statistic of each input patch that the score ranks by, float32 ``[B, P]``; None for other scores."""
+        if self.pruning.statistic is None:
+            return None
         columns, rows = self.grid
-        cells = fbank.unflatten(2, (rows, PATCH)).unflatten(1, (columns, PATCH))  # [B, columns, 16, rows, 16]
-        return self.to_tokens(cells.transpose(2, 3)).flatten(2)
+        cells = fbank.detach().unflatten(2, (rows, PATCH)).unflatten(1, (columns, PATCH))  # [B, columns, 16, rows, 16]
+        cells = cells.transpose(2, 3) if self.time_major else cells.permute(0, 3, 1, 2, 4)
+        return self.pruning.statistic(cells.reshape(len(fbank), -1, PATCH**2)).float()
 
     def _check_input(self, fbank, patches):
         if fbank.dim() != 3 or fbank.shape[1:] != (self.frames, MEL_BINS):
@@ -219,8 +230,14 @@ class PrunedViT(nn.Module):
 
 
 def _check_arguments(embed_dim, depth, num_heads, num_classes, frames, prune_blocks, drop_path):
-    for name, value in (("embed_dim", embed_dim), ("depth", depth), ("num_heads", num_heads),
-                        ("num_classes", num_classes), ("frames", frames)):  # fmt: skip
+    counts = {
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "num_classes": num_classes,
+        "frames": frames,
+    }
+    for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{name}: must be a whole number above 0, got {value!r}")
     if frames % PATCH:
