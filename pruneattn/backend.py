@@ -77,12 +77,12 @@ class use_backend:
     """
 
     def __init__(self, name):
+        if torch.compiler.is_compiling():
+            raise RuntimeError("use_backend acts when ops run: put it around the compiled function, not inside")
         _check_usable(name, "use_backend")
         self.name = name
 
     def __enter__(self):
-        if torch.compiler.is_compiling():
-            raise RuntimeError("use_backend acts when ops run: put it around the compiled function, not inside")
         self._change(_open.append)
         return self
 

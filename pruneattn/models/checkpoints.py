@@ -1,6 +1,5 @@
 """Weights of others into our models: :func:`load_checkpoint`."""
 
-import re
 from dataclasses import dataclass, field
 
 import torch
@@ -162,5 +161,4 @@ def _remedy(family, width, depth):
 
 def _listed(names, most=6):
     """Names in short: the first few and how many more."""
-    shown = [re.sub(r"\s+", " ", str(name)) for name in names[:most]]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

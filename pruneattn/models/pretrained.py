@@ -87,8 +87,8 @@ def _rebuild(path: Path, state, text):
         raise UserError(f"{path}: its configuration is not readable ({error}); save the model again") from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: written in format version {version} by pruneattn {content.get('pruneattn_version', '?')}; this is "
-            f"pruneattn {__version__}, which reads version {FORMAT_VERSION}: install a matching one"
+            f"{path}: written in format version {version} by pruneattn {content.get('pruneattn_version', '?')}; this "
+            f"is pruneattn {__version__}, which reads version {FORMAT_VERSION}: install a matching one"
         )
     try:
         model = create_model(**content["model"])

@@ -1,8 +1,6 @@
 """Small files of each true layout, checked by the logits of the source model wherever there is one to run."""
 
 import argparse
-import os
-import pickle
 
 import pytest
 import torch
@@ -294,16 +292,6 @@ def test_half_precision_files(tmp_path, stored):
         assert value.dtype == torch.float32 and torch.equal(value, source.state_dict()[name].to(stored).float())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
-def test_wrappers(tmp_path, prefix, wrap):
-    source = randomise(make("audiomae"))
-    torch.save(wrap({prefix + name: value for name, value in source.state_dict().items()}), tmp_path / "x.pt")
-    model = make("audiomae")
-    load_checkpoint(model, tmp_path / "x.pt")
-    assert_untouched(model, source.state_dict())
-
-
 @pytest.mark.parametrize(("family", "fresh"), [("ast", {"head", "head_norm"}), ("audiomae", {"head"})])
 def test_a_head_of_other_classes_stays_fresh(tmp_path, family, fresh):
     torch.save(randomise(make(family, num_classes=5)).state_dict(), tmp_path / "x.pt")
@@ -325,7 +313,7 @@ def test_the_best_file_of_a_training_folder(tmp_path):
     assert_untouched(model, source.state_dict())
 
 
-# Refusals: one message that names the file and the remedy, and a model that is as it was --------------------------------
+# Refusals: one message that names the file and the remedy, and a model that is as it was ----------------------------
 
 
 def ast_state(**changes):
@@ -358,8 +346,7 @@ REFUSED = {
     "unknown": (lambda: {f"conv{i}.weight": torch.ones(1) for i in range(9)},
                 r"no known checkpoint format. Looked for AST, official \(v.pos_embed.*AudioMAE, pre-trained.*"
                 r"has 9 tensors: conv0.weight.*conv5.weight, \.\.\."),
-    "no tensors": (lambda: {"epoch": 3, "args": {}}, r"no state dict in it.*\(epoch, args\)"),
-    "no dict": (lambda: [torch.ones(1)], r"holds a list, not a state dict"),
+    "nothing": (lambda: {"epoch": 3, "args": {}}, r"no state dict in it.*\(epoch, args\)"),
 }  # fmt: skip
 
 
@@ -380,75 +367,3 @@ def test_ast_into_audiomae_is_refused(tmp_path):
     torch.save(ast_state(), tmp_path / "x.pt")
     with pytest.raises(UserError, match="AST, pruneattn, which does not fit the model audiomae_tiny"):
         load_checkpoint(make("audiomae"), tmp_path / "x.pt")
-
-
-def bytes_of(save, keep=1.0):
-    def write(path):
-        save(ast_state(), path)
-        data = path.read_bytes()
-        path.write_bytes(data[: int(len(data) * keep)])
-
-    return write
-
-
-def save_legacy(state, path):
-    torch.save(state, path, _use_new_zipfile_serialization=False)
-
-
-BAD_FILES = {
-    "missing": (lambda path: None, "no such checkpoint; give an existing file"),
-    "empty": (lambda path: path.write_bytes(b""), "the file is empty; copy or download it again"),
-    "text": (lambda path: path.write_text("hello " * 50), "neither a PyTorch nor a safetensors file"),
-    "web page": (lambda path: path.write_text("\n<!DOCTYPE html><html>"), "a web page, not a checkpoint"),
-    "pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
-    "truncated zip": (bytes_of(torch.save, 0.5), "not readable as a PyTorch checkpoint.*truncated or damaged"),
-    "truncated pickle": (bytes_of(save_legacy, 0.5), "not readable as a PyTorch checkpoint.*truncated or damaged"),
-    "truncated safetensors": (bytes_of(save_file, 0.5), "not readable as safetensors.*truncated or damaged"),
-    "empty folder": (lambda path: path.mkdir(), "holds no best.safetensors, model.safetensors or pytorch_model.bin"),
-    "split": (lambda path: (path.mkdir(), (path / "model.safetensors.index.json").touch()), "split over several"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files_are_refused(tmp_path, case):
-    write, message = BAD_FILES[case]
-    path = tmp_path / "checkpoint"
-    write(path)
-    model = make("ast")
-    before = snapshot(model)
-    with pytest.raises(UserError, match=message) as error:
-        load_checkpoint(model, path)
-    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
-    assert_untouched(model, before)
-
-
-def test_the_format_before_pytorch_1_6(tmp_path):
-    path = tmp_path / "old.pth"
-    bytes_of(save_legacy)(path)
-    load_checkpoint(make("ast"), path)
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-def test_a_file_that_would_run_code_is_refused(tmp_path, form):
-    path, trap = tmp_path / "evil.pth", tmp_path / "executed"
-    content = {"model": ast_state(), "args": Malicious(trap)}
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(content, protocol=2))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    model = make("ast")
-    before = snapshot(model)
-    with pytest.raises(UserError) as error:
-        load_checkpoint(model, path)
-    assert not trap.exists()
-    assert_untouched(model, before)
-    if form != "pickle":  # a bare pickle of tensors is already refused for the way it stores these
-        assert "mkdir" in str(error.value) and "can run any code" in str(error.value) and "trust" in str(error.value)

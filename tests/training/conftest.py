@@ -3,6 +3,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from pruneattn.data.toy import KINDS, make_sound
 from pruneattn.train import main
@@ -70,8 +72,10 @@ class Runs:
         left, right = self.state(a), self.state(b)
         for key in ("model", "optimizer", "scaler", "progress"):
             assert_identical(left[key], right[key])
-        for name in ("best.safetensors", "result.json"):
-            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+        assert (a / "result.json").read_bytes() == (b / "result.json").read_bytes()
+        with safe_open(a / "best.safetensors", "pt") as left, safe_open(b / "best.safetensors", "pt") as right:
+            assert left.metadata() == right.metadata()
+        assert_identical(load_file(a / "best.safetensors"), load_file(b / "best.safetensors"))
 
 
 def assert_identical(a, b):
