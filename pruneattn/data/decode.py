@@ -93,7 +93,10 @@ def _decode(path, seconds):
                 raise UserError(f"{path}: the file is cut short; copy or download it again")
             rate = sound.samplerate
     except soundfile.LibsndfileError as error:
-        raise UserError(f"{path}: cannot be decoded as sound: {error.error_string.strip()}") from error
+        # Of text named .mp3 libsndfile says that it does not exist; its other reasons help.
+        reason = error.error_string.strip().rstrip(".")
+        reason = "" if "does not exist" in reason else f" ({reason})"
+        raise UserError(f"{path}: cannot be decoded: not sound, damaged or cut short{reason}") from error
     except OSError as error:
         reason = {errno.ENOENT: "no such file", errno.EISDIR: "a folder, not a sound file"}
         raise UserError(f"{path}: {reason.get(error.errno, error.strerror)}") from error

@@ -19,7 +19,7 @@ MEL_BINS = 128
 LOG_FLOOR = math.log(2.0**-23)
 
 _FFT = 512
-_CHUNK = 1024  # frames worked on at a time on a CPU: what fits its cache is 2 to 4 times as fast as a whole batch
+_CHUNK = 512  # frames worked on at a time on a CPU: a whole batch would fall out of its cache and be slower
 _LOW_HZ = 20.0
 _PREEMPHASIS = 0.97
 

@@ -97,8 +97,9 @@ def test_what_is_no_sound_is_refused(tmp_path):
     refuse(tmp_path, "a folder")
     (tmp_path / "empty.wav").touch()
     refuse(tmp_path / "empty.wav", "empty")
-    (tmp_path / "text.wav").write_text("this is not sound\n" * 100)
-    refuse(tmp_path / "text.wav", "cannot be decoded")
+    for name in ("text.wav", "text.mp3"):
+        (tmp_path / name).write_text("this is not sound\n" * 100)
+        refuse(tmp_path / name, "cannot be decoded: not sound, damaged or cut short")
     (tmp_path / "noise.ogg").write_bytes(np.random.default_rng(0).bytes(5000))
     refuse(tmp_path / "noise.ogg", "cannot be decoded")
     refuse(write(tmp_path / "none.wav", np.zeros(0)), "0 samples")

@@ -1,0 +1,135 @@
+// pruneattn._C: pointers, sizes and strides as integers, so that it needs no torch to build and outlives torch's ABI.
+// The ops in Python own allocation, dtypes and devices; here arguments are checked, the GIL is released.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
+#include "build_config.h"
+#include "cpu/kernels.h"
+#ifdef PRUNEATTN_CUDA
+#include "cuda/kernels.h"
+#endif
+
+namespace py = pybind11;
+using namespace pruneattn;
+
+namespace {
+
+// (source pointer, destination pointer, batch stride, token stride, row bytes), all strides in bytes
+using RowsArgument = std::vector<std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t>>;
+
+RowsList rows_of(const RowsArgument& argument, int64_t extra_tokens) {
+  check(!argument.empty() && argument.size() <= kMaxTensors,
+        "rows must describe 1.." + std::to_string(kMaxTensors) + " tensors, got " + std::to_string(argument.size()));
+  RowsList list = {};
+  for (const auto& [src, dst, batch_stride, token_stride, row_bytes] : argument) {
+    list.tensor[list.count++] = {reinterpret_cast<const char*>(src), reinterpret_cast<char*>(dst), batch_stride,
+                                 token_stride, row_bytes};
+  }
+  check_rows(list, extra_tokens);
+  return list;
+}
+
+const float* scores_of(uintptr_t pointer) { return reinterpret_cast<const float*>(pointer); }
+int64_t* index_of(uintptr_t pointer) { return reinterpret_cast<int64_t*>(pointer); }
+
+void check_threads(int threads) { check(threads >= 1, "threads must be at least 1, got " + std::to_string(threads)); }
+
+void cpu_select_tokens(uintptr_t scores, int64_t batch, int64_t patches, int64_t batch_stride, int64_t keep,
+                       uintptr_t index, int threads) {
+  check_selection(batch, patches, keep);
+  check_threads(threads);
+  cpu::select_tokens(scores_of(scores), batch, patches, batch_stride, keep, index_of(index), threads);
+}
+
+void cpu_gather_tokens(uintptr_t index, int64_t batch, int64_t patches, int64_t keep, int64_t extra_tokens,
+                       const RowsArgument& rows, int threads) {
+  check_selection(batch, patches, keep);
+  check_threads(threads);
+  cpu::gather_tokens(index_of(index), batch, patches, keep, extra_tokens, rows_of(rows, extra_tokens), threads);
+}
+
+void cpu_prune_tokens(uintptr_t scores, int64_t batch, int64_t patches, int64_t batch_stride, int64_t keep,
+                      uintptr_t index, int64_t extra_tokens, const RowsArgument& rows, int threads) {
+  const RowsList list = rows_of(rows, extra_tokens);
+  cpu_select_tokens(scores, batch, patches, batch_stride, keep, index, threads);
+  cpu::gather_tokens(index_of(index), batch, patches, keep, extra_tokens, list, threads);
+}
+
+#ifdef PRUNEATTN_CUDA
+void check_cuda_selection(int64_t batch, int64_t patches, int64_t keep) {
+  check_selection(batch, patches, keep);
+  check(patches <= kMaxPatches, "patches must be at most " + std::to_string(kMaxPatches) + " on CUDA, got " +
+                                    std::to_string(patches));
+}
+
+cuda::Stream stream_of(uintptr_t stream) { return reinterpret_cast<cuda::Stream>(stream); }
+
+void cuda_select_tokens(uintptr_t scores, int64_t batch, int64_t patches, int64_t batch_stride, int64_t keep,
+                        uintptr_t index, int device, uintptr_t stream) {
+  check_cuda_selection(batch, patches, keep);
+  cuda::select_tokens(scores_of(scores), batch, patches, batch_stride, keep, index_of(index), device,
+                      stream_of(stream));
+}
+
+void cuda_gather_tokens(uintptr_t index, int64_t batch, int64_t patches, int64_t keep, int64_t extra_tokens,
+                        const RowsArgument& rows, int device, uintptr_t stream) {
+  check_cuda_selection(batch, patches, keep);
+  cuda::gather_tokens(index_of(index), batch, patches, keep, extra_tokens, rows_of(rows, extra_tokens), device,
+                      stream_of(stream));
+}
+
+void cuda_prune_tokens(uintptr_t scores, int64_t batch, int64_t patches, int64_t batch_stride, int64_t keep,
+                       uintptr_t index, int64_t extra_tokens, const RowsArgument& rows, int device,
+                       uintptr_t stream) {
+  check_cuda_selection(batch, patches, keep);
+  cuda::prune_tokens(scores_of(scores), batch, patches, batch_stride, keep, index_of(index), extra_tokens,
+                     rows_of(rows, extra_tokens), device, stream_of(stream));
+}
+#endif
+
+py::dict build_info() {
+  py::dict info;
+#ifdef PRUNEATTN_CUDA
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  info["cuda_architectures"] = PRUNEATTN_CUDA_ARCHITECTURES;
+  info["cuda_reason"] = PRUNEATTN_CUDA_REASON;
+  info["compiler"] = PRUNEATTN_COMPILER;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of pruneattn; used through pruneattn.ops.";
+  m.attr("MAX_PATCHES") = kMaxPatches;
+  m.def("build_info", &build_info, "What was compiled: cuda, cuda_architectures, cuda_reason, compiler.");
+
+  using py::arg;
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  m.def("cpu_select_tokens", &cpu_select_tokens, nogil, arg("scores_ptr"), arg("batch"), arg("patches"),
+        arg("batch_stride"), arg("keep"), arg("index_ptr"), arg("threads"),
+        "Numbers of the `keep` best patches of each clip, ascending. Strides of scores are in elements.");
+  m.def("cpu_gather_tokens", &cpu_gather_tokens, nogil, arg("index_ptr"), arg("batch"), arg("patches"), arg("keep"),
+        arg("extra_tokens"), arg("rows"), arg("threads"),
+        "Copies extra tokens and kept rows of 1..4 tensors. IndexError for a patch number out of range.");
+  m.def("cpu_prune_tokens", &cpu_prune_tokens, nogil, arg("scores_ptr"), arg("batch"), arg("patches"),
+        arg("batch_stride"), arg("keep"), arg("index_ptr"), arg("extra_tokens"), arg("rows"), arg("threads"),
+        "cpu_select_tokens, then cpu_gather_tokens.");
+#ifdef PRUNEATTN_CUDA
+  m.def("cuda_select_tokens", &cuda_select_tokens, nogil, arg("scores_ptr"), arg("batch"), arg("patches"),
+        arg("batch_stride"), arg("keep"), arg("index_ptr"), arg("device"), arg("stream"),
+        "cpu_select_tokens on a CUDA stream, for at most MAX_PATCHES patches.");
+  m.def("cuda_gather_tokens", &cuda_gather_tokens, nogil, arg("index_ptr"), arg("batch"), arg("patches"), arg("keep"),
+        arg("extra_tokens"), arg("rows"), arg("device"), arg("stream"),
+        "cpu_gather_tokens on a CUDA stream; a patch number out of range gives a row of zero bytes, not an error.");
+  m.def("cuda_prune_tokens", &cuda_prune_tokens, nogil, arg("scores_ptr"), arg("batch"), arg("patches"),
+        arg("batch_stride"), arg("keep"), arg("index_ptr"), arg("extra_tokens"), arg("rows"), arg("device"),
+        arg("stream"), "cuda_select_tokens and cuda_gather_tokens in one launch.");
+#endif
+}

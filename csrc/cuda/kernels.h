@@ -1,0 +1,24 @@
+// Launchers of the CUDA kernels, one file each. They queue on `stream` of `device`, never synchronise, allocate
+// nothing, and can be captured in a CUDA graph. Deterministic: no atomics. A refused launch throws std::runtime_error.
+#pragma once
+
+#include "../tokens.h"
+
+struct CUstream_st;  // cudaStream_t points to it; spelled out so that bindings.cpp needs no CUDA headers
+
+namespace pruneattn::cuda {
+
+using Stream = CUstream_st*;
+
+// As the functions of the same names in cpu/kernels.h, for at most kMaxPatches patches. An index outside
+// 0..patches-1 cannot be reported without a synchronisation: nothing is read for it, and its row is all zero bytes.
+void select_tokens(const float* scores, int64_t batch, int64_t patches, int64_t batch_stride, int64_t keep,
+                   int64_t* index, int device, Stream stream);
+void gather_tokens(const int64_t* index, int64_t batch, int64_t patches, int64_t keep, int64_t extra_tokens,
+                   const RowsList& rows, int device, Stream stream);
+
+// Both in one launch.
+void prune_tokens(const float* scores, int64_t batch, int64_t patches, int64_t batch_stride, int64_t keep,
+                  int64_t* index, int64_t extra_tokens, const RowsList& rows, int device, Stream stream);
+
+}  // namespace pruneattn::cuda

@@ -1,0 +1,130 @@
+"""Builds ``pruneattn._C`` from csrc/: C++ always, CUDA when nvcc is there. Needs no torch.
+
+CUDA_HOME, PATH and /usr/local/cuda are searched for nvcc. PRUNEATTN_CUDA_ARCHS changes the architectures
+("80;90a;100"); "none" leaves CUDA out. CXX and CXXFLAGS are honoured. Objects stay in build/, so rebuilds are
+incremental.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "80;90a;100"
+
+
+def say(line):
+    print(f"pruneattn: {line}", flush=True)
+
+
+def find_nvcc():
+    candidates = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    if os.environ.get("CUDA_HOME"):
+        candidates.insert(0, str(Path(os.environ["CUDA_HOME"], "bin", "nvcc")))
+    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+
+
+def choose_cuda():
+    """Returns (path of nvcc or None, architectures, why CUDA is left out)."""
+    asked = os.environ.get("PRUNEATTN_CUDA_ARCHS")
+    archs = [arch.strip() for arch in (DEFAULT_ARCHS if asked is None else asked).split(";") if arch.strip()]
+    if archs in ([], ["0"], ["none"]):
+        return None, [], f"PRUNEATTN_CUDA_ARCHS={asked}"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return None, [], "no nvcc in CUDA_HOME, PATH or /usr/local/cuda"
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    unknown = [arch for arch in archs if f"sm_{arch.rstrip('af')}" not in known]
+    if unknown and asked is not None:
+        raise CompileError(f"PRUNEATTN_CUDA_ARCHS={asked}: {nvcc} does not know {unknown}; it knows {known}")
+    if unknown:
+        say(f"{nvcc} is too old for sm_{' and sm_'.join(unknown)}: built without")
+    archs = [arch for arch in archs if arch not in unknown]
+    return (nvcc, archs, "") if archs else (None, [], f"{nvcc} knows none of sm_{', sm_'.join(unknown)}")
+
+
+def gencode(arch):
+    # A plain architecture also carries its PTX, from which the driver compiles for GPUs that are not in the list.
+    code = f"sm_{arch}" if arch[-1] in "af" else f"[sm_{arch},compute_{arch}]"
+    return f"-gencode arch=compute_{arch},code={code}"
+
+
+def write_if_changed(path, text):
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext):
+        import ninja
+        import pybind11
+
+        nvcc, archs, reason = choose_cuda()
+        say(f"CUDA code for sm_{', sm_'.join(archs)} by {nvcc}" if nvcc else f"CUDA code is left out: {reason}")
+        cxx = os.environ.get("CXX", "g++")
+        if shutil.which(cxx.split()[0]) is None:
+            raise CompileError(f"no C++ compiler: {cxx} is not on the PATH (set CXX, or install g++)")
+
+        # One folder per Python, with stable paths: a build in another temporary environment reuses the objects.
+        folder = ROOT / "build" / sysconfig.get_config_var("SOABI")
+        folder.mkdir(parents=True, exist_ok=True)
+        pybind = folder / f"pybind11-{pybind11.__version__}"
+        pybind.unlink(missing_ok=True)
+        pybind.symlink_to(pybind11.get_include())
+        version = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+        config = {"CUDA_ARCHITECTURES": ";".join(archs), "CUDA_REASON": reason, "COMPILER": version}
+        lines = [f"#define PRUNEATTN_{name} {json.dumps(value)}\n" for name, value in config.items()]
+        write_if_changed(folder / "build_config.h", "#pragma once\n" + "".join(lines))
+
+        output = folder / "_C.so"
+        self.write_ninja(folder, output, cxx, nvcc, archs, pybind)
+        build = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder], stdout=sys.stdout.fileno())
+        if build.returncode:
+            raise CompileError("pruneattn._C did not compile: see above. "
+                               "PRUNEATTN_CUDA_ARCHS=none builds it without CUDA.")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(output, target)
+
+    @staticmethod
+    def write_ninja(folder, output, cxx, nvcc, archs, pybind):
+        from ninja.ninja_syntax import Writer
+
+        # Not one CUDA symbol of the static runtime may leak: torch brings its own.
+        host = f"-fPIC -fopenmp -fvisibility=hidden -Wall -Wextra {os.environ.get('CXXFLAGS', '')}"
+        ccbin = f"-ccbin {cxx.split()[-1]}" if "CXX" in os.environ else ""
+        define = "-DPRUNEATTN_CUDA" if nvcc else ""
+        with open(folder / "build.ninja", "w") as file:
+            ninja = Writer(file, width=1000)
+            ninja.rule("cxx", f"{cxx} -std=c++17 -O3 {host} {define} -I{folder} -isystem {pybind} "
+                       f"-isystem {sysconfig.get_path('include')} -MMD -MF $out.d -c $in -o $out",
+                       deps="gcc", depfile="$out.d", description="g++ $in")
+            objects = NinjaBuild.objects(ninja, folder, "cxx", "*.cpp")
+            link = f"{cxx} -shared {host} $in -o $out -Wl,--exclude-libs,ALL"
+            if nvcc:
+                flags = f"-std=c++17 -O3 {ccbin} -Xcompiler '{host}' {' '.join(map(gencode, archs))}"
+                ninja.rule("nvcc", f"{nvcc} {flags} -MMD -MF $out.d -c $in -o $out",
+                           deps="gcc", depfile="$out.d", description="nvcc $in")
+                objects += NinjaBuild.objects(ninja, folder, "nvcc", "*.cu")
+                link = (f"{nvcc} -shared {ccbin} -cudart static -cudadevrt none -Xcompiler '{host}' "
+                        "-Xlinker --exclude-libs,ALL $in -o $out")
+            ninja.rule("link", link, description="link $out")
+            ninja.build(str(output), "link", objects)
+
+    @staticmethod
+    def objects(ninja, folder, rule, pattern):
+        sources = sorted((ROOT / "csrc").rglob(pattern))
+        return [ninja.build(str(folder / f"{s.parent.name}_{s.name}.o"), rule, str(s))[0] for s in sources]
+
+
+if __name__ == "__main__":
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*"))
+    setup(ext_modules=[Extension("pruneattn._C", sources)], cmdclass={"build_ext": NinjaBuild})

@@ -1,0 +1,154 @@
+"""The compiled kernels as the tests see them: C++ on the CPU, CUDA C++ under the shim, CUDA C++ on a GPU."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHIM = Path(__file__).parent / "shim"
+
+
+class Memory:
+    """Buffers in host memory."""
+
+    def put(self, array):
+        """A copy that lives as long as this object; returns (handle, pointer)."""
+        array = np.array(array, copy=True)
+        return array, array.ctypes.data
+
+    def get(self, handle):
+        return handle
+
+
+class DeviceMemory(Memory):
+    """Buffers in the memory of the GPU, allocated by torch."""
+
+    def put(self, array):
+        import torch
+
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).cuda()
+        return tensor, tensor.data_ptr()
+
+    def get(self, handle):
+        return handle.cpu().numpy()
+
+
+class Kernels:
+    """The three functions of one implementation over numpy arrays."""
+
+    def __init__(self, module, prefix, last, memory):
+        self.module, self.prefix, self.last, self.memory = module, prefix, last, memory
+
+    def call(self, name, *arguments):
+        getattr(self.module, f"{self.prefix}_{name}")(*arguments, *self.last)
+
+    def select(self, scores, keep):
+        scores_handle, scores_ptr = self.memory.put(scores)
+        index, index_ptr = self.memory.put(np.full((len(scores), keep), -7, np.int64))
+        self.call("select_tokens", scores_ptr, *scores.shape, scores.shape[1], keep, index_ptr)
+        return self.memory.get(index)
+
+    def copy(self, tensors, keep, extra_tokens, run, shift=0):
+        """Calls ``run(rows)`` on [B, N, row_bytes] uint8 tensors that start `shift` bytes off alignment."""
+        outputs, rows, alive = [], [], []
+        for x in tensors:
+            batch, tokens, row_bytes = x.shape
+            source, pointer = self.memory.put(np.concatenate([np.zeros(shift, np.uint8), x.reshape(-1)]))
+            size = batch * (extra_tokens + keep) * row_bytes
+            out, out_ptr = self.memory.put(np.full(shift + size + 64, 0xEE, np.uint8))
+            rows.append((pointer + shift, out_ptr + shift, tokens * row_bytes, row_bytes, row_bytes))
+            outputs.append((out, size, (batch, extra_tokens + keep, row_bytes)))
+            alive.append(source)
+        run(rows)
+        results = []
+        for out, size, shape in outputs:
+            out = self.memory.get(out)
+            assert (out[:shift] == 0xEE).all() and (out[shift + size :] == 0xEE).all(), "wrote outside its output"
+            results.append(out[shift : shift + size].reshape(shape))
+        return results
+
+    def gather(self, tensors, index, extra_tokens, shift=0):
+        handle, index_ptr = self.memory.put(index)
+        batch, keep = index.shape
+        patches = tensors[0].shape[1] - extra_tokens
+        return self.copy(tensors, keep, extra_tokens, lambda rows: self.call(
+            "gather_tokens", index_ptr, batch, patches, keep, extra_tokens, rows), shift)
+
+    def prune(self, scores, tensors, keep, extra_tokens, shift=0):
+        handle, scores_ptr = self.memory.put(scores)
+        index, index_ptr = self.memory.put(np.full((len(scores), keep), -7, np.int64))
+        out = self.copy(tensors, keep, extra_tokens, lambda rows: self.call(
+            "prune_tokens", scores_ptr, *scores.shape, scores.shape[1], keep, index_ptr, extra_tokens, rows), shift)
+        return self.memory.get(index), out
+
+
+@pytest.fixture(scope="session")
+def setup_module():
+    """setup.py as a module, without running it."""
+    pytest.importorskip("setuptools")
+    spec = importlib.util.spec_from_file_location("pruneattn_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def shim_module(tmp_path_factory):
+    """``_C`` with the CUDA sources compiled by g++ against tests/csrc/shim."""
+    pybind11 = pytest.importorskip("pybind11")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on the PATH")
+    folder = tmp_path_factory.mktemp("shim")
+    names = ("CUDA_ARCHITECTURES", "CUDA_REASON", "COMPILER")
+    (folder / "build_config.h").write_text("".join(f'#define PRUNEATTN_{name} "shim"\n' for name in names))
+    output = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-DPRUNEATTN_CUDA",
+             f"-I{SHIM}", f"-I{folder}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    sources = [*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cpp")]
+    objects = [folder / f"{source.name}.o" for source in sources]
+    for batch in range(0, len(sources), 2):  # two compilers at a time
+        jobs = [subprocess.Popen(["g++", *flags, "-x", "c++", "-c", source, "-o", obj])
+                for source, obj in list(zip(sources, objects))[batch : batch + 2]]
+        assert [job.wait() for job in jobs] == [0] * len(jobs)
+    subprocess.run(["g++", "-shared", "-fopenmp", *objects, "-o", output], check=True)
+    spec = importlib.util.spec_from_file_location("_C", output)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules.pop("_C", None)
+    return module
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    return pytest.importorskip("pruneattn._C", reason="pruneattn._C is not built: pip install -e .")
+
+
+@pytest.fixture
+def cpu(compiled):
+    return Kernels(compiled, "cpu", (2,), Memory())
+
+
+@pytest.fixture
+def shim(shim_module):
+    return Kernels(shim_module, "cuda", (0, 0), Memory())
+
+
+@pytest.fixture
+def device(compiled):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if not compiled.build_info()["cuda"]:
+        pytest.skip(f"pruneattn._C has no CUDA code: {compiled.build_info()['cuda_reason']}")
+    return Kernels(compiled, "cuda", (0, torch.cuda.current_stream().cuda_stream), DeviceMemory())
+
+
+@pytest.fixture(params=["cpu", "shim", "device"])
+def kernels(request):
+    return request.getfixturevalue(request.param)

@@ -1,0 +1,249 @@
+"""select, gather and prune of every implementation against numpy, over awkward shapes and values."""
+
+import numpy as np
+import pytest
+
+PATCHES = [1, 2, 31, 32, 33, 63, 64, 100, 255, 256, 257, 512, 513, 1000, 1024, 1025, 4095, 4096]
+
+
+def expected_index(scores, keep):
+    """The `keep` largest, ties to the lower number, NaN above all, in ascending order."""
+    nan = np.isnan(scores)
+    # lexsort is stable, and its last key is the first criterion.
+    order = np.lexsort((-np.where(nan, 0, scores), ~nan), axis=1)
+    return np.sort(order[:, :keep], axis=1)
+
+
+def expected_rows(x, index, extra_tokens):
+    return np.stack([np.concatenate([clip[:extra_tokens], clip[extra_tokens:][i]]) for clip, i in zip(x, index)])
+
+
+def keeps(patches):
+    return sorted({1, (patches + 1) // 2, int(np.ceil(0.7 * patches)), patches})
+
+
+def scores_like_attention(rng, batch, patches):
+    return rng.dirichlet(np.ones(patches), batch).astype(np.float32)
+
+
+def random_rows(rng, batch, tokens, row_bytes):
+    return rng.integers(0, 256, (batch, tokens, row_bytes), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("patches", PATCHES)
+def test_select_scores_of_softmax(kernels, patches):
+    scores = scores_like_attention(np.random.default_rng(patches), 2, patches)
+    for keep in keeps(patches):
+        np.testing.assert_array_equal(kernels.select(scores, keep), expected_index(scores, keep))
+
+
+@pytest.mark.parametrize("values", [
+    [0.5],
+    [0.25, 0.5],
+    [0.0, -0.0],
+    [-0.0, 1e-45, -1e-45, 0.0],
+    [np.inf, -np.inf, 0.0],
+    [np.nan, -np.nan, np.inf, 3e38, 1.0],
+    [np.nan, -np.inf],
+    [-1.0, -2.0, -3.0, 3.0],
+    [1.0, np.nextafter(np.float32(1), np.float32(2)), np.nextafter(np.float32(1), np.float32(0))],
+])
+@pytest.mark.parametrize("patches", [33, 64, 513, 1300])
+def test_select_ties_and_special_values(kernels, values, patches):
+    rng = np.random.default_rng(7)
+    scores = rng.choice(np.array(values, np.float32), (3, patches))
+    for keep in [*keeps(patches), max(1, patches // 3)]:
+        np.testing.assert_array_equal(kernels.select(scores, keep), expected_index(scores, keep))
+
+
+def test_select_any_bits(kernels):
+    bits = np.random.default_rng(3).integers(0, 2**32, (8, 300), dtype=np.uint32)
+    scores = bits.view(np.float32)
+    for keep in (1, 37, 150, 299):
+        np.testing.assert_array_equal(kernels.select(scores, keep), expected_index(scores, keep))
+
+
+def test_select_strided_batch(kernels):
+    scores = np.random.default_rng(4).standard_normal((3, 130)).astype(np.float32)
+    handle, pointer = kernels.memory.put(scores)
+    index, index_ptr = kernels.memory.put(np.zeros((3, 20), np.int64))
+    kernels.call("select_tokens", pointer + 2 * 4, 3, 100, 130, 20, index_ptr)
+    np.testing.assert_array_equal(kernels.memory.get(index), expected_index(scores[:, 2:102], 20))
+
+
+def test_empty_batch_is_no_work(kernels):
+    kernels.call("select_tokens", 0, 0, 8, 8, 3, 0)
+    kernels.call("gather_tokens", 0, 0, 8, 3, 1, [(0, 0, 64, 8, 8)])
+
+
+@pytest.mark.parametrize("row_bytes,shift", [
+    (1, 0), (2, 0), (3, 0), (4, 0), (6, 0), (8, 0), (16, 0), (20, 0), (1536, 0), (4112, 0), (9000, 0),
+    (32, 1), (32, 2), (32, 4), (48, 8), (7, 1),
+])
+def test_gather_row_sizes_and_alignments(kernels, row_bytes, shift):
+    rng = np.random.default_rng(row_bytes)
+    x = random_rows(rng, 2, 42, row_bytes)
+    index = expected_index(rng.random((2, 40)), 27)
+    (out,) = kernels.gather([x], index, 2, shift)
+    np.testing.assert_array_equal(out, expected_rows(x, index, 2))
+
+
+def test_gather_any_order_and_repeats(kernels):
+    rng = np.random.default_rng(5)
+    x = random_rows(rng, 3, 65, 24)
+    index = rng.integers(0, 64, (3, 64))
+    (out,) = kernels.gather([x], index, 1)
+    np.testing.assert_array_equal(out, expected_rows(x, index, 1))
+
+
+@pytest.mark.parametrize("patches", [1, 33, 64, 256, 513, 1000])
+@pytest.mark.parametrize("extra_tokens", [0, 1, 2])
+def test_prune_is_select_then_gather(kernels, patches, extra_tokens):
+    rng = np.random.default_rng(patches)
+    scores = scores_like_attention(rng, 2, patches)
+    # Rows of different sizes and alignments in one call, as for values of different types.
+    tensors = [random_rows(rng, 2, extra_tokens + patches, size) for size in (48, 6, 96, 5)]
+    keep = int(np.ceil(0.7 * patches))
+    index, outs = kernels.prune(scores, tensors, keep, extra_tokens)
+    np.testing.assert_array_equal(index, expected_index(scores, keep))
+    for out, x in zip(outs, tensors):
+        np.testing.assert_array_equal(out, expected_rows(x, index, extra_tokens))
+
+
+def test_rows_may_be_strided(kernels):
+    rng = np.random.default_rng(6)
+    x = random_rows(rng, 2, 20, 48)  # rows: bytes 16..40 of each token of every other pair of tokens
+    handle, pointer = kernels.memory.put(x)
+    index = np.array([[0, 3, 9], [1, 2, 8]])
+    index_handle, index_ptr = kernels.memory.put(index)
+    out, out_ptr = kernels.memory.put(np.zeros((2, 3, 24), np.uint8))
+    kernels.call("gather_tokens", index_ptr, 2, 10, 3, 0, [(pointer + 16, out_ptr, 20 * 48, 2 * 48, 24)])
+    np.testing.assert_array_equal(kernels.memory.get(out), expected_rows(x[:, ::2, 16:40], index, 0))
+
+
+@pytest.mark.parametrize("multiprocessors", ["1", "132"])
+@pytest.mark.parametrize("order", ["reverse", "shuffle"])
+def test_cuda_result_depends_neither_on_order_nor_on_split(shim, monkeypatch, order, multiprocessors):
+    monkeypatch.setenv("SHIM_ORDER", order)
+    monkeypatch.setenv("SHIM_MULTIPROCESSORS", multiprocessors)
+    rng = np.random.default_rng(8)
+    for patches in (64, 513, 2000):
+        scores = rng.choice(scores_like_attention(rng, 1, patches // 2)[0], (2, patches))  # with ties
+        x = random_rows(rng, 2, patches + 1, 16)
+        index, (out,) = shim.prune(scores, [x], patches // 2, 1)
+        np.testing.assert_array_equal(index, expected_index(scores, patches // 2))
+        np.testing.assert_array_equal(out, expected_rows(x, index, 1))
+
+
+def test_cpu_result_does_not_depend_on_threads(cpu):
+    rng = np.random.default_rng(9)
+    scores = np.round(rng.random((33, 700)), 2).astype(np.float32)
+    x = random_rows(rng, 33, 702, 96)
+    for threads in (1, 2, 3, 8):
+        cpu.last = (threads,)
+        index, (out,) = cpu.prune(scores, [x], 350, 2)
+        np.testing.assert_array_equal(index, expected_index(scores, 350))
+        np.testing.assert_array_equal(out, expected_rows(x, index, 2))
+
+
+def test_cpu_takes_any_number_of_patches(cpu):
+    scores = np.random.default_rng(10).standard_normal((2, 20000)).astype(np.float32)
+    np.testing.assert_array_equal(cpu.select(scores, 7000), expected_index(scores, 7000))
+
+
+@pytest.mark.parametrize("bad", [-1, 10, 2**40])
+def test_cpu_index_out_of_range(cpu, bad):
+    index = np.array([[0, 1], [2, bad]])
+    with pytest.raises(IndexError, match=rf"index\[1, 1\] is {bad}, expected a patch number in 0..9"):
+        cpu.gather([np.zeros((2, 11, 8), np.uint8)], index, 1)
+
+
+@pytest.mark.parametrize("name", ["shim", "device"])
+def test_cuda_index_out_of_range_gives_zeros(request, name):
+    x = random_rows(np.random.default_rng(11), 2, 11, 32)
+    (out,) = request.getfixturevalue(name).gather([x], np.array([[0, -1, 9], [10, 2, 2**40]]), 1)
+    expected = expected_rows(x, np.array([[0, 0, 9], [0, 2, 0]]), 1)
+    expected[0, 2] = expected[1, 1] = expected[1, 3] = 0
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("keep", [0, 9, -1])
+def test_keep_is_checked(kernels, keep):
+    with pytest.raises(ValueError, match=rf"keep must be in 1..8 .*, got {keep}"):
+        kernels.call("select_tokens", 0, 1, 8, 8, keep, 0)
+    with pytest.raises(ValueError, match=rf"keep must be in 1..8 .*, got {keep}"):
+        kernels.call("gather_tokens", 0, 1, 8, keep, 0, [(0, 0, 8, 8, 8)])
+
+
+def test_other_arguments_are_checked(kernels):
+    row = (0, 0, 8, 8, 8)
+    with pytest.raises(ValueError, match="patches must be at least 1, got 0"):
+        kernels.call("select_tokens", 0, 1, 0, 0, 1, 0)
+    with pytest.raises(ValueError, match="batch must not be negative, got -1"):
+        kernels.call("select_tokens", 0, -1, 8, 8, 1, 0)
+    for rows in ([], [row] * 5):
+        with pytest.raises(ValueError, match=rf"rows must describe 1..4 tensors, got {len(rows)}"):
+            kernels.call("gather_tokens", 0, 1, 8, 4, 0, rows)
+        with pytest.raises(ValueError, match=rf"rows must describe 1..4 tensors, got {len(rows)}"):
+            kernels.call("prune_tokens", 0, 1, 8, 8, 4, 0, 0, rows)
+    with pytest.raises(ValueError, match="row_bytes of tensor 1 must be in 1..2147483647, got 0"):
+        kernels.call("gather_tokens", 0, 1, 8, 4, 0, [row, (0, 0, 8, 8, 0)])
+    with pytest.raises(ValueError, match="extra_tokens must not be negative, got -1"):
+        kernels.call("gather_tokens", 0, 1, 8, 4, -1, [row])
+    with pytest.raises(TypeError, match="scores_ptr: "):
+        kernels.call("select_tokens", "x", 1, 8, 8, 1, 0)
+
+
+def test_cpu_threads_are_checked(cpu):
+    cpu.last = (0,)
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        cpu.call("select_tokens", 0, 1, 8, 8, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["shim", "device"])
+def test_cuda_limit_of_patches(request, name):
+    kernels = request.getfixturevalue(name)
+    assert kernels.module.MAX_PATCHES == 4096
+    with pytest.raises(ValueError, match="patches must be at most 4096 on CUDA, got 4097"):
+        kernels.call("select_tokens", 0, 1, 4097, 4097, 1, 0)
+    with pytest.raises(ValueError, match="patches must be at most 4096 on CUDA, got 4097"):
+        kernels.call("gather_tokens", 0, 1, 4097, 1, 0, [(0, 0, 8, 8, 8)])
+
+
+def test_cuda_launch_error_names_kernel_and_shapes(shim, monkeypatch):
+    monkeypatch.setenv("SHIM_LAUNCH_ERROR", "1")
+    scores, x = np.zeros((2, 8), np.float32), np.zeros((2, 9, 16), np.uint8)
+    with pytest.raises(RuntimeError, match=r"CUDA kernel select_tokens\(batch=2, patches=8, keep=3\) could not be "
+                                           r"launched: invalid configuration argument"):
+        shim.select(scores, 3)
+    with pytest.raises(RuntimeError, match=r"prune_tokens\(batch=2, patches=8, keep=3, extra_tokens=1, "
+                                           r"row_bytes=\[16, 16\]\) could not be launched"):
+        shim.prune(scores, [x, x], 3, 1)
+    shim.last = (7, 0)
+    with pytest.raises(RuntimeError, match=r"cudaSetDevice\(7\): invalid device ordinal"):
+        shim.select(scores, 3)
+
+
+def test_device_graph_replays_prune(device):
+    """No allocation, no synchronisation: a capture works, and a replay sees new scores."""
+    import torch
+
+    scores = torch.rand(4, 513, device="cuda")
+    x = torch.randn(4, 514, 64, device="cuda")
+    index = torch.empty(4, 300, dtype=torch.int64, device="cuda")
+    out = torch.empty(4, 301, 64, device="cuda")
+
+    def run():
+        device.module.cuda_prune_tokens(
+            scores.data_ptr(), 4, 513, 513, 300, index.data_ptr(), 1,
+            [(x.data_ptr(), out.data_ptr(), 514 * 256, 256, 256)], 0, torch.cuda.current_stream().cuda_stream)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    scores.copy_(torch.rand(4, 513, device="cuda"))
+    graph.replay()
+    expected = expected_index(scores.cpu().numpy(), 300)
+    np.testing.assert_array_equal(index.cpu().numpy(), expected)
+    np.testing.assert_array_equal(out.cpu().numpy(), expected_rows(x.cpu().numpy(), expected, 1))
