@@ -1,10 +1,75 @@
+"""Importance of a patch as the attention the class token pays to it (the paper's score for AST)."""
+
 import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_shape
+from .registration import LIBRARY, define
 
 
 def reference(q_cls, k, extra_tokens, scale=None):
+    """The definition of :func:`cls_scores` in plain PyTorch."""
     scale = q_cls.shape[-1] ** -0.5 if scale is None else scale
-    logits = (k @ q_cls.unsqueeze(-1)).squeeze(-1).float() * scale  # [B, H, N]
-    return logits.softmax(-1)[:, :, extra_tokens:].mean(1).detach()  # [B, N - extra_tokens]
+    exact = torch.promote_types(k.dtype, torch.float32)  # half precision is never multiplied into half precision
+    logits = (k.to(exact) @ q_cls.to(exact).unsqueeze(-1)).squeeze(-1) * scale  # [B, H, N]
+    return logits.softmax(-1)[:, :, extra_tokens:].mean(1).float().detach()  # [B, N - extra_tokens]
 
 
-cls_scores = reference
+def cls_scores(q_cls, k, extra_tokens, scale=None):
+    """Score of each patch: the class token's row of the softmax matrix, averaged over heads (paper, eq. 2b).
+
+    Computed in float32 from the first accumulation, also for half-precision inputs (float64 in float64, and then
+    rounded). Inside autocast, the inputs are cast as those of ``scaled_dot_product_attention`` are. Not differentiable.
+
+    Args:
+        q_cls: the class token's queries ``[B, H, D]``, floating point, any strides.
+        k: the keys of all tokens ``[B, H, N, D]``, dtype of ``q_cls``, any strides.
+        extra_tokens: how many tokens at the front are not patches: in the softmax, but not scored.
+        scale: factor of the logits; ``D ** -0.5`` if not given.
+
+    Returns:
+        float32 ``[B, N - extra_tokens]``.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape, range or device than said here.
+    """
+    return _cls_scores(q_cls, k, extra_tokens, scale)
+
+
+def _check(q_cls, k, extra_tokens, scale=None):
+    check_shape("k", k, "BHND")
+    batch, heads, tokens, channels = k.shape
+    check_shape("q_cls", q_cls, "BHD", (batch, heads, channels))
+    check_dtype("q_cls", q_cls, ATTENTION_DTYPES)
+    check_like("k", k, "q_cls", q_cls)
+    check_extra_tokens(extra_tokens, tokens)
+
+
+def _fake(q_cls, k, extra_tokens, scale=None):
+    return k.new_empty((k.shape[0], k.shape[2] - extra_tokens), dtype=torch.float32)
+
+
+_cls_scores = define(
+    "cls_scores(Tensor q_cls, Tensor k, SymInt extra_tokens, float? scale=None) -> Tensor",
+    check=_check,
+    fake=_fake,
+    autocast="cast",
+    reference=reference,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(output)
+
+
+def _backward(ctx, grad):
+    return None, None, None, None
+
+
+torch.library.register_autograd("pruneattn::cls_scores", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+@register_flop_formula(torch.ops.pruneattn.cls_scores)
+def _flops(q_cls, k, extra_tokens, scale=None, *, out_shape=None, **_):
+    batch, heads, tokens, channels = k
+    return 2 * batch * heads * tokens * channels

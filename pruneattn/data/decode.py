@@ -1,0 +1,140 @@
+"""Sound files to mono waveforms at one sample rate."""
+
+import errno
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pruneattn.errors import UserError
+
+#: What ``find_audio`` looks for; libsndfile, which goes by content, decodes a few more kinds.
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64"})
+
+MIN_SECONDS = 0.025  # one analysis window of the filterbank
+
+_BLOCK = 1 << 20  # samples a channel that are held before they are mixed down
+_MARGIN = 0.25  # seconds read beyond `seconds`, so that the resampler's filter sees past the cut
+# libsndfile keeps no field for it, but its log notes a sound chunk that promises more bytes than the file has.
+_CHUNK_CUT = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_STREAMED = 0x7FFF0000  # writers to a pipe put a size near 2^31 or 2^32: nobody knew the length
+
+
+def load_audio(path, sample_rate=16000, *, seconds=None):
+    """Decode a sound file to a mono waveform.
+
+    Any format of libsndfile (wav, flac, ogg, opus, mp3, aiff, ...), channel count (averaged) and rate (resampled with
+    soxr, very high quality). Full scale is +-1.
+
+    A file that was cut short is refused where that can be known: lossless files say their length in the header, and
+    an Ogg file that ends inside a page was cut. MP3 has no reliable length, so it is decoded as far as it goes.
+    A cut behind the ``seconds`` that are wanted does no harm and goes unnoticed.
+
+    Args:
+        path: the file.
+        sample_rate: rate of the result, Hz.
+        seconds: decode only this much from the start; None decodes all.
+
+    Returns:
+        float32 tensor ``[L]``, at least 25 ms long.
+
+    Raises:
+        UserError: the file is missing, empty, cut short, no sound, shorter than 25 ms, or has non-finite samples.
+    """
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds must be positive or None, got {seconds}")
+    path = Path(path)
+    mono, rate = _decode(path, seconds)
+    if not np.isfinite(mono).all():
+        raise UserError(f"{path}: {int((~np.isfinite(mono)).sum())} samples are NaN or infinite; export the clip again")
+    if rate != sample_rate:
+        import soxr
+
+        mono = soxr.resample(mono, rate, sample_rate, quality="VHQ")
+    if seconds is not None:
+        mono = mono[: math.ceil(seconds * sample_rate)]
+    if len(mono) < int(MIN_SECONDS * sample_rate):
+        raise UserError(f"{path}: too short: {1000 * len(mono) / sample_rate:.1f} ms, needs at least 25 ms of sound")
+    return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
+
+
+def find_audio(folder):
+    """Sound files anywhere below ``folder``, by suffix, in sorted order; hidden files and folders are left out."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; name one that holds sound files")
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(parent, name)
+            for name in files
+            if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
+        ]
+    return sorted(found)
+
+
+def _decode(path, seconds):
+    """Channel mean ``[L]`` float32 and sample rate of a file, whole or as far as ``seconds`` need."""
+    import soundfile
+
+    try:
+        # Opened here, since libsndfile calls every file that it cannot open "System error" or "not recognised".
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise UserError(f"{path}: the file is empty; copy or download it again")
+        with soundfile.SoundFile(path) as sound:
+            wanted = math.inf if seconds is None else math.ceil((seconds + _MARGIN) * sound.samplerate)
+            mono = _read_mono(sound, wanted)
+            if len(mono) < wanted and _is_cut(sound, path):
+                raise UserError(f"{path}: the file is cut short; copy or download it again")
+            rate = sound.samplerate
+    except soundfile.LibsndfileError as error:
+        # Of text named .mp3 libsndfile says that it does not exist; its other reasons help.
+        reason = error.error_string.strip().rstrip(".")
+        reason = "" if "does not exist" in reason else f" ({reason})"
+        raise UserError(f"{path}: cannot be decoded: not sound, damaged or cut short{reason}") from error
+    except OSError as error:
+        reason = {errno.ENOENT: "no such file", errno.EISDIR: "a folder, not a sound file"}
+        raise UserError(f"{path}: {reason.get(error.errno, error.strerror)}") from error
+    if len(mono) == 0:
+        raise UserError(f"{path}: holds no sound (0 samples)")
+    return mono, rate
+
+
+def _read_mono(sound, wanted):
+    """Channel mean ``[L]`` of the next ``wanted`` samples, fewer where the file ends."""
+    blocks, left = [np.zeros(0, np.float32)], wanted
+    # Not `SoundFile.blocks`: where a file ends before its header says, it hands out memory that was never written.
+    while left > 0:
+        block = sound.read(min(left, _BLOCK), dtype="float32", always_2d=True)  # [L, channels]
+        if len(block) == 0:
+            break
+        blocks.append(block.mean(axis=1))
+        left -= len(block)
+    return np.concatenate(blocks)
+
+
+def _is_cut(sound, path):
+    """Whether a file ends before the sound that it promises."""
+    if sound.format == "OGG":
+        return _ends_inside_ogg_page(path)
+    cut = _CHUNK_CUT.search(sound.extra_info)
+    return cut is not None and int(cut[2]) < int(cut[1]) < _STREAMED
+
+
+def _ends_inside_ogg_page(path):
+    """An Ogg page: 27 bytes of header, whose last is the number of segments; their lengths; the segments (RFC 3533)."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 2 * 65307))  # a page has at most 65307 bytes
+        tail = file.read()
+    start = tail.rfind(b"OggS\0")
+    if start < 0 or len(tail) < start + 27:
+        return True
+    segments = tail[start + 26]
+    lengths = tail[start + 27 : start + 27 + segments]
+    return len(lengths) < segments or len(tail) < start + 27 + segments + sum(lengths)

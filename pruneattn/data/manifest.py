@@ -1,0 +1,97 @@
+"""AST-style manifests: a JSON file of clips and a CSV of labels."""
+
+import csv
+import json
+from pathlib import Path
+
+from pruneattn.data.clips import Clip
+from pruneattn.errors import UserError
+
+FORMAT = '{"data": [{"wav": "audio/a.wav", "labels": "/m/09x0r,/m/05zppz"}, ...]}'
+
+
+def read_text(path, what):
+    """Text of a UTF-8 file, with or without byte order mark; ``what`` it is, for messages."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: there is no such {what}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a {what}: byte {error.start} is not UTF-8 text") from None
+
+
+def read_label_csv(path):
+    """Read a label CSV with the columns ``index,mid,display_name``, such as AudioSet's class_labels_indices.csv.
+
+    Returns:
+        ``(numbers, names)``: dict from label id (``mid``) to class number, and the display names by class number.
+    """
+    rows = csv.DictReader(read_text(path, "label CSV").splitlines())
+    if not {"index", "mid", "display_name"} <= set(rows.fieldnames or ()):
+        raise UserError(f"{path}, line 1: a label CSV starts with the columns index,mid,display_name")
+    numbers, names = {}, {}
+    for row in rows:
+        where = f"{path}, line {rows.line_num}"
+        if not (row["index"] or "").isdigit() or not row["mid"] or not row["display_name"]:
+            raise UserError(f"{where}: expected a number, a label and a name (index,mid,display_name)")
+        index = int(row["index"])
+        if row["mid"] in numbers or index in names:
+            raise UserError(f"{where}: label {row['mid']} or index {index} stands there twice; keep one of them")
+        numbers[row["mid"]], names[index] = index, row["display_name"]
+    if sorted(names) != list(range(len(names))) or not names:
+        raise UserError(f"{path}: the index column has to count 0, 1, 2, ... without a gap ({len(names)} rows)")
+    return numbers, [names[index] for index in range(len(names))]
+
+
+def _parse_json(path):
+    text = read_text(path, "manifest")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {error.lineno}"
+        # The parser stops exactly at the comment: it skips nothing but white space.
+        if text.startswith(("//", "/*", "#"), error.pos):
+            line = text.splitlines()[error.lineno - 1]
+            own_line = line.lstrip() == text[error.pos :].split("\n", 1)[0].rstrip("\r")
+            what = f"line {error.lineno}" if own_line else f"the comment in line {error.lineno}"
+            raise UserError(f"{where}: JSON has no comments: remove {what} ({line.strip()[:60]!r})") from None
+        raise UserError(f"{where}, column {error.colno}: not JSON: {error.msg}") from None
+
+
+def read_manifest(path, numbers, label_csv, find):
+    """Read the clips of a manifest.
+
+    Args:
+        path: JSON file of the form ``FORMAT``.
+        numbers: dict from label id to class number.
+        label_csv: Where ``numbers`` comes from, for messages.
+        find: ``find(wav)`` gives the path of a file that is there, or None.
+
+    Returns:
+        ``(clips, missing)``: the clips whose file is there, and the ``wav`` entries of the others.
+    """
+    content = _parse_json(path)
+    entries = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: not a manifest; expected {FORMAT}")
+    if not entries:
+        raise UserError(f'{path}: the manifest lists no clips ("data" is empty)')
+    clips, missing = [], []
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("wav", "labels")):
+            raise UserError(f'{path}: entry {number} of "data" needs the texts "wav" and "labels"; expected {FORMAT}')
+        wav = entry["wav"]
+        labels = [label.strip() for label in entry["labels"].split(",") if label.strip()]
+        if not labels:
+            raise UserError(f"{path}: clip {wav} has no label; give it one or remove it")
+        for label in labels:
+            if label not in numbers:
+                raise UserError(
+                    f"{path}: label {label} of clip {wav} is not in {label_csv}; add it there or correct the manifest"
+                )
+        file = find(wav)
+        if file is None:
+            missing.append(wav)
+        else:
+            clips.append(Clip(file, tuple(sorted({numbers[label] for label in labels}))))
+    return clips, missing

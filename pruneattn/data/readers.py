@@ -1,0 +1,226 @@
+"""One small function per folder layout: from files on disk to a ``Listing`` of clips.
+
+``root`` is the data set's own folder (``catalog`` finds it); ``split`` is train, val or test.
+"""
+
+import csv
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from pruneattn.data.clips import Clip
+from pruneattn.data.decode import find_audio
+from pruneattn.data.manifest import read_label_csv, read_manifest, read_text
+from pruneattn.errors import UserError
+
+# The order of the published Speech Commands classifiers, so that their heads can be used as they are.
+SPEECH_COMMANDS = (
+    "backward follow five bed zero on learn two house tree dog stop seven eight down six forward cat right visual four "
+    "wow no nine off three left marvin yes up sheila happy bird go one"
+).split()
+
+LABEL_CSV = "class_labels_indices.csv"
+# Names under which AudioSet's balanced training set and its evaluation set usually lie around, best first.
+AUDIOSET_MANIFESTS = {
+    "train": ("balanced_train_data.json", "balanced_train.json", "train.json"),
+    "eval": ("eval_data.json", "eval.json", "test.json"),
+}
+AUDIOSET_SEGMENTS = {"train": "balanced_train_segments.csv", "eval": "eval_segments.csv"}
+
+
+class Listing(NamedTuple):
+    """What a reader found."""
+
+    clips: list  # of Clip
+    labels: list  # display name of each class
+    missing: list  # files that are listed but absent
+    multilabel: bool
+
+
+def read_manifest_set(manifest, *, label_csv=None, root=None, multilabel=None):
+    """Any AST-style manifest with its label CSV.
+
+    Paths in the manifest count from ``root``, else from the manifest's folder or that folder's parent; the label CSV
+    is looked for in the same places. ``multilabel=None`` means: if any clip has two labels.
+    """
+    manifest = Path(manifest)
+    bases = ([Path(root)] if root else []) + [manifest.parent, manifest.parent.parent]
+    if label_csv is None:
+        found = [base / LABEL_CSV for base in bases if (base / LABEL_CSV).is_file()]
+        if not found:
+            places = ", ".join(str(base) for base in bases)
+            raise UserError(f"no {LABEL_CSV} near {manifest} (looked in {places}); name it with --label-csv")
+        label_csv = found[0]
+    numbers, names = read_label_csv(label_csv)
+
+    def find(wav):
+        return next((base / wav for base in bases if os.path.isfile(base / wav)), None)
+
+    clips, missing = read_manifest(manifest, numbers, label_csv, find)
+    if multilabel is None:
+        multilabel = any(len(clip.labels) > 1 for clip in clips)
+    return Listing(clips, names, missing, multilabel)
+
+
+def read_audioset(root, split, *, label_csv=None):
+    """AudioSet's balanced training set (``train``) or evaluation set (``val`` and ``test``).
+
+    Reads a manifest of ``AUDIOSET_MANIFESTS`` where there is one, else the official segment CSV and the sound files
+    anywhere below ``root`` whose name is ``YTID``, ``YYTID``, ``YTID_start`` or ``YTID_start_end`` (in seconds or ms).
+    """
+    part = "train" if split == "train" else "eval"
+    label_csv = label_csv or root / LABEL_CSV
+    for name in AUDIOSET_MANIFESTS[part]:
+        if (root / name).is_file():
+            return read_manifest_set(root / name, label_csv=label_csv, root=root, multilabel=True)
+    numbers, names = read_label_csv(label_csv)
+    segments = root / AUDIOSET_SEGMENTS[part]
+    files = {path.stem: path for path in find_audio(root)}
+    clips, missing = [], []
+    rows = csv.reader(read_text(segments, "segment list").splitlines(), skipinitialspace=True)
+    for row in rows:
+        if not row or row[0].startswith("#"):
+            continue
+        where = f"{segments}, line {rows.line_num}"
+        try:
+            ytid, start, end, mids = row
+            stems = _segment_stems(ytid, float(start), float(end))
+        except ValueError:
+            raise UserError(f'{where}: expected YTID, start_seconds, end_seconds, "labels"') from None
+        mids = mids.split(",")
+        unknown = [mid for mid in mids if mid not in numbers]
+        if unknown:
+            raise UserError(f"{where}: label {unknown[0]} of clip {ytid} is not in {label_csv}")
+        file = next((files[stem] for stem in stems if stem in files), None)
+        if file is None:
+            missing.append(ytid)
+        else:
+            clips.append(Clip(file, tuple(sorted({numbers[mid] for mid in mids}))))
+    return Listing(clips, names, missing, True)
+
+
+def _segment_stems(ytid, start, end):
+    """The names under which downloaders save a segment."""
+    forms = [(f"{t:g}", f"{t:.1f}", f"{t:.3f}", str(round(1000 * t))) for t in (start, end)]
+    times = ["", *(f"_{s}" for s in forms[0]), *(f"_{s}_{e}" for s, e in zip(*forms))]
+    return [prefix + ytid + time for prefix in ("", "Y") for time in times]
+
+
+def read_speech_commands(root, split):
+    """Speech Commands v0.02: validation_list.txt is val, testing_list.txt is test, every other clip is train."""
+    listed = {}
+    for part, name in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
+        lines = read_text(root / name, "list of clips").splitlines()
+        listed[part] = sorted({line.strip() for line in lines if line.strip()})
+    if split == "train":
+        held_out = {*listed["val"], *listed["test"]}
+        there = (f"{path.parent.name}/{path.name}" for word in SPEECH_COMMANDS for path in (root / word).glob("*.wav"))
+        wavs = sorted(set(there) - held_out)
+    else:
+        wavs = listed[split]
+    numbers = {word: number for number, word in enumerate(SPEECH_COMMANDS)}
+    for wav in wavs:
+        if wav.split("/")[0] not in numbers:
+            raise UserError(f"{root}: {wav} in the lists is none of the 35 words; is this Speech Commands v0.02?")
+    entries = [(root / wav, numbers[wav.split("/")[0]]) for wav in wavs]
+    return _listing(entries, SPEECH_COMMANDS)
+
+
+def read_esc50(root, split, *, fold=1):
+    """ESC-50, or ESC-10 in the same layout: ``fold`` is val and test, the other four are train.
+
+    The official protocol has no validation set: the score is the mean over the five folds, each tested by a model that
+    was trained on the rest. Both data sets use ESC-50's 50 class numbers.
+    """
+    if fold not in range(1, 6):
+        raise UserError(f"fold {fold}: ESC-50 has the folds 1 to 5")
+    meta = _first_file(root, ("meta/esc50.csv", "meta/esc10.csv"))
+    labels = [f"class_{number:02d}" for number in range(50)]
+    entries = []
+    rows = csv.DictReader(read_text(meta, "list of clips").splitlines())
+    for row in rows:
+        try:
+            target, in_fold = int(row["target"]), int(row["fold"]) == fold
+            file = root / "audio" / row["filename"]
+            if not 0 <= target < 50:
+                raise ValueError
+            labels[target] = row["category"]
+        except (KeyError, TypeError, ValueError, IndexError):
+            where = f"{meta}, line {rows.line_num}"
+            raise UserError(f"{where}: expected filename, fold, target (0 to 49) and category") from None
+        if in_fold != (split == "train"):
+            entries.append((file, target))
+    return _listing(entries, labels)
+
+
+def read_voxceleb1(root, split):
+    """VoxCeleb-1 with its identification split, 1251 speakers: class ``n`` is speaker ``id(10001 + n)``.
+
+    The ``wav`` folders of the dev and test archives may be merged or lie side by side.
+    """
+    labels = [f"id{10001 + number}" for number in range(1251)]
+    numbers = {speaker: number for number, speaker in enumerate(labels)}
+    wanted = {"train": "1", "val": "2", "test": "3"}[split]
+    names = ("wav", "dev/wav", "test/wav", "vox1_dev_wav/wav", "vox1_test_wav/wav")
+    folders = [root / name for name in names if (root / name).is_dir()] or [root]
+    split_file = _first_file(root, ("iden_split.txt", "meta/iden_split.txt"))
+    entries = []
+    for number, line in enumerate(read_text(split_file, "identification split").splitlines(), 1):
+        part, _, wav = line.strip().partition(" ")
+        if not part:
+            continue
+        speaker = wav.split("/")[0]
+        if part not in ("1", "2", "3") or speaker not in numbers:
+            expected = '"1 id10001/VIDEO/00001.wav" (1 to 3, id10001 to id11251)'
+            raise UserError(f"{split_file}, line {number}: expected {expected}")
+        if part == wanted:
+            file = next((folder / wav for folder in folders if os.path.isfile(folder / wav)), folders[0] / wav)
+            entries.append((file, numbers[speaker]))
+    return _listing(entries, labels)
+
+
+def read_folder(root, split):
+    """One directory per class.
+
+    Below ``train/``, ``val/`` and ``test/`` where there is a ``train`` folder. Otherwise each file's place is drawn
+    from a hash of ``class/file name``: 80 % train, 10 % val, 10 % test, which stays as it is when files are added.
+    """
+    split_root = root / split if (root / "train").is_dir() else root
+    if not split_root.is_dir():
+        raise UserError(
+            f"{root} has train/ but no {split}/; add it, or put the class folders directly into {root} "
+            "to have them split 80 : 10 : 10"
+        )
+    class_root = root / "train" if split_root != root else root
+    labels = sorted(path.name for path in class_root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if split_root != root:
+        strangers = {p.name for p in split_root.iterdir() if p.is_dir() and not p.name.startswith(".")} - {*labels}
+        if strangers:
+            raise UserError(f"{split_root}: class {min(strangers)} has no folder in {class_root}")
+    entries = []
+    for number, label in enumerate(labels):
+        for path in find_audio(split_root / label) if (split_root / label).is_dir() else ():
+            if split_root != root or _hash_split(path.relative_to(root).as_posix()) == split:
+                entries.append((path, number))
+    return _listing(entries, labels)
+
+
+def _hash_split(name):
+    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 10
+    return "test" if place == 9 else "val" if place == 8 else "train"
+
+
+def _first_file(root, names):
+    return next((root / name for name in names if (root / name).is_file()), root / names[0])
+
+
+def _listing(entries, labels):
+    """Listing of single-label ``(path, class number)`` entries, of which some may not be there."""
+    clips, missing = [], []
+    for path, number in entries:
+        if os.path.isfile(path):
+            clips.append(Clip(path, (number,)))
+        else:
+            missing.append(str(path))
+    return Listing(clips, list(labels), missing, False)

@@ -1,0 +1,211 @@
+"""``python -m pruneattn.evaluate``: what a checkpoint is worth, and what it costs, over the keep-rates."""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .errors import UserError, run_command
+from .inference import autocast, predict_dataset
+from .metrics import evaluate_predictions
+from .models.macs import count_macs
+from .opening import add_checkpoint_options, describe, open_checkpoint
+from .tables import save_table, table_text
+from .timing import measure_speed
+from .training import distributed
+
+KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+
+def main(argv=None):
+    """Evaluate as the command line says; returns the exit code."""
+    args = _parse(argv)
+    device = distributed.start(args.device)
+    try:
+        model = open_checkpoint(args, args.dataset)
+        keep_rates = list(dict.fromkeys(args.keep_rate))
+        for keep_rate in keep_rates:
+            model.set_keep_rate(keep_rate)  # refuses what makes no sense, before any work
+        dataset = _open_dataset(args, model)
+        output = _make_output(args) if distributed.is_main() else None
+        scores, failed = score_keep_rates(
+            model, dataset, keep_rates, device, amp=args.amp, batch_size=args.batch_size, workers=args.workers
+        )
+        if not distributed.is_main():
+            return 0
+        context = {
+            "checkpoint": str(args.checkpoint),
+            "model": describe(model),
+            "score": model.score,
+            "dataset": args.dataset,
+            "split": args.split,
+            "fold": args.fold if args.dataset == "esc50" else None,
+            "clips": len(dataset) - len(failed),
+            "failed": len(failed),
+            "missing": len(dataset.missing),
+            "metric": _metric(args.dataset, dataset),
+            "amp": args.amp,
+            "batch_size": args.batch_size,
+            "device": _device_name(device),
+            "torch": torch.__version__,
+        }
+        rows = [_row(model, keep_rate, score, context["metric"]) for keep_rate, score in zip(keep_rates, scores)]
+        if args.rounds:
+            speed = measure_speed(
+                model.to(device), keep_rates, device, amp=args.amp, batch_size=args.batch_size, rounds=args.rounds,
+                compiled=args.compile,
+            )  # fmt: skip
+            context |= {"rounds": args.rounds, "dense": speed.dense, "dense_clips_per_second": speed.dense_clips_per_second}
+            for row in rows:
+                row |= speed.row(row["keep_rate"], theory=row["theory"])
+        print(table_text(rows, context))
+        unread = [*failed, *((str(path), "listed, but the file is not there") for path in dataset.missing)]
+        save_table(output, rows, context, dataset.labels, [score["per_class"] for score in scores], unread)
+        if failed:
+            print(f"\n{len(failed)} of {len(dataset)} clips could not be read and do not count (all in {output / 'failed_clips.txt'}):")
+            for path, reason in failed[:10]:
+                print(f"  {reason if path in reason else f'{path}: {reason}'}")
+        print(f"\nSaved in {output}")
+        return 0
+    finally:
+        distributed.finish()
+
+
+def score_keep_rates(model, dataset, keep_rates, device, *, amp="fp32", batch_size=32, workers=0):
+    """Metrics of a dataset at several keep-rates from one pass over its clips.
+
+    Returns:
+        The list of ``evaluate_predictions`` results in the order of ``keep_rates``, and the list of
+        ``(path, reason)`` of the clips that could not be read. The same in every process.
+    """
+    from .data import FeatureExtractor, make_loader
+
+    loader = make_loader(
+        dataset, batch_size, train=False, workers=workers, rank=distributed.rank(), world=distributed.world_size()
+    )
+    # disable=None: no bar where stderr is no terminal.
+    progress = tqdm(loader, desc="evaluate", unit="batch", disable=None if distributed.is_main() else True, leave=False)
+    features = FeatureExtractor(model.features).to(device)
+    predictions = predict_dataset(_AtKeepRates(model, keep_rates).to(device), features, progress, device, amp)
+    scores = [
+        evaluate_predictions(predictions.logits[:, i], predictions.targets, model.multilabel)
+        for i in range(len(keep_rates))
+    ]
+    return scores, predictions.failed
+
+
+class _AtKeepRates(nn.Module):
+    """A model at several keep-rates: ``[B, rates, K]`` logits, so that clips are decoded once for all of them."""
+
+    def __init__(self, model, keep_rates):
+        super().__init__()
+        self.model, self.keep_rates = model, keep_rates
+
+    def forward(self, fbank):
+        logits = []
+        for keep_rate in self.keep_rates:
+            self.model.set_keep_rate(keep_rate)
+            logits.append(self.model(fbank))
+        return torch.stack(logits, dim=1)
+
+
+def _row(model, keep_rate, score, metric):
+    model.set_keep_rate(1.0)
+    dense = count_macs(model).paper
+    model.set_keep_rate(keep_rate)
+    macs = count_macs(model)
+    return {
+        "keep_rate": keep_rate,
+        "metric": score[metric],
+        **{name: score[name] for name in ("map", "mauc", "dprime", "top1", "top5")},
+        "gmacs_paper": macs.paper / 1e9,
+        "gmacs_computed": macs.computed / 1e9,
+        "theory": 1 - macs.paper / dense,
+    }
+
+
+def _parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m pruneattn.evaluate",
+        description="Accuracy, multiply-accumulates and measured speed of a checkpoint at several keep-rates. "
+        "Start it with torchrun to share the clips between processes.",
+    )
+    add_checkpoint_options(parser)
+    parser.add_argument(
+        "--keep-rate", type=float, nargs="+", default=KEEP_RATES, metavar="R",
+        help=f"shares of patches kept at each pruning block, in (0, 1] (default: {' '.join(map(str, KEEP_RATES))})",
+    )  # fmt: skip
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", required=True, help="as20k, spc2, esc50, voxceleb1, toy, manifest or folder")
+    data.add_argument("--split", default="test", choices=("train", "val", "test"), help="(default: test)")
+    data.add_argument("--data-dir", metavar="DIR", help="where the data is (else the environment variable PRUNEATTN_DATA)")
+    data.add_argument("--fold", type=int, default=1, help="esc50: the fold that is held out (default: 1)")
+    data.add_argument("--manifest", metavar="JSON", help="manifest: JSON file of the clips")
+    data.add_argument("--label-csv", metavar="CSV", help="manifest: CSV of the labels (index,mid,display_name)")
+    data.add_argument("--workers", type=int, default=0, help="processes that decode clips (default: 0, this one)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--output", type=Path, metavar="DIR", help="where the results go (default: beside the checkpoint)")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    run.add_argument("--amp", choices=("fp32", "bf16", "fp16"), default="fp32", help="precision of the model (default: fp32)")
+    run.add_argument("--batch-size", type=int, default=32, metavar="B", help="clips at once, also where speed is measured (default: 32)")
+    run.add_argument("--rounds", type=int, default=9, help="rounds of timing; 0 leaves it out (default: 9)")
+    run.add_argument("--compile", action="store_true", help="measure the speed with torch.compile as well")
+    args = parser.parse_args(argv)
+    for option in ("batch_size", "rounds", "workers"):
+        if getattr(args, option) < (option == "batch_size"):
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be {'at least 1' if option == 'batch_size' else '0 or more'}")
+    return args
+
+
+def _open_dataset(args, model):
+    """The dataset of the options, whose classes must be the model's."""
+    from .data import load_dataset
+
+    dataset = load_dataset(
+        args.dataset, args.split, data_dir=args.data_dir, fold=args.fold, manifest=args.manifest,
+        label_csv=args.label_csv, frames=model.frames,
+    )  # fmt: skip
+    where = f"{args.checkpoint} and the dataset {args.dataset} do not go together:"
+    if model.num_classes != dataset.num_classes:
+        raise UserError(f"{where} the checkpoint has {model.num_classes} classes, the dataset {dataset.num_classes}")
+    if model.labels is None:
+        model.labels, model.multilabel = dataset.labels, dataset.multilabel
+    for number, (ours, theirs) in enumerate(zip(model.labels, dataset.labels)):
+        if ours != theirs:
+            raise UserError(f"{where} class {number} is {ours!r} in the checkpoint and {theirs!r} in the dataset")
+    return dataset
+
+
+def _make_output(args):
+    """The folder for the results, made and seen to be writable before the long work."""
+    output = args.output
+    if output is None:
+        checkpoint = Path(args.checkpoint)
+        fold = f"-fold{args.fold}" if args.dataset == "esc50" else ""
+        output = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / f"evaluation-{args.dataset}-{args.split}{fold}"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise UserError(f"cannot write into {output}: {error.strerror}; choose another folder with --output") from error
+    return output
+
+
+def _metric(name, dataset):
+    from .data import DATASETS
+
+    return DATASETS[name].metric or ("map" if dataset.multilabel else "top1")
+
+
+def _device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,32 @@
+"""AST: frequency-major patches, CLS and distillation tokens, whose mean is the clip's feature."""
+
+import torch
+from torch import nn
+
+from .vit import PrunedViT
+
+
+class AST(PrunedViT):
+    time_major = False
+    num_extra_tokens = 2
+    default_score = "cls"
+
+    def __init__(self, name, **arguments):
+        super().__init__(name, **arguments)
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
+        self.head_norm = nn.LayerNorm(self.embed_dim, eps=1e-5)
+        self.head = nn.Linear(self.embed_dim, self.num_classes)
+        self.init_weights()
+
+    def init_weights(self):
+        super().init_weights()
+        nn.init.trunc_normal_(self.dist_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def extra_tokens(self):
+        return torch.cat([self.cls_token, self.dist_token], dim=1)
+
+    def forward_head(self, x):
+        extra = self.norm(x[:, : self.num_extra_tokens])  # [B, 2, C]
+        return self.head(self.head_norm(extra.mean(1)))

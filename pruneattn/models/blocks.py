@@ -1,0 +1,139 @@
+"""The parts of the vision transformer, and the block that prunes."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PATCH = 16
+MLP_RATIO = 4
+
+
+def kept_patches(patches, keep_rate):
+    """``ceil(keep_rate * patches)``, at least 1. A product that is whole but for float noise is not rounded up."""
+    return max(1, math.ceil(keep_rate * patches - 1e-6))
+
+
+def attention(q, k, v):
+    """Softmax attention ``[B, H, rows of q, D]`` by the fastest way PyTorch has for it."""
+    if q.requires_grad and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        # Forward and backward of the fused kernel take 2 to 5 times as long there (65 and 257 tokens, bfloat16).
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class DropPath(nn.Module):
+    """Leaves out the branch of a random share ``rate`` of the clips and scales the others up (stochastic depth)."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self):
+        return f"rate={self.rate:.3f}"
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose parts can run on all rows or on some."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def project(self, x, parts):
+        """Some of ``"q"``, ``"k"``, ``"v"`` (neighbours) for the rows ``x`` alone, one view ``[B, H, N, D]`` each."""
+        start, dim = "qkv".index(parts), self.proj.in_features
+        rows = slice(start * dim, (start + len(parts)) * dim)
+        packed = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])  # [B, N, parts * C]
+        return self.split_heads(packed)
+
+    def split_heads(self, packed):
+        """``[B, N, parts * C]`` to one view ``[B, H, N, D]`` per part."""
+        dim = self.proj.in_features
+        heads = packed.unflatten(-1, (-1, self.num_heads, dim // self.num_heads))  # [B, N, parts, H, D]
+        return heads.permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def merge_heads(x):
+        """``[B, H, N, D]`` to ``[B, N, C]``: a view if the heads of a token lie together, as attention leaves them."""
+        return x.transpose(1, 2).flatten(2)
+
+    def attend(self, q, k, v):
+        """Attention output before the projection, ``[B, rows of q, C]``."""
+        return self.merge_heads(attention(q, k, v))
+
+    def forward(self, x):
+        return self.proj(self.attend(*self.split_heads(self.qkv(x))))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
+        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim, num_heads, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PruningBlock(Block):
+    """A block that drops patches between its attention's residual add and its MLP."""
+
+    def __init__(self, dim, num_heads, drop_path, pruning, extra_tokens):
+        super().__init__(dim, num_heads, drop_path)
+        self.pruning = pruning
+        self.extra_tokens = extra_tokens
+        self.keep_rate = 1.0
+
+    def forward(self, x, values=None, scored=False):
+        """Run the block on the tokens ``x`` ``[B, N, C]``.
+
+        ``values`` ``[B, N - extra]`` are the patches' input statistics, for the scores that rank by these. With
+        ``scored`` the scores are computed even when every patch stays.
+
+        Returns the tokens left, the kept patches' places among those that came in (int64 ``[B, keep]``, ascending)
+        and the scores ``[B, N - extra]``; None for both where every patch stays and no scores were wanted.
+        """
+        patches = x.shape[1] - self.extra_tokens
+        keep = kept_patches(patches, self.keep_rate)
+        if keep == patches and not scored:
+            return super().forward(x), None, None
+        index, scores, x, attended = self.pruning(
+            self.attn, x, self.norm1(x), keep, self.extra_tokens, values
+        )  # x and attended: [B, extra + keep, C]
+        x = x + self.drop_path(self.attn.proj(attended))
+        return x + self.drop_path(self.mlp(self.norm2(x))), index, scores
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(1, dim, kernel_size=PATCH, stride=PATCH)
+
+    def forward(self, image):
+        return self.proj(image).flatten(2).transpose(1, 2)  # [B, 1, height, width] -> [B, P, C]

@@ -1,0 +1,42 @@
+"""Multiply-accumulates of a pruned model."""
+
+from typing import NamedTuple
+
+from .blocks import MLP_RATIO, PATCH, PruningBlock, kept_patches
+
+
+class Macs(NamedTuple):
+    """Multiply-accumulates of one clip.
+
+    Attributes:
+        paper: as the paper counts (its Table II): patch embedding and blocks, where a pruning block runs the whole
+            attention part on all its tokens.
+        computed: of the matrix products that this package really runs, head included.
+        blocks: per block the pair ``(paper, computed)``.
+    """
+
+    paper: int
+    computed: int
+    blocks: list
+
+
+def count_macs(model):
+    """Count the multiply-accumulates of one clip at the model's current keep-rates, as a :class:`Macs`.
+
+    Matrix products only: norms, activations, softmax and selection are not counted, nor is what a score function of
+    one's own does.
+    """
+    dim, extra, patches = model.embed_dim, model.num_extra_tokens, model.num_patches
+    blocks = []
+    left = patches
+    for block in model.blocks:
+        tokens = left + extra
+        computed = dense = 4 * tokens * dim**2 + 2 * tokens**2 * dim
+        if isinstance(block, PruningBlock) and kept_patches(left, block.keep_rate) < left:
+            left = kept_patches(left, block.keep_rate)
+            computed = block.pruning.attention_macs(tokens, left + extra, dim)
+        mlp = 2 * MLP_RATIO * (left + extra) * dim**2
+        blocks.append((dense + mlp, computed + mlp))
+    embedding = patches * PATCH**2 * dim
+    paper, computed = (sum(column) for column in zip(*blocks))
+    return Macs(embedding + paper, embedding + computed + dim * model.num_classes, blocks)

@@ -1,0 +1,126 @@
+"""Scores that rank patches, each with the cheapest order of work in a pruning block that gives the paper's answer.
+
+Pruning follows attention, and everything else acts row by row, so a row that will be dropped need never be finished:
+what a score does not read of it is not computed. The cost of each order of work stands beside it.
+
+A pruning is called as ``pruning(attn, x, y, keep, extra, values)`` with the block's attention, its tokens ``x``
+``[B, N, C]``, the normalised tokens ``y`` and the patches' input statistics ``values`` ``[B, N - extra]`` (or None).
+It returns the kept patches ``[B, keep]``, the scores float32 ``[B, N - extra]``, and the rows
+``[B, extra + keep, C]`` of ``x`` and of the attention output (before the projection) that stay.
+"""
+
+import torch
+
+from .. import ops
+from ..errors import UserError
+
+
+class Pruning:
+    """Base of the prunings: how attention runs for kept queries only."""
+
+    statistic = None  # of the input patches' cells, [.., 256] to [..], for the scores that rank by one
+
+    def attention_macs(self, tokens, kept, dim):
+        """Multiply-accumulates of the block's attention part on one clip, both products around it included."""
+        raise NotImplementedError
+
+    @staticmethod
+    def select_then_query(attn, x, y, scores, k, v, keep, extra):
+        index, x, y = ops.prune_tokens(scores, x, y, keep, extra)
+        (q,) = attn.project(y, "q")  # [B, H, extra + keep, D]
+        return index, scores, x, attn.attend(q, k, v)
+
+
+class ColumnMeanPruning(Pruning):
+    """The attention a patch receives, averaged over heads and patch queries (paper, eq. 2a): needs every query."""
+
+    def __call__(self, attn, x, y, keep, extra, values):
+        q, k, v = attn.split_heads(attn.qkv(y))
+        out, scores = ops.column_mean_attention(q, k, v, extra)
+        index, x, out = ops.prune_tokens(scores, x, attn.merge_heads(out), keep, extra)
+        return index, scores, x, out
+
+    def attention_macs(self, tokens, kept, dim):
+        return 3 * tokens * dim**2 + 2 * tokens**2 * dim + kept * dim**2
+
+
+class ClsPruning(Pruning):
+    """The CLS query's attention to each patch, averaged over heads (paper, eq. 2b): needs one query and every key."""
+
+    def __call__(self, attn, x, y, keep, extra, values):
+        k, v = attn.project(y, "kv")
+        (q_cls,) = attn.project(y[:, :1], "q")  # [B, H, 1, D]
+        scores = ops.cls_scores(q_cls.squeeze(2), k, extra)
+        return self.select_then_query(attn, x, y, scores, k, v, keep, extra)
+
+    def attention_macs(self, tokens, kept, dim):
+        scoring = dim**2 + tokens * dim
+        return scoring + 2 * tokens * dim**2 + 2 * kept * dim**2 + 2 * kept * tokens * dim
+
+
+class InputPruning(Pruning):
+    """A statistic of the patch's cells in the input, taken once: needs no query of a dropped patch."""
+
+    def __init__(self, statistic):
+        self.statistic = statistic
+
+    def __call__(self, attn, x, y, keep, extra, values):
+        k, v = attn.project(y, "kv")
+        return self.select_then_query(attn, x, y, values, k, v, keep, extra)
+
+    def attention_macs(self, tokens, kept, dim):
+        return 2 * tokens * dim**2 + 2 * kept * dim**2 + 2 * kept * tokens * dim
+
+
+class FunctionPruning(Pruning):
+    """A function ``score(q, k, v, extra_tokens)`` of all queries, keys and values; attention for kept queries only."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, attn, x, y, keep, extra, values):
+        q, k, v = attn.split_heads(attn.qkv(y))
+        scores = self.function(q, k, v, extra).detach().float()
+        expected = (x.shape[0], x.shape[1] - extra)
+        if scores.shape != expected:
+            raise ValueError(f"score: the function must return {list(expected)}, got {list(scores.shape)}")
+        index, x, q = ops.prune_tokens(scores, x, attn.merge_heads(q), keep, extra)
+        (q,) = attn.split_heads(q)  # [B, H, extra + keep, D]
+        return index, scores, x, attn.attend(q, k, v)
+
+    def attention_macs(self, tokens, kept, dim):
+        """The function's own work is not counted."""
+        return 3 * tokens * dim**2 + kept * dim**2 + 2 * kept * tokens * dim
+
+
+def mean(cells):
+    """Mean over the last dimension, a power of two, summed pair by pair: the same bits on every device, and patches of
+    one constant (padding) tie exactly.
+    """
+    cells = total = cells.to(torch.promote_types(cells.dtype, torch.float32))
+    while total.shape[-1] > 1:
+        total = total[..., ::2] + total[..., 1::2]
+    return total.squeeze(-1) / cells.shape[-1]
+
+
+def standard_deviation(cells):
+    """Population standard deviation over the last dimension; exactly 0 for a constant."""
+    cells = cells.to(torch.promote_types(cells.dtype, torch.float32))
+    return mean((cells - mean(cells).unsqueeze(-1)).square()).sqrt()
+
+
+_PRUNINGS = {
+    "column_mean": ColumnMeanPruning(),
+    "cls": ClsPruning(),
+    "intensity": InputPruning(mean),
+    "variation": InputPruning(standard_deviation),
+}
+
+
+def make_pruning(score):
+    """The pruning for a score: ``column_mean``, ``cls``, ``intensity``, ``variation``, or a function."""
+    if callable(score):
+        return FunctionPruning(score)
+    if score not in _PRUNINGS:
+        raise UserError(f"score: expected a function or one of {', '.join(_PRUNINGS)}, got {score!r}")
+    return _PRUNINGS[score]

@@ -1,0 +1,88 @@
+"""Opening a checkpoint for evaluation or prediction: ours, which know all about themselves, or other people's."""
+
+from pathlib import Path
+
+from .errors import UserError
+
+
+def add_checkpoint_options(parser):
+    """The options by which ``open_checkpoint`` finds out what a checkpoint does not say itself."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder of train, its best.safetensors, or with --model any other file")
+    group = parser.add_argument_group("checkpoints of other projects (AST, AudioMAE, Hugging Face, timm)")
+    group.add_argument("--model", metavar="NAME", help="model that the file's weights are for, such as audiomae_base or ast_base")
+    group.add_argument("--num-classes", type=int, metavar="K", help="classes of its head (the dataset's)")
+    group.add_argument("--frames", type=int, metavar="F", help="10 ms frames of its input (the dataset's)")
+    group.add_argument("--mean", type=float, help="mean of the log-mel values it was trained with (the dataset's)")
+    group.add_argument("--std", type=float, help="their standard deviation (the dataset's)")
+    group.add_argument(
+        "--padding", choices=("zero", "min"), default="zero",
+        help="what follows a short clip: 0 (AST, AudioMAE, Hugging Face), or the spectrogram's floor (the paper) (default: zero)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--score", choices=("column_mean", "cls", "intensity", "variation"), help="what ranks the patches (the checkpoint's)"
+    )
+
+
+def open_checkpoint(args, dataset):
+    """The model that the options of ``add_checkpoint_options`` describe, in eval mode on the CPU.
+
+    Args:
+        args: parsed options.
+        dataset: name of the dataset whose number of classes, frames and statistics a foreign checkpoint has where
+            options do not say otherwise.
+
+    Returns:
+        A ``PrunedViT`` with ``features`` (``FeatureConfig``), ``labels`` (list of names; None where unknown) and
+        ``multilabel``.
+    """
+    from .models import create_model
+
+    if args.model is None:
+        from .models.pretrained import load_pretrained
+
+        for option in ("num_classes", "frames", "mean", "std"):
+            if getattr(args, option) is not None:
+                raise UserError(f"--{option.replace('_', '-')} is for checkpoints of other projects, together with --model")
+        model = load_pretrained(args.checkpoint)
+    else:
+        model = _open_foreign(args, dataset)
+    if args.score is not None and args.score != model.score:
+        other = create_model(**{**model.config, "score": args.score})
+        other.load_state_dict(model.state_dict())
+        for name in ("features", "labels", "multilabel"):
+            setattr(other, name, getattr(model, name))
+        model = other
+    return model.eval()
+
+
+def describe(model):
+    """A model in a few words: name, input and head."""
+    return f"{model.name}, {model.frames} frames ({model.num_patches} patches), {model.num_classes} classes"
+
+
+def _open_foreign(args, dataset):
+    from .data import DATASETS, FeatureConfig
+    from .models import create_model
+    from .models.checkpoints import load_checkpoint
+
+    if not Path(args.checkpoint).exists():
+        raise UserError(f"{args.checkpoint}: no such file")
+    info = DATASETS[dataset]
+    num_classes = args.num_classes or info.num_classes
+    if num_classes is None:
+        raise UserError(f"the dataset {dataset} does not fix the number of classes: give --num-classes")
+    model = create_model(args.model, num_classes=num_classes, frames=args.frames or info.frames)
+    report = load_checkpoint(model, args.checkpoint)
+    if report.missing:
+        raise UserError(
+            f"{args.checkpoint} lacks {', '.join(sorted(report.missing)[:4])}: it was never fine-tuned for a task of "
+            "its own. Train it first: python -m pruneattn.train --init"
+        )
+    model.features = FeatureConfig(
+        frames=model.frames,
+        mean=info.mean if args.mean is None else args.mean,
+        std=info.std if args.std is None else args.std,
+        padding=args.padding,
+    )
+    model.labels, model.multilabel = None, bool(info.multilabel)
+    return model

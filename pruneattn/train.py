@@ -1,0 +1,37 @@
+"""``python -m pruneattn.train``: train a pruned AudioMAE or AST."""
+
+import signal
+import sys
+
+from pruneattn.errors import run_command
+from pruneattn.training import distributed
+from pruneattn.training.options import parse
+
+
+def main(argv=None):
+    """Train as the command line says. Returns the exit code: 0, or 128 + the number of the signal that stopped it."""
+    options, recipe = parse(argv)
+    # After the options, so that --help and a wrong option answer at once.
+    from pruneattn.training.build import build_trainer
+    from pruneattn.training.engine import Stopped
+    from pruneattn.training.log import say
+    from pruneattn.training.signals import StopRequest
+
+    with StopRequest() as stop:
+        try:
+            trainer = build_trainer(options, recipe, stop)
+            try:
+                trainer.run()
+                trainer.report()
+            finally:
+                trainer.log.close()
+        except Stopped as stopped:
+            say(f"stopped by {signal.Signals(stopped.signum).name}; {stopped}; go on with the same command and --resume")
+            return 128 + stopped.signum
+        finally:
+            distributed.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,163 @@
+"""From a command line to a `Trainer`: data, model, optimiser, and the state to go on from."""
+
+import dataclasses
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import pruneattn
+from pruneattn.data import DATASETS, FeatureConfig, FeatureExtractor, load_dataset
+from pruneattn.data.augment import Augment
+from pruneattn.errors import UserError
+from pruneattn.models import create_model
+from pruneattn.training import distributed, state
+from pruneattn.training.engine import Trainer, seed_step
+from pruneattn.training.log import RunLog, say
+from pruneattn.training.optim import make_optimizer
+from pruneattn.training.options import describe
+from pruneattn.training.recipes import RECIPES
+
+
+def open_split(options, recipe, split):
+    """The data set of a split, or None where a manifest run has no manifest for its test split."""
+    manifest = getattr(options, f"{split}_manifest")
+    if options.dataset == "manifest" and manifest is None:
+        if split == "test":
+            return None
+        raise UserError(f"--dataset manifest needs --{split}-manifest, a JSON file of clips")
+    return load_dataset(
+        options.dataset, split, data_dir=options.data_dir, fold=options.fold, manifest=manifest, label_csv=options.label_csv,
+        frames=recipe.frames, cache=options.cache, seed=options.seed,
+    )  # fmt: skip
+
+
+def resolve(recipe, info, dataset):
+    """The recipe with everything filled in that the data decides."""
+    return dataclasses.replace(
+        recipe,
+        frames=recipe.frames or info.frames,
+        mean=info.mean if recipe.mean is None else recipe.mean,
+        std=info.std if recipe.std is None else recipe.std,
+        loss=("bce" if dataset.multilabel else "ce") if recipe.loss == "auto" else recipe.loss,
+        metric=("map" if dataset.multilabel else "top1") if recipe.metric == "auto" else recipe.metric,
+    )
+
+
+def build_model(options, recipe, num_classes):
+    """The model with fresh weights that depend on the seed alone."""
+    seed_step(options.seed, -1)
+    return create_model(
+        f"{options.model}_{options.size}", num_classes=num_classes, frames=recipe.frames, prune_blocks=recipe.prune_blocks,
+        score=recipe.score, drop_path=recipe.drop_path, embed_dim=options.embed_dim, depth=options.depth,
+        num_heads=options.num_heads,
+    )  # fmt: skip
+
+
+def initialise(options, recipe, model):
+    """Load ``--init``, or say so where the paper's recipe expects a checkpoint and there is none."""
+    if options.init:
+        from pruneattn.models.checkpoints import load_checkpoint
+
+        say(load_checkpoint(model, options.init))
+    elif (options.model, options.dataset) in RECIPES:
+        say("note: this recipe is the paper's for a pre-trained model; without --init CHECKPOINT it starts from random weights")
+
+
+def pick_device(options):
+    """This process's device, with the settings that hold for the whole run."""
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {options.device}: torch sees no GPU here; use --device cpu")
+    try:
+        device = distributed.start(options.device)
+    except RuntimeError as error:
+        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
+    if options.deterministic:
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def check_batch(recipe, train_set):
+    """Raise ``UserError`` for a batch that cannot be shared out or filled."""
+    parts = distributed.world_size() * recipe.accumulate
+    if recipe.batch_size % parts:
+        raise UserError(
+            f"--batch-size {recipe.batch_size} cannot be shared out evenly: {distributed.world_size()} processes times "
+            f"--accumulate {recipe.accumulate} make {parts} parts"
+        )
+    if len(train_set) < recipe.batch_size:
+        raise UserError(f"{len(train_set)} training clips do not fill one batch: give a --batch-size of at most {len(train_set)}")
+
+
+def build_trainer(options, recipe, stop):
+    """Everything set up; where the run goes on from a checkpoint, as it was then."""
+    device = pick_device(options)
+    resume, folder = find_resume(options)
+    if distributed.is_main():
+        state.open_output(folder, going_on=options.resume is not None)
+    train_set, val_set = open_split(options, recipe, "train"), open_split(options, recipe, "val")
+    check_batch(recipe, train_set)
+    recipe = resolve(recipe, DATASETS[options.dataset], train_set)
+    config = describe(options, recipe) | {"train_clips": len(train_set), "num_classes": train_set.num_classes}
+
+    model = build_model(options, recipe, train_set.num_classes)
+    saved = None
+    if resume:
+        saved = state.load_state(resume, config)
+    elif options.branch_from:
+        saved = state.load_state(options.branch_from, config, branch=True)
+    else:
+        initialise(options, recipe, model)
+    model.to(device)
+    optimizer = make_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    progress = state.restore(saved, model, optimizer, scaler) if saved else state.Progress()
+
+    if distributed.is_main():
+        if saved and not resume:
+            for name, data in saved["files"].items():
+                (folder / name).write_bytes(data.numpy().tobytes())
+        write_config(folder, config, train_set, val_set)
+    distributed.barrier()
+
+    running = torch.compile(model) if options.compile else model
+    if distributed.world_size() > 1:
+        running = DistributedDataParallel(running, device_ids=[device.index] if device.type == "cuda" else None)
+    features = FeatureExtractor(FeatureConfig(recipe.frames, recipe.mean, recipe.std, recipe.padding)).to(device)
+    augment = Augment(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Augment)})
+    step = progress.epoch * (len(train_set) // recipe.batch_size) + progress.step
+    log = RunLog(folder, keep_bytes=saved["log_bytes"] if saved else 0, step=step, tensorboard=options.tensorboard)
+    return Trainer(
+        options=options, recipe=recipe, config=config, folder=folder, device=device, model=model, running=running,
+        features=features, augment=augment, optimizer=optimizer, scaler=scaler, train_set=train_set, val_set=val_set,
+        open_test=lambda: open_split(options, recipe, "test"), progress=progress, log=log, stop=stop,
+    )  # fmt: skip
+
+
+def find_resume(options):
+    """(checkpoint to go on from or None, output folder)."""
+    folder = Path(options.output)
+    if options.resume is None:
+        return None, folder
+    if options.resume == state.LAST:
+        path = folder / state.LAST
+        if not path.exists():
+            say(f"{path}: no checkpoint yet; starting from the beginning")
+            return None, folder
+        return path, folder
+    path = Path(options.resume)
+    path = path / state.LAST if path.is_dir() else path
+    return path, path.parent
+
+
+def write_config(folder, config, train_set, val_set):
+    """config.json: every resolved value, and what it ran on; the missing clips in a list of their own."""
+    versions = {"pruneattn": pruneattn.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    counts = {"val_clips": len(val_set), "labels": train_set.labels, "processes": distributed.world_size()}
+    state.write_json(folder / state.CONFIG, {**config, **counts, "versions": versions, "command": sys.argv})
+    missing = [str(path) for path in [*train_set.missing, *val_set.missing]]
+    if missing:
+        state.write_lines(folder / state.MISSING, missing)
+        say(f"{len(missing)} listed clips are not there; their names are in {folder / state.MISSING}")

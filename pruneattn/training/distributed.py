@@ -1,0 +1,67 @@
+"""One process, or several started by torchrun: the few collective operations that training and evaluation need."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def start(device):
+    """Join the group that torchrun announces in the environment, if any; returns this process's device.
+
+    ``device`` is "auto", "cpu", "cuda" or "cuda:N"; under torchrun each process takes the GPU of its local rank.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def finish():
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    """True in the one process that writes files and prints."""
+    return rank() == 0
+
+
+def gather_numbers(values, device):
+    """A list of numbers from every process, in the order of their ranks, the same floats in each of them."""
+    if world_size() == 1:
+        return [list(values)]
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = mine.new_empty(world_size(), len(values))
+    dist.all_gather(list(everyone.unbind()), mine)
+    return everyone.tolist()
+
+
+def gather_objects(value):
+    """The picklable value of every process, in the order of their ranks, in each of them."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier():
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,181 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pruneattn.data.decode import AUDIO_SUFFIXES, find_audio, load_audio
+from pruneattn.errors import UserError
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("soxr")
+
+
+def tone(seconds, rate, hertz=440.0):
+    return (0.4 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def write(path, samples, rate=16000, **options):
+    soundfile.write(path, samples, rate, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name, options, error",
+    [
+        ("a.wav", dict(subtype="PCM_16"), 1 / 32768),
+        ("b.wav", dict(subtype="PCM_24"), 2**-23),
+        ("c.wav", dict(subtype="FLOAT"), 0.0),
+        ("d.flac", dict(), 1 / 32768),
+        ("e.aiff", dict(), 1 / 32768),
+        ("f.ogg", dict(), 0.02),
+        ("g.opus", dict(format="OGG", subtype="OPUS"), 0.05),
+    ],
+)
+def test_formats_give_the_samples_that_were_written(tmp_path, name, options, error):
+    wave = load_audio(write(tmp_path / name, tone(1, 16000), **options))
+    assert wave.dtype == torch.float32 and wave.shape == (16000,)
+    inner = slice(800, -800)  # a lossy codec's edges are its own
+    np.testing.assert_allclose(wave[inner].numpy(), tone(1, 16000)[inner], rtol=0, atol=error)
+
+
+def test_mp3_keeps_the_tone(tmp_path):
+    wave = load_audio(write(tmp_path / "a.mp3", tone(1, 44100), 44100)).numpy()
+    spectrum = np.abs(np.fft.rfft(wave[:16000] * np.hanning(16000)))
+    assert abs(len(wave) - 16000) < 1600
+    assert spectrum.argmax() == 440  # 1 Hz a bin
+    assert spectrum[440] == pytest.approx(0.4 * 16000 / 4, rel=0.05)
+
+
+def test_channels_are_averaged_and_rates_converted(tmp_path):
+    left, right = tone(1, 44100, 440), tone(1, 44100, 1000)
+    path = write(tmp_path / "a.wav", np.stack([left, right, 0 * left], axis=1), 44100, subtype="FLOAT")
+    wave = load_audio(path).numpy()
+    expected = (tone(1, 16000, 440) + tone(1, 16000, 1000)) / 3
+    assert wave.shape == expected.shape
+    np.testing.assert_allclose(wave[200:-200], expected[200:-200], atol=1e-5)
+    assert load_audio(path, sample_rate=44100).shape == (44100,)
+
+
+def test_resampling_removes_what_would_alias(tmp_path):
+    wave = load_audio(write(tmp_path / "a.wav", tone(1, 48000, 9000), 48000, subtype="FLOAT"))
+    assert wave[200:-200].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_seconds_are_the_start_of_the_whole(tmp_path, rate):
+    noise = np.random.default_rng(0).uniform(-1, 1, (3 * rate, 2))
+    path = write(tmp_path / "a.wav", noise, rate)
+    part, whole = load_audio(path, seconds=0.7), load_audio(path)
+    assert len(part) == 11200 and len(whole) == 48000
+    torch.testing.assert_close(part, whole[:11200], rtol=0, atol=1e-6)
+    torch.testing.assert_close(load_audio(path, seconds=60), whole, rtol=0, atol=0)
+
+
+def test_seconds_leave_the_rest_undecoded(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.wav", np.zeros(16000 * 60))
+    read = []
+    original = soundfile.SoundFile.read
+
+    def spy(self, *args, **options):
+        block = original(self, *args, **options)
+        read.append(len(block))
+        return block
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", spy)
+    load_audio(path, seconds=2)
+    assert 32000 <= sum(read) < 48000
+
+
+def test_what_is_no_sound_is_refused(tmp_path):
+    def refuse(path, message):
+        with pytest.raises(UserError, match=message) as caught:
+            load_audio(path)
+        assert str(path) in str(caught.value)
+
+    refuse(tmp_path / "missing.wav", "no such file")
+    refuse(tmp_path, "a folder")
+    (tmp_path / "empty.wav").touch()
+    refuse(tmp_path / "empty.wav", "empty")
+    for name in ("text.wav", "text.mp3"):
+        (tmp_path / name).write_text("this is not sound\n" * 100)
+        refuse(tmp_path / name, "cannot be decoded: not sound, damaged or cut short")
+    (tmp_path / "noise.ogg").write_bytes(np.random.default_rng(0).bytes(5000))
+    refuse(tmp_path / "noise.ogg", "cannot be decoded")
+    refuse(write(tmp_path / "none.wav", np.zeros(0)), "0 samples")
+    refuse(write(tmp_path / "10ms.wav", tone(0.010, 16000)), r"too short: 10\.0 ms, needs at least 25 ms")
+    broken = tone(1, 16000)
+    broken[[3, 70]] = np.nan, np.inf
+    refuse(write(tmp_path / "nan.wav", broken, subtype="FLOAT"), "2 samples are NaN")
+
+
+def test_shortest_clip(tmp_path):
+    assert len(load_audio(write(tmp_path / "a.wav", tone(1, 16000)[:400]))) == 400
+    with pytest.raises(UserError, match="too short"):
+        load_audio(write(tmp_path / "b.wav", tone(1, 16000)[:399]))
+
+
+@pytest.mark.parametrize("share", [0.999, 0.6, 0.2])
+@pytest.mark.parametrize("name", ["a.wav", "b.wav", "c.flac", "d.aiff", "e.ogg", "f.opus"])
+def test_files_that_were_cut_are_refused(tmp_path, name, share):
+    subtypes = {"a.wav": "FLOAT", "b.wav": "PCM_24", "f.opus": "OPUS"}
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (48000, 2))
+    path = write(tmp_path / name, noise, 48000, format="OGG" if name == "f.opus" else None, subtype=subtypes.get(name))
+    load_audio(path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match="cut short|cannot be decoded"):
+        load_audio(path)
+
+
+def test_a_cut_behind_the_wanted_part_does_no_harm(tmp_path):
+    path = write(tmp_path / "a.wav", tone(10, 16000))
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert len(load_audio(path, seconds=5)) == 80000
+    with pytest.raises(UserError, match="cut short"):
+        load_audio(path, seconds=10)
+
+
+def test_a_cut_mp3_is_decoded_as_far_as_it_goes(tmp_path):
+    path = write(tmp_path / "a.mp3", tone(2, 44100), 44100)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert 8000 < len(load_audio(path)) < 24000
+
+
+@pytest.mark.parametrize("size", [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\xf0\xff\x7f"])
+def test_a_wav_written_to_a_pipe_is_whole(tmp_path, size):
+    """Its writer could not know the length and left a huge one in the header."""
+    path = write(tmp_path / "a.wav", tone(1, 16000))
+    data = path.read_bytes()
+    at = data.index(b"data")
+    path.write_bytes(data[:4] + size + data[8 : at + 4] + size + data[at + 8 :])
+    assert len(load_audio(path)) == 16000
+
+
+def test_trailing_bytes_after_the_sound(tmp_path):
+    for name in ("a.wav", "b.ogg"):
+        path = write(tmp_path / name, tone(1, 16000))
+        path.write_bytes(path.read_bytes() + b"TAG" + bytes(125))
+        assert len(load_audio(path)) == 16000
+
+
+def test_seconds_must_be_positive(tmp_path):
+    for seconds in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="seconds"):
+            load_audio(tmp_path / "a.wav", seconds=seconds)
+
+
+def test_find_audio(tmp_path):
+    for name in ("b.WAV", "sub/deep/a.flac", "sub/c.ogg", "notes.txt", ".hidden.wav", ".cache/d.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_audio(tmp_path) == [tmp_path / "b.WAV", tmp_path / "sub/c.ogg", tmp_path / "sub/deep/a.flac"]
+    with pytest.raises(UserError, match="not a folder"):
+        find_audio(tmp_path / "notes.txt")
+    assert {".wav", ".flac", ".ogg", ".opus", ".mp3"} <= AUDIO_SUFFIXES
+
+
+def test_real_clips(real_audio):
+    esc = sorted((real_audio / "esc10").rglob("*.flac"))[0]
+    words = find_audio(real_audio / "speech_commands_ar")[:20]
+    assert load_audio(esc).shape == (80000,)
+    assert all(len(load_audio(path)) == 16000 and load_audio(path).abs().max() > 0.01 for path in words)

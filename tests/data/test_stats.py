@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from pruneattn.data.fbank import kaldi_fbank
+from pruneattn.data.stats import dataset_stats
+from pruneattn.errors import UserError
+
+
+class Clips(torch.utils.data.Dataset):
+    def __init__(self, waves):
+        self.waves = waves
+
+    def __len__(self):
+        return len(self.waves)
+
+    def __getitem__(self, index):
+        wave = self.waves[index]
+        error = "clip.wav: the file is empty" if wave is None else None
+        return dict(index=index, wave=wave, target=torch.zeros(2), error=error)
+
+
+def clips():
+    torch.manual_seed(0)
+    return [torch.randn(length) * scale for length, scale in [(16000, 0.1), (8123, 0.001), (48000, 1.0)]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_statistics_are_over_every_frame_once(workers):
+    waves = clips()
+    frames = torch.cat([kaldi_fbank(wave[None])[0][0] for wave in waves]).double()
+    stats = dataset_stats(Clips([waves[0], None, *waves[1:]]), workers=workers, progress=False)
+    assert stats.mean == pytest.approx(frames.mean().item(), rel=1e-9)
+    assert stats.std == pytest.approx(frames.std(correction=0).item(), rel=1e-9)
+    assert stats.clips == 3 and stats.failed == [(1, "clip.wav: the file is empty")]
+
+
+def test_progress_goes_to_standard_error(capsys):
+    dataset_stats(Clips(clips()), progress=True)
+    out, err = capsys.readouterr()
+    assert not out and "3/3" in err
+
+
+def test_nothing_to_take_statistics_of():
+    with pytest.raises(UserError, match="none of 2 clips.*the file is empty"):
+        dataset_stats(Clips([None, None]), progress=False)
+    with pytest.raises(UserError, match="none of 0 clips"):
+        dataset_stats(Clips([]), progress=False)

@@ -1,0 +1,173 @@
+"""What holds for every op: opcheck, one graph under torch.compile and torch.export, autocast, counted FLOPs, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from pruneattn import ops
+from pruneattn.ops.column_mean_attention import reference as column_mean_reference
+
+B, H, N, D, EXTRA = 2, 3, 10, 4, 1
+NAMES = [*ops.__all__, "column_mean_attention_backward"]
+
+
+def packed_qkv(device, dtype=torch.float32, batch=B):
+    """q, k, v as views of one tensor, as a model's projection makes them."""
+    return torch.randn(batch, N, 3, H, D, device=device, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def arguments(name, device, requires_grad):
+    def leaf(tensor):
+        return tensor.detach().requires_grad_(requires_grad)
+
+    q, k, v = map(leaf, packed_qkv(device))
+    scores = torch.randn(B, 2 * N, device=device)[:, 1:N]
+    x, y = (leaf(torch.randn(B, N, channels, device=device)) for channels in (5, 3))
+    index = torch.tensor([[0, 2, 8], [3, 4, 5]], device=device)
+    return {
+        "column_mean_attention": (q, k, v, EXTRA),
+        "column_mean_attention_backward": (torch.randn(B, H, N, D, device=device), *(t.detach() for t in (q, k, v)), 0.3),
+        "cls_scores": (leaf(q[:, :, 0]), k, EXTRA),
+        "select_tokens": (leaf(scores), 4),
+        "gather_tokens": (x, index, EXTRA),
+        "prune_tokens": (scores, x, y, 4, EXTRA),
+    }[name]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(device, name, requires_grad):
+    op = getattr(torch.ops.pruneattn, name).default
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if name == "prune_tokens" and requires_grad:
+        # This check adds all outputs up in place, starting with the first, and floats do not go into the int64 index.
+        # The compiled block below compares the same gradients.
+        tests.remove("test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, arguments(name, device, requires_grad), test_utils=tests)
+
+
+def test_opcheck_where_a_size_is_one(any_device):
+    """Strides of dimensions of size one are where fake and real tensors drift apart."""
+    for batch, heads, tokens, channels in ((1, 1, 2, 1), (1, 2, 3, 4), (2, 1, 2, 1)):
+        q = torch.randn(batch, heads, tokens, channels, device=any_device)
+        torch.library.opcheck(torch.ops.pruneattn.column_mean_attention.default, (q, q, q, 1))
+        torch.library.opcheck(torch.ops.pruneattn.cls_scores.default, (q[:, :, 0], q, 1))
+        x, scores = q.transpose(1, 2).flatten(2), torch.randn(batch, tokens - 1, device=any_device)
+        torch.library.opcheck(torch.ops.pruneattn.prune_tokens.default, (scores, x, x, 1, 1))
+
+
+def block(qkv, weight, keep):
+    """All ops, in the order of a pruning block."""
+    q, k, v = qkv.unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4).unbind(0)
+    out, scores = ops.column_mean_attention(q, k, v, EXTRA)
+    index, x, y = ops.prune_tokens(scores, qkv, out.transpose(1, 2).flatten(2), keep, EXTRA)
+    other_index = ops.select_tokens(ops.cls_scores(q[:, :, 0], k, EXTRA), keep)
+    return F.gelu(x + ops.gather_tokens(qkv, other_index, EXTRA)) @ weight, y, index
+
+
+def inputs(device, batch=B):
+    qkv = torch.randn(batch, N, 3 * H * D, device=device, requires_grad=True)
+    return qkv, torch.randn(3 * H * D, 2, device=device, requires_grad=True)
+
+
+def value_and_grads(function, qkv, weight, keep):
+    first, second, index = function(qkv, weight, keep)
+    return first, second, index, *torch.autograd.grad(first.sum() + second.square().sum(), (qkv, weight))
+
+
+def test_compile_in_one_graph_with_a_dynamic_batch(any_device):
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3, 5):
+        qkv, weight = inputs(any_device, batch)
+        torch._dynamo.mark_dynamic(qkv, 0)
+        with torch._dynamo.config.patch(error_on_recompile=batch > 2):
+            result = value_and_grads(compiled, qkv, weight, 4)
+        for ours, expected in zip(result, value_and_grads(block, qkv, weight, 4)):
+            torch.testing.assert_close(ours, expected)
+    with pytest.raises(Exception, match="keep: expected 1 to 9 of 9 patches, got"):
+        compiled(*inputs(any_device), 10)
+
+
+def test_inductor(any_device):
+    torch.compiler.reset()
+    # No SIMD, no precompiled headers, no worker processes: the compiler is done sooner, and the ops are opaque to it.
+    options = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False, "compile_threads": 1}
+    compiled = torch.compile(block, fullgraph=True, options=options)
+    with torch.no_grad():
+        qkv, weight = inputs(any_device)
+        for ours, expected in zip(compiled(qkv, weight, 4), block(qkv, weight, 4)):
+            torch.testing.assert_close(ours, expected)
+
+
+class Block(torch.nn.Module):
+    def forward(self, qkv, weight):
+        return block(qkv, weight, 4)
+
+
+def test_export_with_a_dynamic_batch(any_device, tmp_path):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(Block(), inputs(any_device), dynamic_shapes={"qkv": {0: batch}, "weight": None})
+    torch.export.save(program, tmp_path / "block.pt2")
+    module = torch.export.load(tmp_path / "block.pt2").module()
+    for size in (1, 5):
+        arguments = inputs(any_device, size)
+        for ours, expected in zip(module(*arguments), Block()(*arguments)):
+            torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_attention_and_nothing_else(any_device, dtype):
+    q, k, v = (t.detach().requires_grad_() for t in packed_qkv(any_device))
+    scores, x = torch.randn(B, N - 1, device=any_device), torch.randn(B, N, 6, device=any_device)
+    expected_out, expected_scores = column_mean_reference(q.to(dtype), k.to(dtype), v.to(dtype), EXTRA)
+    with torch.autocast(any_device.type, dtype):
+        out, received = ops.column_mean_attention(q, k.to(dtype), v, EXTRA)  # mixed, as SDPA takes it
+        class_scores = ops.cls_scores(q[:, :, 0], k, EXTRA)
+        assert out.dtype == F.scaled_dot_product_attention(q, k, v).dtype == dtype
+        assert ops.column_mean_attention(q.double(), k.double(), v.double(), EXTRA)[0].dtype == torch.float64
+        assert ops.gather_tokens(x, ops.select_tokens(scores, 3), EXTRA).dtype == torch.float32
+        assert ops.prune_tokens(scores, x, x.to(dtype), 3, EXTRA)[1].dtype == torch.float32
+        grads = torch.autograd.grad(out.float().sum(), (q, k, v))  # the backward pass inside autocast
+    assert torch.equal(out, expected_out)
+    assert torch.equal(received, expected_scores)
+    assert torch.equal(class_scores, ops.cls_scores(q[:, :, 0].to(dtype), k.to(dtype), EXTRA))
+    out, _ = ops.column_mean_attention(q.to(dtype), k.to(dtype), v.to(dtype), EXTRA)
+    outside = torch.autograd.grad(out.float().sum(), (q, k, v))
+    for inside, expected in zip(grads, outside):
+        assert inside.dtype == torch.float32 and torch.equal(inside, expected)
+
+
+def test_compiled_under_autocast(any_device):
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def attend(q, k, v):
+        with torch.autocast(any_device.type, torch.bfloat16):
+            return ops.column_mean_attention(q, k, v, EXTRA)
+
+    q, k, v = packed_qkv(any_device)
+    expected = column_mean_reference(*(t.bfloat16() for t in (q, k, v)), EXTRA)
+    for ours, wanted in zip(attend(q, k, v), expected):
+        assert ours.dtype == wanted.dtype and torch.equal(ours, wanted)
+
+
+def test_flops_are_counted(any_device):
+    q, k, v = (t.detach().requires_grad_() for t in packed_qkv(any_device))
+    product = 2 * B * H * N * N * D
+    with FlopCounterMode(display=False) as counter:
+        out, _ = ops.column_mean_attention(q, k, v, EXTRA)
+    assert counter.get_total_flops() == 2 * product
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() == 5 * product
+    with FlopCounterMode(display=False) as counter:
+        ops.cls_scores(q[:, :, 0], k, EXTRA)
+    assert counter.get_total_flops() == 2 * B * H * N * D
+
+
+def test_works_on_meta_tensors():
+    q = torch.empty(B, H, N, D, device="meta")
+    out, scores = ops.column_mean_attention(q, q, q, EXTRA)
+    assert out.shape == q.shape and scores.shape == (B, N - EXTRA) and out.device.type == "meta"

@@ -1,0 +1,99 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pruneattn.errors import UserError
+from pruneattn.plot import check_plot_path, mel_bin, plot_kept_patches, plot_tradeoff, save_figure
+
+pytest.importorskip("matplotlib")
+
+
+def stages():
+    grid = np.zeros((8, 8), dtype=bool)
+    grid[:, :4] = True
+    last = np.zeros((8, 8), dtype=bool)
+    last[0, 2] = last[7, 3] = True
+    return [("after block 4", grid), ("after block 7", last)]
+
+
+def loud_corner():
+    fbank = np.full((128, 128), -10.0)
+    fbank[32:48, 0:16] = 5.0  # third column in time, lowest row in mel
+    return fbank
+
+
+def panel_pixels(figure, number):
+    image = figure.axes[number].images[0].get_array()
+    return np.asarray(image)[::1]  # [mel bin, frame, RGB], lowest bin first
+
+
+def test_kept_and_dropped_patches_lie_where_they_belong():
+    figure = plot_kept_patches(loud_corner(), stages(), title="a clip", subtitle="below", sounding=100)
+    assert len(figure.axes) == 3
+    whole, _, last = (panel_pixels(figure, i) for i in range(3))
+    assert all(axis.images[0].origin == "lower" for axis in figure.axes)
+    assert np.array_equal(last[0:16, 32:48], whole[0:16, 32:48])  # kept: as in the input
+    assert np.array_equal(last[112:, 48:64], whole[112:, 48:64])
+    dropped = np.ones((128, 128), dtype=bool)
+    dropped[0:16, 32:48] = dropped[112:, 48:64] = False
+    assert np.ptp(last[dropped], axis=0).max() == 0 and last[dropped].min() > 0.9  # one light grey everywhere else
+    assert whole[5, 40].sum() > whole[5, 60].sum() + 1  # loud is bright
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == [
+        "input: 64 patches", "after block 4: 32 of 64 (50 %) patches", "after block 7: 2 of 64 (3 %) patches"
+    ]  # fmt: skip
+    assert [text.get_text() for text in figure.texts] == ["a clip", "below"]
+
+
+def test_axes_are_seconds_and_hertz():
+    figure = plot_kept_patches(np.random.rand(512, 128), [], title="", start=7.0, sounding=300)
+    (axis,) = figure.axes
+    assert axis.get_xlim() == pytest.approx((7.0, 12.12))
+    ticks = dict(zip((label.get_text() for label in axis.get_yticklabels()), axis.get_yticks()))
+    assert list(ticks) == ["125", "500", "1k", "2k", "4k", "8k"]
+    assert ticks["1k"] == pytest.approx(mel_bin(1000)) and ticks["8k"] == 128
+    hatched = [patch for patch in axis.patches if patch.get_hatch()]
+    assert len(hatched) == 1 and hatched[0].get_x() == pytest.approx(10.0)  # where the sound ends
+    assert [text.get_text() for text in axis.texts] == ["padding"]
+    full = plot_kept_patches(np.random.rand(512, 128), [], title="")
+    assert not full.axes[0].patches and not full.axes[0].texts
+
+
+@pytest.mark.parametrize("hertz", [250, 440, 1000, 3000, 7000])
+def test_mel_axis_agrees_with_the_filterbank(hertz):
+    fbank = pytest.importorskip("pruneattn.data.fbank")
+    wave = torch.sin(2 * math.pi * hertz * torch.arange(16000) / 16000)[None]
+    log_mel, _ = fbank.kaldi_fbank(wave, torch.tensor([16000]))
+    loudest = float(log_mel[0].mean(0).argmax()) + 0.5  # centre of the bin
+    assert abs(mel_bin(hertz) - loudest) <= 1.0
+
+
+def test_writes_a_picture_of_the_kind_asked_for(tmp_path):
+    figure = plot_kept_patches(loud_corner(), stages(), title="a")
+    save_figure(figure, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    save_figure(figure, tmp_path / "a.pdf")
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(UserError, match="must end in .png, .svg or .pdf"):
+        check_plot_path("a.jpeg")
+
+
+def test_tradeoff():
+    rows = [
+        {"keep_rate": 0.5, "metric": 0.90, "gmacs_paper": 5.0, "clips_per_second": 160.0, "theory": 0.5},
+        {"keep_rate": 1.0, "metric": 0.95, "gmacs_paper": 10.0, "clips_per_second": 90.0, "theory": 0.0},
+    ]
+    work, speed = plot_tradeoff(rows, "top-1", "title", dense_clips_per_second=100.0).axes
+    assert work.lines[0].get_xydata().tolist() == [[10, 95], [5, 90]]
+    promised, measured = (line.get_xydata().tolist() for line in speed.lines)
+    assert promised == [[100, 95], [200, 90]] and measured == [[90, 95], [160, 90]]
+    assert [text.get_text() for text in work.texts] == ["1", "0.5"]
+    assert len(plot_tradeoff(rows, "top-1", "title").axes) == 1
+
+
+def test_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        check_plot_path("a.png")

@@ -1,0 +1,231 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import pruneattn
+from pruneattn import predict
+from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio
+from pruneattn.data.fbank import samples_for
+from pruneattn.data.toy import make_sound
+from pruneattn.errors import UserError
+
+LABELS = ["buzz", "siren", "tone", "noise"]
+FEATURES = FeatureConfig(frames=128, mean=-11.0, std=3.0)
+WINDOW = samples_for(128)
+
+
+def make_model(name="audiomae_tiny", **options):
+    torch.manual_seed(1)
+    options = {"frames": 128, "embed_dim": 48, "depth": 4, "num_heads": 3, "prune_blocks": (0, 1, 2), **options}
+    model = pruneattn.create_model(name, num_classes=4, **options)
+    torch.nn.init.normal_(model.head.weight, std=1.0)
+    return model.eval()
+
+
+def save(folder, model, multilabel=False, features=FEATURES):
+    pruneattn.save_pretrained(model, folder / "best.safetensors", features=features, labels=LABELS, multilabel=multilabel)
+    return folder / "best.safetensors"
+
+
+def logits_of(model, wave):
+    with torch.no_grad():
+        return model(FeatureExtractor(FEATURES)(wave[None]))[0]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save(tmp_path, make_model(keep_rate=0.5))
+
+
+@pytest.fixture
+def clip(tmp_path):
+    soundfile.write(tmp_path / "clip.wav", make_sound("siren", np.random.default_rng(0)), 16000)
+    return tmp_path / "clip.wav"
+
+
+def run_json(tmp_path, *arguments):
+    code = predict.main([*map(str, arguments), "--json", str(tmp_path / "out.json")])
+    return code, json.loads((tmp_path / "out.json").read_text())
+
+
+def test_labels_with_scores(checkpoint, clip, tmp_path, capsys):
+    code, out = run_json(tmp_path, checkpoint, clip, "--top-k", 3)
+    expected = logits_of(make_model(keep_rate=0.5), load_audio(clip)).softmax(-1)
+    best = expected.argsort(descending=True)[:3].tolist()
+    (result,) = out["clips"]
+    assert code == 0 and out["scores"] == "softmax" and out["keep_rates"] == [0.5] * 3 and out["failed"] == []
+    assert [one["label"] for one in result["labels"]] == [LABELS[i] for i in best]
+    assert [one["score"] for one in result["labels"]] == pytest.approx(expected[best].tolist(), abs=1e-6)
+    assert result["seconds"] == pytest.approx(len(load_audio(clip)) / 16000)
+    assert [(one["start"], one["end"]) for one in result["windows"]] == [(0, result["seconds"])]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith(str(clip)) and printed[1].split() == [f"{float(expected[best[0]]):.4f}", LABELS[best[0]]]
+    assert len(printed) == 4
+
+    code, out = run_json(tmp_path, checkpoint, clip, "--keep-rate", 1.0)
+    dense = logits_of(make_model(), load_audio(clip)).softmax(-1)
+    assert out["clips"][0]["labels"][0]["score"] == pytest.approx(float(dense.max()), abs=1e-6)
+    assert abs(float(dense.max()) - float(expected.max())) > 1e-4, "the keep-rates cannot be told apart: a poor test"
+
+
+def test_several_labels_are_scored_one_by_one(clip, tmp_path):
+    checkpoint = save(tmp_path, make_model(), multilabel=True)
+    _, out = run_json(tmp_path, checkpoint, clip)
+    expected = logits_of(make_model(), load_audio(clip)).sigmoid().sort(descending=True).values
+    assert out["scores"] == "sigmoid"
+    assert [one["score"] for one in out["clips"][0]["labels"]] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_window_starts():
+    assert predict.window_starts(100, 100, 0.5) == [0]
+    assert predict.window_starts(7, 100, 0.5) == [0]
+    assert predict.window_starts(101, 100, 0.5) == [0, 1]  # the last ends with the clip
+    assert predict.window_starts(200, 100, 0.5) == [0, 50, 100]
+    assert predict.window_starts(220, 100, 0.5) == [0, 50, 100, 120]
+    assert predict.window_starts(300, 100, 0.0) == [0, 100, 200]
+    for samples in range(1, 400, 7):
+        starts = predict.window_starts(samples, 90, 0.3)
+        covered = {sample for start in starts for sample in range(start, start + 90)}
+        assert covered >= set(range(samples)) and (starts[-1] + 90 == samples or samples <= 90)
+
+
+def test_long_clips_are_averaged_over_windows(checkpoint, tmp_path):
+    wave = np.concatenate([make_sound(kind, np.random.default_rng(i)) for i, kind in enumerate(LABELS)])
+    soundfile.write(tmp_path / "long.flac", wave, 16000)
+    wave = load_audio(tmp_path / "long.flac")
+    starts = predict.window_starts(len(wave), WINDOW, 0.5)
+    assert len(starts) >= 3
+    model = make_model(keep_rate=0.5)
+    each = torch.stack([logits_of(model, wave[start : start + WINDOW]).softmax(-1) for start in starts])
+    for batch_size in (2, 16):  # windows of a clip may fall into several batches
+        _, out = run_json(tmp_path, checkpoint, tmp_path / "long.flac", "--batch-size", batch_size, "--top-k", 4)
+        (result,) = out["clips"]
+        scores = {one["label"]: one["score"] for one in result["labels"]}
+        assert [scores[label] for label in LABELS] == pytest.approx(each.mean(0).tolist(), abs=1e-5)
+        assert [one["start"] for one in result["windows"]] == [start / 16000 for start in starts]
+        assert result["windows"][-1]["end"] == pytest.approx(result["seconds"])
+        tops = [one["labels"][0] for one in result["windows"]]
+        assert [top["score"] for top in tops] == pytest.approx(each.max(1).values.tolist(), abs=1e-5)
+        assert [top["label"] for top in tops] == [LABELS[i] for i in each.argmax(1)]
+    _, out = run_json(tmp_path, checkpoint, tmp_path / "long.flac", "--overlap", 0)
+    assert len(out["clips"][0]["windows"]) == math.ceil(len(wave) / WINDOW)
+
+
+def test_a_bad_clip_does_not_stop_the_run(checkpoint, clip, tmp_path, capsys):
+    folder = tmp_path / "sounds" / "below"
+    folder.mkdir(parents=True)
+    wave = make_sound("buzz", np.random.default_rng(3))
+    soundfile.write(folder / "good.wav", wave, 16000)
+    soundfile.write(folder / "cut.wav", wave, 16000)
+    whole = (folder / "cut.wav").read_bytes()
+    (folder / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.wav").touch()
+    (folder / "text.wav").write_text("I am no sound")
+    (folder / "notes.txt").write_text("not looked at")
+    soundfile.write(folder / "short.wav", wave[:160], 16000)
+    soundfile.write(folder / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    (tmp_path / "none").mkdir()
+    inputs = [tmp_path / "sounds", clip, tmp_path / "gone.wav", tmp_path / "none"]
+    code, out = run_json(tmp_path, checkpoint, *inputs)
+    assert code == 0
+    assert [one["path"] for one in out["clips"]] == [str(folder / "good.wav"), str(clip)]
+    failed = {one["path"].rsplit("/", 1)[1]: one["error"] for one in out["failed"]}
+    assert set(failed) == {"cut.wav", "empty.wav", "text.wav", "short.wav", "nan.wav", "gone.wav", "none"}
+    assert failed["none"] == "no sound files in this folder" and "NaN" in failed["nan.wav"]
+    errors = capsys.readouterr().err
+    assert "7 of 9 could not be predicted" in errors and errors.count("text.wav") == 1
+    assert predict.main([str(checkpoint), str(folder / "text.wav")]) == 1
+
+
+def test_json_to_standard_output_is_all_there_is(checkpoint, clip, capsys):
+    assert predict.main([str(checkpoint), str(clip), "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert set(out) == {"checkpoint", "model", "keep_rates", "scores", "clips", "failed"}
+    assert set(out["clips"][0]) == {"path", "seconds", "labels", "windows"}
+
+
+@pytest.mark.parametrize("name", ["audiomae_tiny", "ast_tiny"])
+def test_picture_shows_the_patches_that_were_kept(name, tmp_path, monkeypatch):
+    """Ranked by intensity, the patches that stay are the loudest of the picture, whatever the token order."""
+    pytest.importorskip("matplotlib")
+    drawn = {}
+    monkeypatch.setattr(predict, "plot_kept_patches", lambda fbank, kept, **rest: drawn.update(rest, fbank=fbank, kept=kept))
+    time = np.arange(12000) / 16000
+    wave = torch.from_numpy(np.where(time < 0.16, np.sin(2 * np.pi * 300 * time), 1e-3 * np.random.randn(12000))).float()
+    model = make_model(name, keep_rate=0.25, score="intensity")
+    model.features = FEATURES
+    clip = predict.Clip(tmp_path / "a.wav", wave, len(wave), [0], [torch.tensor([0.1, 0.7, 0.1, 0.1])])
+    predict.draw_clip(model, clip, LABELS, "cpu")
+    loudness = torch.from_numpy(drawn["fbank"]).reshape(8, 16, 8, 16).mean((1, 3)).T  # [mel, time]
+    assert [name for name, _ in drawn["kept"]] == ["after block 1", "after block 2", "after block 3"]
+    for (_, grid), count in zip(drawn["kept"], (16, 4, 1)):
+        loudest = loudness.flatten().topk(count).values.min()
+        assert grid.shape == (8, 8) and grid.sum() == count
+        assert np.array_equal(grid, (loudness >= loudest).numpy())
+    # The tone sounds in the first column, low down: no transposed or mirrored grid looks like this.
+    assert np.argwhere(drawn["kept"][-1][1]).tolist() == [[1, 0]]
+    assert drawn["title"] == "a.wav: siren (0.70)" and "keep-rate 0.25, patches 64 → 16 → 4 → 1" in drawn["subtitle"]
+    assert drawn["sounding"] == 1 + (12000 - 400) // 160 and drawn["start"] == 0
+
+
+def test_picture_of_a_long_clip_shows_its_clearest_window(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(predict, "plot_kept_patches", lambda fbank, kept, **rest: drawn.update(rest, fbank=fbank, kept=kept))
+    model = make_model()
+    model.features = FEATURES
+    wave = torch.randn(3 * WINDOW)
+    scores = [torch.tensor(row) for row in ([0.6, 0.4, 0, 0], [0.1, 0.9, 0, 0], [0.2, 0.8, 0, 0])]
+    clip = predict.Clip(tmp_path / "a.wav", wave, len(wave), [0, WINDOW, 2 * WINDOW], scores)
+    predict.draw_clip(model, clip, LABELS, "cpu")
+    expected = FeatureExtractor(FEATURES)(wave[None, WINDOW : 2 * WINDOW])[0]
+    assert np.allclose(drawn["fbank"], expected.numpy()) and drawn["start"] == WINDOW / 16000
+    assert drawn["title"].endswith("siren (0.70)")
+    assert drawn["kept"] == [] and "keep-rate 1, nothing is pruned" in drawn["subtitle"]
+
+
+def test_pictures_are_written(checkpoint, clip, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    _, out = run_json(tmp_path, checkpoint, clip, "--plot", tmp_path / "one.png")
+    assert out["clips"][0]["plot"] == str(tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "clip.wav").symlink_to(clip)
+    _, out = run_json(tmp_path, checkpoint, clip, tmp_path / "b", "--plot", tmp_path / "out.png")
+    names = ["out-clip.png", "out-clip-2.png"]
+    assert [one["plot"] for one in out["clips"]] == [str(tmp_path / name) for name in names]
+    assert all((tmp_path / name).is_file() for name in names)
+
+
+def test_misuse_is_one_clear_error(checkpoint, clip, tmp_path):
+    before = checkpoint.read_bytes()
+    for options, message in [
+        (["--keep-rate", "0"], "keep_rate.*got 0"),
+        (["--overlap", "1"], "--overlap 1.0"),
+        (["--top-k", "0"], "--top-k 0"),
+        (["--json", str(checkpoint)], "must end in .json"),
+        (["--json", str(tmp_path / "no" / "a.json")], "no folder"),
+        (["--plot", str(tmp_path / "a.jpeg")], "must end in .png"),
+        (["--label-csv", str(tmp_path / "labels.csv")], "labels.csv names 1 classes, the checkpoint has 4"),
+    ]:
+        (tmp_path / "labels.csv").write_text("index,mid,display_name\n0,/m/1,one\n")
+        with pytest.raises(UserError, match=message):
+            predict.main([str(checkpoint), str(clip), *options])
+    assert checkpoint.read_bytes() == before
+    with pytest.raises(UserError):
+        predict.main([str(tmp_path / "gone.safetensors"), str(clip)])
+
+
+def test_real_clips(real_audio, tmp_path):
+    """Ogg and FLAC clips of one and five seconds in one run."""
+    words = sorted((real_audio / "speech_commands_ar" / "audio").rglob("*.o*"))[:2]
+    sounds = sorted((real_audio / "esc10" / "audio").rglob("*.flac"))[:2]
+    checkpoint = save(tmp_path, make_model(keep_rate=0.5))
+    code, out = run_json(tmp_path, checkpoint, *words, *sounds, "--batch-size", 3)
+    assert code == 0 and [len(one["windows"]) for one in out["clips"]] == [1, 1, 7, 7]
+    model = make_model(keep_rate=0.5)
+    expected = logits_of(model, load_audio(words[1])).softmax(-1).max()
+    assert out["clips"][1]["labels"][0]["score"] == pytest.approx(float(expected), abs=1e-5)

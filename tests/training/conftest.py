@@ -1,0 +1,93 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pruneattn.data.toy import KINDS, make_sound
+from pruneattn.train import main
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A folder of real files: three kinds of toy sounds, 36 to train on, 9 to validate and 9 to test."""
+    soundfile = pytest.importorskip("soundfile")
+    root = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 3), ("test", 3)):
+        for kind in list(KINDS)[:3]:
+            folder = root / split / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                soundfile.write(folder / f"{i:02d}.wav", make_sound(kind, rng), 16000)
+    return root
+
+
+@pytest.fixture
+def train(clips, tmp_path):
+    """Runs training in this process; see `Runs`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Runs(clips, tmp_path)
+    torch.set_num_threads(threads)
+
+
+class Runs:
+    """Tiny training runs by the name of their output folder, and what they leave behind."""
+
+    def __init__(self, clips, root):
+        self.clips, self.root = clips, root
+
+    def arguments(self, name, *options):
+        """Command line of a run of 4 epochs of 3 steps, pruned to 0.5 from epoch 1 on, with every augmentation."""
+        return (
+            f"--dataset folder --data-dir {self.clips} --output {self.root / name} --no-tensorboard --log-every 1 "
+            "--size tiny --embed-dim 48 --depth 4 --num-heads 3 --prune-blocks 1 2 --frames 64 --batch-size 12 --epochs 4 "
+            "--keep-rate 0.5 --shrink-start 1 --shrink-epochs 2 --warmup-epochs 1 --mask-time 0.25 --mask-freq 0.25 "
+            "--mixup 0.5"
+        ).split() + [str(option) for option in options]
+
+    def __call__(self, name, *options, code=0):
+        """Train in this process; later options win. Returns the output folder."""
+        assert main(self.arguments(name, *options)) == code
+        return self.root / name
+
+    @staticmethod
+    def log(folder, kind=None):
+        """Lines of log.jsonl without the times, which no two runs share."""
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        times = {"train_seconds", "eval_seconds", "clips_per_second"}
+        lines = [{key: value for key, value in line.items() if key not in times} for line in lines]
+        return [line for line in lines if kind in (None, line["kind"])]
+
+    @staticmethod
+    def state(folder, name="last.pt"):
+        return torch.load(folder / name, weights_only=True)
+
+    def assert_same(self, a, b):
+        """Two output folders hold the same run, bit for bit."""
+        assert self.log(a) == self.log(b)
+        left, right = self.state(a), self.state(b)
+        for key in ("model", "optimizer", "scaler", "progress"):
+            assert_identical(left[key], right[key])
+        assert (a / "result.json").read_bytes() == (b / "result.json").read_bytes()
+        with safe_open(a / "best.safetensors", "pt") as left, safe_open(b / "best.safetensors", "pt") as right:
+            assert left.metadata() == right.metadata()
+        assert_identical(load_file(a / "best.safetensors"), load_file(b / "best.safetensors"))
+
+
+def assert_identical(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_identical(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for left, right in zip(a, b):
+            assert_identical(left, right)
+    else:
+        assert a == b

@@ -1,0 +1,42 @@
+"""Two processes train as one does with the same batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+def test_two_gloo_processes_equal_one(train):
+    plain = "--no-gain --no-noise --mixup 0 --specaug-freq 0 --specaug-time 0 --mask-time 0 --mask-freq 0 --drop-path 0".split()
+    one = train("one", *plain, "--epochs", 3, "--shrink-epochs", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The torchrun launcher only sets these variables and starts the processes.
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pruneattn.train", *train.arguments("two", *plain, "--epochs", 3, "--shrink-epochs", 1)]
+    command += ["--accumulate", "2", "--device", "cpu"]
+    processes = [
+        subprocess.Popen(command, env=os.environ | group | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "epoch 3/3" in outputs[0] and outputs[1] == ""
+
+    two = train.root / "two"
+    for left, right in zip(train.log(one), train.log(two), strict=True):
+        assert left.keys() == right.keys()
+        for key in ("loss", "lr", "train_loss", "val_loss", "map", "top1"):
+            if key in left:
+                assert left[key] == pytest.approx(right[key], rel=1e-5, abs=1e-9), (key, left)
+    left, right = train.state(one)["model"], train.state(two)["model"]
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=2e-5, msg=name)
+    # Nine test clips over two processes: each is counted once.
+    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
+    assert results[0]["test"]["top1"] == results[1]["test"]["top1"]

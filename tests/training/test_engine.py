@@ -1,0 +1,182 @@
+import json
+import resource
+import sys
+
+import pytest
+import torch
+
+import pruneattn.inference
+from pruneattn.data import load_dataset, make_loader
+from pruneattn.data.augment import Augment
+from pruneattn.errors import UserError
+from pruneattn.inference import evaluate_model, predict_dataset
+from pruneattn.models.pretrained import load_pretrained
+from pruneattn.training.engine import Trainer, seed_step
+
+PLAIN = "--no-gain --no-noise --mixup 0 --specaug-freq 0 --specaug-time 0 --mask-time 0 --mask-freq 0 --drop-path 0".split()
+QUICK = "--lr 0.02 --warmup-epochs 0.5 --epochs 12 --shrink-start 4 --shrink-epochs 4 --prune-blocks 1 2".split()
+
+
+def test_learns_and_leaves_everything_behind(train, clips):
+    run = train("run", *PLAIN, *QUICK, "--mean", -11, "--std", 3)
+    epochs = train.log(run, "epoch")
+    assert [line["epoch"] for line in epochs] == list(range(12))
+    assert epochs[-1]["train_loss"] < 0.5 * epochs[0]["train_loss"]
+    assert [line["pruning"] for line in epochs] == [False] * 4 + [True] * 8
+    assert [line["keep_rate"][0] for line in epochs[:9:2]] == pytest.approx([1, 1, 1, 0.75, 0.5])
+    steps = train.log(run, "step")
+    assert [line["step"] for line in steps] == list(range(1, 37))
+    assert sum(line["loss"] for line in steps[:3]) / 3 == pytest.approx(epochs[0]["train_loss"])
+
+    config = json.loads((run / "config.json").read_text())
+    assert (config["frames"], config["mean"], config["keep_rate"], config["train_clips"]) == (64, -11.0, [0.5], 36)
+    assert config["loss"] == "ce" and config["metric"] == "top1" and config["versions"]["torch"] == torch.__version__
+
+    # The best of the epochs at the target keep-rate, whatever the epochs before reached.
+    result = json.loads((run / "result.json").read_text())
+    finals = [line for line in epochs if line["keep_rate"] == [0.5, 0.5]]
+    best = max(finals, key=lambda line: line["top1"])
+    assert result["best_epoch"] == best["epoch"] and result["val"]["top1"] == best["top1"] > 0.6
+    model = load_pretrained(run)
+    assert model.keep_rates == (0.5, 0.5) and model.labels == sorted(model.labels) and model.extra["epoch"] == best["epoch"]
+    features = pruneattn.data.FeatureExtractor(model.features)
+    test = load_dataset("folder", "test", data_dir=clips, frames=64)
+    metrics, failed = evaluate_model(model, features, make_loader(test, 5, train=False), "cpu", multilabel=False)
+    assert not failed and metrics["top1"] == result["test"]["top1"]
+    assert metrics["map"] == pytest.approx(result["test"]["map"])
+
+
+def test_pruning_flag_reaches_the_augmentation(train, monkeypatch):
+    seen = []
+    for name in ("features", "patches"):
+        def record(self, x, *rest, name=name, original=getattr(Augment, name)):
+            seen.append((name, rest[-1]))
+            return original(self, x, *rest)
+
+        monkeypatch.setattr(Augment, name, record)
+    train("pruned", "--epochs", 2, "--shrink-start", 1, "--shrink-epochs", 0)
+    assert seen == [("features", False), ("patches", False)] * 3 + [("features", True), ("patches", True)] * 3
+    seen.clear()
+    train("whole", "--epochs", 2, "--keep-rate", 1)
+    assert {flag for _, flag in seen} == {False}
+
+
+def test_accumulating_equals_the_bigger_batch(train):
+    whole = train("whole", *PLAIN)
+    parts = train("parts", *PLAIN, "--accumulate", 3)
+    for left, right in zip(train.log(whole, "step"), train.log(parts, "step"), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5) and left["lr"] == right["lr"]
+    with pytest.raises(UserError, match="--batch-size 12 cannot be shared out evenly: 1 processes times --accumulate 5"):
+        train("odd", "--accumulate", 5)
+    with pytest.raises(UserError, match="36 training clips do not fill one batch: give a --batch-size of at most 36"):
+        train("huge", "--batch-size", 48)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_follows_full(train, amp):
+    full = train("full", *PLAIN)
+    half = train("half", *PLAIN, "--amp", amp)
+    losses = [[line["train_loss"] for line in train.log(run, "epoch")] for run in (full, half)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert all(value.dtype == torch.float32 for value in train.state(half)["model"].values())
+    assert bool(train.state(half)["scaler"]) == (amp == "fp16")
+
+
+def test_loss_that_is_not_finite_names_what_to_look_at(train, monkeypatch):
+    original = Trainer.loss
+
+    def loss(self, batch):
+        return original(self, batch) * (float("nan") if self.global_step == 4 else 1.0)
+
+    monkeypatch.setattr(Trainer, "loss", loss)
+    message = r"not finite in step 4 \(epoch 1, step 1 of 3\).*lr 0\.000.*keep-rate \[1\.0, 1\.0\].*\d\d\.wav.*last\.pt.*--lr"
+    with pytest.raises(UserError, match=message):
+        train("run")
+    assert train.state(train.root / "run")["progress"]["epoch"] == 1
+    assert torch.isfinite(train.state(train.root / "run")["model"]["head.weight"]).all()
+
+
+def test_diverging_run_stops(train):
+    with pytest.raises(UserError, match="the loss is not finite"):
+        train("run", "--lr", 1e30, "--warmup-epochs", 0)
+
+
+def test_overflowing_fp16_gradients_only_skip_steps(train, monkeypatch):
+    original = Trainer.loss
+
+    def loss(self, batch):
+        return original(self, batch) * (1e35 if self.global_step == 0 else 1.0)  # finite, its scaled gradient is not
+
+    monkeypatch.setattr(Trainer, "loss", loss)
+    run = train("run", "--amp", "fp16", "--epochs", 2, "--shrink-epochs", 0)
+    assert train.state(run)["scaler"]["scale"] == 2.0**15
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /sys and file size limits")
+def test_output_that_cannot_be_written(train, clips):
+    with pytest.raises(UserError, match="--output /sys/pruneattn: cannot be created"):
+        train("run", "--output", "/sys/pruneattn")
+    (train.root / "file").write_text("")
+    with pytest.raises(UserError, match="there is a file of that name"):
+        train("file")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file size limits")
+def test_full_disk_keeps_the_checkpoint_before(train, monkeypatch):
+    whole = train("whole")
+    original = Trainer.finish_epoch
+
+    def finish_epoch(self, epoch):
+        if epoch == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # no file can grow beyond this
+        return original(self, epoch)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(Trainer, "finish_epoch", finish_epoch)
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*(last\.pt|best\.safetensors)"):
+            train("full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    full = train.root / "full"
+    assert train.state(full)["progress"]["epoch"] == 2 and not list(full.glob(".*.tmp"))
+    train("full", "--resume")
+    train.assert_same(whole, full)
+
+
+def test_bad_clips_are_listed_and_left_out(train, clips, tmp_path):
+    import shutil
+
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    kind = sorted(path.name for path in (folder / "train").iterdir())[0]
+    (folder / "train" / kind / "00.wav").write_text("no sound")
+    (folder / "val" / kind / "01.wav").write_bytes(b"")
+    run = train("run", "--data-dir", folder, "--epochs", 2, "--shrink-epochs", 0)
+    lines = (run / "failed_clips.txt").read_text().splitlines()
+    assert [str(folder / part / kind / name) for part, name in (("train", "00.wav"), ("val", "01.wav"))] == [
+        line.partition(": ")[0] for line in lines
+    ]
+
+
+def test_predictions_come_in_order_and_leave_the_mode(train, clips):
+    run = train("run", "--epochs", 1, "--keep-rate", 1)
+    model = load_pretrained(run).train()
+    features = pruneattn.data.FeatureExtractor(model.features)
+    val = load_dataset("folder", "val", data_dir=clips, frames=64)
+    whole = predict_dataset(model, features, make_loader(val, 9, train=False), "cpu")
+    assert model.training and whole.index.tolist() == list(range(9)) and whole.failed == []
+    assert whole.targets.argmax(1).tolist() == [clip.labels[0] for clip in val.clips]
+    single = predict_dataset(model, features, make_loader(val, 2, train=False), "cpu")
+    torch.testing.assert_close(single.logits, whole.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_seeds_of_neighbouring_places_differ():
+    draws = set()
+    for place in [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0), (1, 0, 0, 0), (0, 0, 0, -1)]:
+        seed_step(*place)
+        draws.add(torch.rand(1).item())
+    assert len(draws) == 6
+    seed_step(0, 1, 0, 0)
+    assert torch.rand(1).item() in draws

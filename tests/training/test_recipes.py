@@ -1,0 +1,95 @@
+import dataclasses
+
+import pytest
+
+from pruneattn.data import DATASETS
+from pruneattn.data.augment import Augment
+from pruneattn.errors import UserError
+from pruneattn.training.options import Options, describe, differences, parse
+from pruneattn.training.recipes import RECIPES, Recipe
+
+# The paper's tables, column by column: epochs, shrink start, shrink epochs, effective batch, peak lr, frames, masking,
+# SpecAugment frequency, time, mixup, gain, noise, loss, metric.
+PAPER = {
+    ("audiomae", "as20k"): (60, 30, 20, 32, 1.25e-4, 1024, 0.3, 48, 192, 0.5, True, False, "bce", "map"),
+    ("audiomae", "spc2"): (90, 10, 30, 512, 2e-3, 128, 0, 48, 48, 0.5, True, True, "bce", "top1"),
+    ("audiomae", "esc50"): (120, 20, 40, 128, 5e-4, 512, 0.3, 24, 96, 0, True, False, "ce", "top1"),
+    ("audiomae", "voxceleb1"): (90, 20, 40, 64, 2.5e-4, 1024, 0, 48, 192, 0, False, True, "ce", "top1"),
+    ("ast", "as20k"): (30, 15, 10, 64, 1e-4, 1024, 0, 48, 192, 0.5, False, False, "bce", "map"),
+    ("ast", "spc2"): (30, 5, 15, 128, 2.5e-4, 128, 0, 48, 48, 0.6, False, True, "bce", "top1"),
+    ("ast", "esc50"): (30, 5, 15, 48, 1e-5, 512, 0, 24, 96, 0, False, False, "ce", "top1"),
+}
+
+
+def test_recipes_are_the_papers():
+    assert RECIPES.keys() == PAPER.keys()
+    for pair, r in RECIPES.items():
+        peak = round(r.lr * r.batch_size / r.lr_batch, 12)
+        got = (
+            r.epochs, r.shrink_start, r.shrink_epochs, r.batch_size, peak, r.frames, r.mask_time, r.specaug_freq,
+            r.specaug_time, r.mixup, r.gain, r.noise, r.loss, r.metric,
+        )  # fmt: skip
+        assert got == PAPER[pair], pair
+        assert (r.mask_freq, r.mask_1d, r.padding, r.keep_rate, r.clip_grad) == (r.mask_time, 0, "min", (1.0,), 0), pair
+        assert r.prune_blocks == (3, 6, 9) and r.score is None
+        assert r.frames == DATASETS[pair[1]].frames
+
+
+def test_optimisers_are_the_papers():
+    for (model, dataset), r in RECIPES.items():
+        if model == "audiomae":
+            got = (r.optimizer, r.betas, r.weight_decay, r.layer_decay, r.drop_path, r.schedule, r.min_lr, r.warmup_epochs)
+            assert got == ("adamw", (0.9, 0.95), 1e-4, 0.75, 0.1, "cosine", 1e-5, 4) and r.warmup_steps == 0
+        else:
+            got = (r.optimizer, r.betas, r.weight_decay, r.layer_decay, r.drop_path, r.schedule, r.warmup_epochs)
+            assert got == ("adam", (0.95, 0.999), 5e-7, 1.0, 0.0, "step", 0)
+            steps = (r.lr_step_first, r.lr_step_every, r.lr_step_factor, r.warmup_steps)
+            assert steps == ((10, 5, 0.5, 1000) if dataset == "as20k" else (5, 1, 0.85, 0))
+
+
+def test_every_field_is_an_option():
+    options, recipe = parse(["--model", "ast", "--dataset", "esc50"])
+    assert recipe == RECIPES["ast", "esc50"] and (options.model, options.size) == ("ast", "base")
+    assert options.output == "runs/ast_base_esc50"
+    given = "--keep-rate 0.5 0.6 0.7 --betas 0.8 0.9 --no-gain --noise --frames 256 --mean -5 --score intensity --epochs 40"
+    _, recipe = parse(["--model", "ast", "--dataset", "esc50", *given.split()])
+    assert recipe == dataclasses.replace(
+        RECIPES["ast", "esc50"], keep_rate=(0.5, 0.6, 0.7), betas=(0.8, 0.9), gain=False, noise=True, frames=256, mean=-5.0,
+        score="intensity", epochs=40,
+    )  # fmt: skip
+    assert parse(["--dataset", "toy"])[1] == Recipe()
+    assert {f.name for f in dataclasses.fields(Augment)} <= {f.name for f in dataclasses.fields(Recipe)}
+
+
+def test_help_shows_the_recipe(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse(["--model", "audiomae", "--dataset", "spc2", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in (*dataclasses.fields(Options), *dataclasses.fields(Recipe)):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "(the effective batch) (default: 512)" in text and "(default: 0.9 0.95)" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--keep-rate 0", "--keep-rate must be above 0 and at most 1, got 0.0"),
+        ("--keep-rate 1.5", "--keep-rate must be above 0"),
+        ("--keep-rate nan", "--keep-rate must be above 0"),
+        ("--keep-rate 0.5 0.5", r"one per pruning block \(3\), got 2"),
+        ("--keep-rate 0.5 --epochs 20", "reaches 0.5 only in epoch 28 .* the run ends with epoch 19"),
+        ("--epochs 0", "--epochs must be at least 1"),
+        ("--frames 100", "--frames must be a multiple of 16, got 100"),
+        ("--mixup 2", "--mixup is a share"),
+        ("--shrink-start -1", "cannot be negative"),
+        ("--resume --branch-from x.pt", "give one of them"),
+    ],
+)
+def test_bad_values_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        parse(given.split())
+
+
+def test_differences_leave_out_the_place():
+    old, new = (describe(*parse(given.split())) for given in ("--output a --workers 1", "--output b --seed 3 --keep-rate 0.5"))
+    assert differences(old, new) == ["seed: 0 -> 3", "keep_rate: [1.0] -> [0.5]"]

@@ -1,0 +1,123 @@
+"""A run that is stopped or killed at any moment goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pruneattn.errors import UserError
+from pruneattn.training.engine import Trainer
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Calls a function at the beginning of the given optimiser step (from 1) of a run in this process."""
+
+    def install(step, action):
+        original = Trainer.train_step
+
+        def train_step(self, batches):
+            if self.global_step + 1 == step:
+                action()
+            return original(self, batches)
+
+        monkeypatch.setattr(Trainer, "train_step", train_step)
+
+    return install
+
+
+def test_kill_mid_epoch_and_resume_equals_uninterrupted(train):
+    whole = train("whole", "--save-minutes", 0)
+    cut = train.root / "cut"
+    command = [sys.executable, "-m", "pruneattn.train", *train.arguments("cut", "--save-minutes", 0, "--resume")]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not ((cut / "log.jsonl").exists() and (cut / "log.jsonl").read_bytes().count(b'"step"') > 7):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    progress = train.state(cut)["progress"]
+    assert progress["epoch"] < 4
+    train("cut", "--save-minutes", 0, "--resume")
+    train.assert_same(whole, cut)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_between_two_steps(train, at_step, monkeypatch, signum, capsys):
+    whole = train("whole")
+    at_step(5, lambda: os.kill(os.getpid(), signum))
+    cut = train("cut", code=128 + signum)
+    assert "--resume" in capsys.readouterr().out
+    progress = train.state(cut)["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 2)
+    assert signal.getsignal(signum) != signal.SIG_IGN
+    monkeypatch.undo()
+    train("cut", "--resume")
+    train.assert_same(whole, cut)
+
+
+def test_signal_during_evaluation(train, monkeypatch):
+    whole = train("whole")
+    original = Trainer.evaluate
+
+    def evaluate(self, dataset):
+        if self.progress.epoch == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, dataset)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    cut = train("cut", code=128 + signal.SIGTERM)
+    assert train.state(cut)["progress"]["step"] == 3 and len(train.log(cut, "epoch")) == 2
+    monkeypatch.undo()
+    train("cut", "--resume")
+    train.assert_same(whole, cut)
+
+
+@pytest.mark.parametrize("changes", [["--keep-rate", "0.25"], ["--score", "cls", "--shrink-epochs", "1"], ["--keep-rate", "1"]])
+def test_branch_equals_training_from_scratch(train, changes):
+    trunk = train("first") / "trunk.pt"
+    scratch = train("scratch", *changes)
+    branch = train("branch", *changes, "--branch-from", trunk)
+    train.assert_same(scratch, branch)
+    assert (scratch / "trunk.pt").exists() and len(train.log(branch, "epoch")) == 4
+
+
+def test_branch_and_resume_refuse_another_configuration(train):
+    first = train("first", "--epochs", 2, "--shrink-epochs", 0)
+    with pytest.raises(UserError, match=r"lr: 0\.003 -> 0\.1"):
+        train("first", "--epochs", 2, "--shrink-epochs", 0, "--lr", 0.1, "--resume")
+    with pytest.raises(UserError, match=r"epochs: 2 -> 5.*shrink_epochs: 0 -> 2"):
+        train("first", "--epochs", 5, "--resume")
+    with pytest.raises(UserError, match=r"epochs: 2 -> 4"):
+        train("branch", "--branch-from", first / "trunk.pt")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        train("branch", "--branch-from", first / "nothing.pt")
+    before = (first / "log.jsonl").read_bytes()
+    with pytest.raises(UserError, match="holds a run already"):
+        train("first", "--epochs", 2, "--shrink-epochs", 0)
+    assert (first / "log.jsonl").read_bytes() == before
+
+
+def test_resume_by_path_and_when_finished(train, capsys):
+    first = train("first", "--epochs", 2, "--shrink-epochs", 0)
+    before = train.state(first)
+    result = json.loads((first / "result.json").read_text())
+    (first / "result.json").unlink()
+    train("elsewhere", "--epochs", 2, "--shrink-epochs", 0, "--resume", first)
+    assert json.loads((first / "result.json").read_text()) == result
+    assert not (train.root / "elsewhere").exists()
+    assert torch.equal(train.state(first)["model"]["head.weight"], before["model"]["head.weight"])
+
+
+def test_damaged_checkpoint_is_named(train):
+    first = train("first", "--epochs", 2, "--shrink-epochs", 0)
+    data = (first / "last.pt").read_bytes()
+    (first / "last.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"last\.pt: not a checkpoint.*or damaged"):
+        train("first", "--epochs", 2, "--shrink-epochs", 0, "--resume")
