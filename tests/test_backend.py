@@ -118,6 +118,26 @@ def test_unusable_backend_says_why(calls):
         use_backend("cuda")
 
 
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("80;90a;100", (8, 0), True),
+        ("80;90a;100", (8, 9), True),
+        ("80;90a;100", (12, 0), True),
+        ("80;90a;100", (7, 5), False),
+        ("90a", (9, 0), True),
+        ("90a", (10, 0), False),
+        ("100f", (10, 3), True),
+        ("100f", (12, 0), False),
+    ],
+)
+def test_which_gpus_the_kernels_run_on(architectures, capability, runs):
+    reason = backend._why_not_this_gpu(architectures.split(";"), capability)
+    assert (reason == "") == runs
+    if not runs:
+        assert reason.endswith("PRUNEATTN_CUDA_ARCHS={}{}".format(*capability))
+
+
 def test_environment_variable(calls, monkeypatch):
     monkeypatch.setenv("PRUNEATTN_BACKEND", "reference")
     run()
@@ -140,8 +160,8 @@ def test_table(calls):
     table = backends()
     assert set(table) == set(backend._kernels) and {"select_tokens", "column_mean_attention"} < set(table)
     states = {name: status.state for name, status in table["twice"].items()}
-    cuda = torch.cuda.is_available()
-    assert states == {"reference": "used" if cuda else "available", "cpu": "used", "cuda": "no kernel", "triton": "no kernel"}
+    reference = "used" if torch.cuda.is_available() else "available"
+    assert states == {"reference": reference, "cpu": "used", "cuda": "no kernel", "triton": "no kernel"}
     assert table["column_mean_attention"]["reference"].state == "used"
     assert table["select_tokens"]["cuda"] == ("unusable", "pruneattn._C was built without CUDA: nvcc was not found")
     assert table["cls_scores"]["cpu"] == ("no kernel", "cls_scores has no kernel for it yet")
@@ -164,14 +184,15 @@ def test_everything_runs_without_the_compiled_part():
     result = python(
         "import sys; sys.modules['pruneattn._C'] = None\n"
         "import torch, pruneattn\n"
-        "print(pruneattn.ops.prune_tokens(torch.tensor([[1., 3., 2.]]), torch.ones(1, 4, 1), torch.ones(1, 4, 1), 2, 1)[0])\n"
+        "x = torch.ones(1, 4, 1)\n"
+        "print(pruneattn.ops.prune_tokens(torch.tensor([[1., 3., 2.]]), x, x, 2, 1)[0])\n"
         "print(pruneattn.backends())\n"
         "pruneattn.use_backend('cpu')\n"
     )
     assert "tensor([[1, 2]])" in result.stdout
     assert "cpu: the compiled part pruneattn._C cannot be imported" in result.stdout
     assert "pip install -e ." in result.stdout
-    assert result.stderr.splitlines()[-1].startswith("pruneattn.errors.UserError: use_backend: backend 'cpu' cannot be used")
+    assert "UserError: use_backend: backend 'cpu' cannot be used here" in result.stderr.splitlines()[-1]
 
 
 def test_compiled_part_reports_itself():

@@ -22,12 +22,13 @@ def arguments(name, device, requires_grad):
         return tensor.detach().requires_grad_(requires_grad)
 
     q, k, v = map(leaf, packed_qkv(device))
+    grad_out = torch.randn(B, H, N, D, device=device)
     scores = torch.randn(B, 2 * N, device=device)[:, 1:N]
     x, y = (leaf(torch.randn(B, N, channels, device=device)) for channels in (5, 3))
     index = torch.tensor([[0, 2, 8], [3, 4, 5]], device=device)
     return {
         "column_mean_attention": (q, k, v, EXTRA),
-        "column_mean_attention_backward": (torch.randn(B, H, N, D, device=device), *(t.detach() for t in (q, k, v)), 0.3),
+        "column_mean_attention_backward": (grad_out, *(t.detach() for t in (q, k, v)), 0.3),
         "cls_scores": (leaf(q[:, :, 0]), k, EXTRA),
         "select_tokens": (leaf(scores), 4),
         "gather_tokens": (x, index, EXTRA),
