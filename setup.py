@@ -98,7 +98,6 @@ class NinjaBuild(build_ext):
     def write_ninja(folder, output, cxx, nvcc, archs, pybind):
         from ninja.ninja_syntax import Writer
 
-        # Not one CUDA symbol of the static runtime may leak: torch brings its own.
         host = f"-fPIC -fopenmp -fvisibility=hidden -Wall -Wextra {os.environ.get('CXXFLAGS', '')}"
         ccbin = f"-ccbin {cxx.split()[-1]}" if "CXX" in os.environ else ""
         define = "-DPRUNEATTN_CUDA" if nvcc else ""
@@ -108,6 +107,7 @@ class NinjaBuild(build_ext):
                        f"-isystem {sysconfig.get_path('include')} -MMD -MF $out.d -c $in -o $out",
                        deps="gcc", depfile="$out.d", description="g++ $in")
             objects = NinjaBuild.objects(ninja, folder, "cxx", "*.cpp")
+            # exclude-libs: no symbol of the static CUDA runtime may clash with the one that torch brings.
             link = f"{cxx} -shared {host} $in -o $out -Wl,--exclude-libs,ALL"
             if nvcc:
                 flags = f"-std=c++17 -O3 {ccbin} -Xcompiler '{host}' {' '.join(map(gencode, archs))}"

@@ -33,7 +33,7 @@ except ImportError as error:
 
 ENVIRONMENT = "PRUNEATTN_BACKEND"
 NAMES = ("reference", "cpu", "cuda", "triton")
-_DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # the device type each backend's kernels run on
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # the device type each backend's kernels run on
 _FASTEST_FIRST = ("cuda", "triton", "cpu")
 
 _kernels = {}  # op -> {backend: function}, filled by pruneattn.ops
@@ -77,12 +77,12 @@ class use_backend:
     """
 
     def __init__(self, name):
+        if torch.compiler.is_compiling():
+            raise RuntimeError("use_backend acts when ops run: put it around the compiled function, not inside")
         _check_usable(name, "use_backend")
         self.name = name
 
     def __enter__(self):
-        if torch.compiler.is_compiling():
-            raise RuntimeError("use_backend acts when ops run: put it around the compiled function, not inside")
         self._change(_open.append)
         return self
 
@@ -154,7 +154,7 @@ def _status(op, name, functions, used, devices):
         return Status("no kernel", f"{op} has no kernel for it yet")
     if why_not(name):
         return Status("unusable", why_not(name))
-    runs = any(f is functions[name] and _DEVICE.get(name, device) == device for f, device in zip(used, devices))
+    runs = any(f is functions[name] and DEVICES.get(name, device) == device for f, device in zip(used, devices))
     return Status("used" if runs else "available", "")
 
 
@@ -168,16 +168,37 @@ def why_not(name):
         return _WHY_NO_C
     if name == "cuda" and not _C.build_info()["cuda"]:
         return f"pruneattn._C was built without CUDA: {_C.build_info()['cuda_reason']}"
-    if _DEVICE.get(name) == "cuda" and not torch.cuda.is_available():
+    if DEVICES.get(name) == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
+    if name == "cuda":
+        return _why_not_this_gpu(_C.build_info()["cuda_architectures"].split(";"), torch.cuda.get_device_capability())
     return ""
+
+
+def _why_not_this_gpu(architectures, capability):
+    gpu = 10 * capability[0] + capability[1]
+    if any(_runs_on(name, gpu) for name in architectures):
+        return ""
+    return (
+        f"pruneattn._C was built for sm_{', sm_'.join(architectures)} and this GPU is sm_{gpu}; "
+        f"build it again with PRUNEATTN_CUDA_ARCHS={gpu}"
+    )
+
+
+def _runs_on(architecture, gpu):
+    built_for = int(architecture.rstrip("af"))
+    if architecture.endswith("a"):  # this one alone
+        return gpu == built_for
+    if architecture.endswith("f"):  # later ones of its family
+        return built_for <= gpu < 10 * (built_for // 10 + 1)
+    return gpu >= built_for  # all later ones, through the PTX it carries
 
 
 @functools.cache
 def _resolve(op, device_type, forced):
     functions = _kernels[op]
     for name in _FASTEST_FIRST if forced is None else (forced,):
-        if name in functions and _DEVICE.get(name) == device_type and not why_not(name):
+        if name in functions and DEVICES.get(name) == device_type and not why_not(name):
             return functions[name]
     return functions["reference"]
 

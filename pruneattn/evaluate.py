@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .errors import UserError, run_command
-from .inference import autocast, predict_dataset
+from .inference import AMP_DTYPES, predict_dataset
 from .metrics import evaluate_predictions
 from .models.macs import count_macs
 from .opening import add_checkpoint_options, describe, open_checkpoint
@@ -59,16 +59,19 @@ def main(argv=None):
                 model.to(device), keep_rates, device, amp=args.amp, batch_size=args.batch_size, rounds=args.rounds,
                 compiled=args.compile,
             )  # fmt: skip
-            context |= {"rounds": args.rounds, "dense": speed.dense, "dense_clips_per_second": speed.dense_clips_per_second}
+            context["rounds"], context["dense"] = args.rounds, speed.dense
+            context["dense_clips_per_second"] = speed.dense_clips_per_second
             for row in rows:
                 row |= speed.row(row["keep_rate"], theory=row["theory"])
         print(table_text(rows, context))
         unread = [*failed, *((str(path), "listed, but the file is not there") for path in dataset.missing)]
         save_table(output, rows, context, dataset.labels, [score["per_class"] for score in scores], unread)
         if failed:
-            print(f"\n{len(failed)} of {len(dataset)} clips could not be read and do not count (all in {output / 'failed_clips.txt'}):")
+            print(f"\n{len(failed)} of {len(dataset)} clips could not be read and do not count:")
             for path, reason in failed[:10]:
                 print(f"  {reason if path in reason else f'{path}: {reason}'}")
+            if len(failed) > 10:
+                print(f"  and {len(failed) - 10} more, all in {output / 'failed_clips.txt'}")
         print(f"\nSaved in {output}")
         return 0
     finally:
@@ -142,7 +145,7 @@ def _parse(argv):
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", required=True, help="as20k, spc2, esc50, voxceleb1, toy, manifest or folder")
     data.add_argument("--split", default="test", choices=("train", "val", "test"), help="(default: test)")
-    data.add_argument("--data-dir", metavar="DIR", help="where the data is (else the environment variable PRUNEATTN_DATA)")
+    data.add_argument("--data-dir", metavar="DIR", help="where the data is (else the variable PRUNEATTN_DATA)")
     data.add_argument("--fold", type=int, default=1, help="esc50: the fold that is held out (default: 1)")
     data.add_argument("--manifest", metavar="JSON", help="manifest: JSON file of the clips")
     data.add_argument("--label-csv", metavar="CSV", help="manifest: CSV of the labels (index,mid,display_name)")
@@ -150,14 +153,14 @@ def _parse(argv):
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, metavar="DIR", help="where the results go (default: beside the checkpoint)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    run.add_argument("--amp", choices=("fp32", "bf16", "fp16"), default="fp32", help="precision of the model (default: fp32)")
-    run.add_argument("--batch-size", type=int, default=32, metavar="B", help="clips at once, also where speed is measured (default: 32)")
+    run.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
+    run.add_argument("--batch-size", type=int, default=32, metavar="B", help="clips at once, timing too (default: 32)")
     run.add_argument("--rounds", type=int, default=9, help="rounds of timing; 0 leaves it out (default: 9)")
     run.add_argument("--compile", action="store_true", help="measure the speed with torch.compile as well")
     args = parser.parse_args(argv)
-    for option in ("batch_size", "rounds", "workers"):
-        if getattr(args, option) < (option == "batch_size"):
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be {'at least 1' if option == 'batch_size' else '0 or more'}")
+    for option, least in (("batch_size", 1), ("rounds", 0), ("workers", 0)):
+        if getattr(args, option) < least:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
     return args
 
 
@@ -186,7 +189,8 @@ def _make_output(args):
     if output is None:
         checkpoint = Path(args.checkpoint)
         fold = f"-fold{args.fold}" if args.dataset == "esc50" else ""
-        output = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / f"evaluation-{args.dataset}-{args.split}{fold}"
+        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        output = folder / f"evaluation-{args.dataset}-{args.split}{fold}"
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()

@@ -16,7 +16,7 @@ def evaluate_predictions(logits, targets, multilabel):
 
     Args:
         logits: ``[N, K]`` tensor or array, any float type: the model's raw outputs.
-        targets: ``[N, K]`` tensor or array; a label is there where its value is above 0.5 (one-hot for one label a clip).
+        targets: ``[N, K]`` tensor or array; a label is there where its value is above 0.5 (one-hot for one a clip).
         multilabel: whether a clip may have several labels. If so classes are scored by themselves (sigmoid), else
             against one another (softmax), which decides what "a high score" means across clips.
 

@@ -7,20 +7,23 @@ from .errors import UserError
 
 def add_checkpoint_options(parser):
     """The options by which ``open_checkpoint`` finds out what a checkpoint does not say itself."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder of train, its best.safetensors, or with --model any other file")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT",
+        help="a run folder of train, its best.safetensors, or with --model any other file",
+    )  # fmt: skip
     group = parser.add_argument_group("checkpoints of other projects (AST, AudioMAE, Hugging Face, timm)")
-    group.add_argument("--model", metavar="NAME", help="model that the file's weights are for, such as audiomae_base or ast_base")
+    group.add_argument("--model", metavar="NAME", help="model that the weights are for: audiomae_base, ast_base, ...")
     group.add_argument("--num-classes", type=int, metavar="K", help="classes of its head (the dataset's)")
     group.add_argument("--frames", type=int, metavar="F", help="10 ms frames of its input (the dataset's)")
     group.add_argument("--mean", type=float, help="mean of the log-mel values it was trained with (the dataset's)")
     group.add_argument("--std", type=float, help="their standard deviation (the dataset's)")
     group.add_argument(
         "--padding", choices=("zero", "min"), default="zero",
-        help="what follows a short clip: 0 (AST, AudioMAE, Hugging Face), or the spectrogram's floor (the paper) (default: zero)",
+        help="what follows a short clip: 0 (AST, AudioMAE, Hugging Face) or the spectrogram's floor (the paper's own) "
+        "(default: zero)",
     )  # fmt: skip
-    parser.add_argument(
-        "--score", choices=("column_mean", "cls", "intensity", "variation"), help="what ranks the patches (the checkpoint's)"
-    )
+    scores = ("column_mean", "cls", "intensity", "variation")
+    parser.add_argument("--score", choices=scores, help="what ranks the patches (the checkpoint's)")
 
 
 def open_checkpoint(args, dataset):
@@ -42,7 +45,7 @@ def open_checkpoint(args, dataset):
 
         for option in ("num_classes", "frames", "mean", "std"):
             if getattr(args, option) is not None:
-                raise UserError(f"--{option.replace('_', '-')} is for checkpoints of other projects, together with --model")
+                raise UserError(f"--{option.replace('_', '-')} is for checkpoints of other projects, with --model")
         model = load_pretrained(args.checkpoint)
     else:
         model = _open_foreign(args, dataset)

@@ -105,7 +105,7 @@ def save_figure(figure, path):
 
 
 def check_plot_path(path):
-    """Raise a ``UserError`` if a picture could not be written to ``path`` for want of matplotlib or of a known suffix."""
+    """Raise a ``UserError`` if no picture can be written to ``path`` for want of matplotlib or of a known suffix."""
     if not str(path).lower().endswith(_SUFFIXES):
         raise UserError(f"{path}: a picture's name must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
     _matplotlib_figure()
@@ -154,9 +154,8 @@ def _draw_panel(axis, colours, grid, start, sounding):
         axis.hlines(np.arange(PATCH, _MEL_BINS, PATCH), start, end, **lines)
     if sounding < frames:
         corner = (start + sounding * _HOP, 0)
-        axis.add_patch(
-            Rectangle(corner, end - corner[0], _MEL_BINS, fill=False, hatch="////", lw=0, edgecolor="#9a9a9a", alpha=0.55)
-        )
+        hatch = dict(fill=False, hatch="////", lw=0, edgecolor="#9a9a9a", alpha=0.55)
+        axis.add_patch(Rectangle(corner, end - corner[0], _MEL_BINS, **hatch))
         axis.axvline(corner[0], color="#5ec8ff", lw=1.2)
         narrow = sounding > 0.88 * frames
         axis.text(

@@ -3,33 +3,18 @@
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from .errors import UserError, run_command
-from .inference import autocast
+from .inference import AMP_DTYPES, autocast
 from .io import atomic_write
 from .opening import add_checkpoint_options, describe, open_checkpoint
 from .plot import check_plot_path, plot_kept_patches, save_figure
 from .training import distributed
-
-
-@dataclass
-class Clip:
-    """A sound file and what the model says about it."""
-
-    path: Path
-    wave: torch.Tensor | None  # float32 [L] at 16 kHz; given up once it is not needed any more
-    samples: int
-    starts: list  # first sample of each window
-    scores: list = field(default_factory=list)  # float32 [K] per window
-
-    @property
-    def mean_scores(self):
-        return torch.stack(self.scores).mean(0)  # [K]
+from .windows import find_clips, predict_clips
 
 
 def main(argv=None):
@@ -66,96 +51,6 @@ def main(argv=None):
     return 0 if results else 1
 
 
-def find_clips(inputs, failed):
-    """Sound files among and below ``inputs``, each once, in the order given; what is none is added to ``failed``."""
-    from .data import find_audio
-
-    paths = {}
-    for given in map(Path, inputs):
-        if not given.is_dir():
-            paths[given] = None  # decoding tells whether it is there and sound
-            continue
-        found = find_audio(given)
-        paths.update(dict.fromkeys(found))
-        if not found:
-            failed.append((str(given), "no sound files in this folder"))
-    return list(paths)
-
-
-def window_starts(samples, window, overlap):
-    """First samples of the windows that cover a clip: one, or several of which neighbours share ``overlap`` or more.
-
-    The last window ends with the clip, so that no window of a long clip is padded.
-    """
-    if samples <= window:
-        return [0]
-    step = max(1, round(window * (1 - overlap)))
-    return [*range(0, samples - window, step), samples - window]
-
-
-@torch.inference_mode()
-def predict_clips(model, paths, failed, device, *, amp="fp32", batch_size=16, overlap=0.5, keep_waves=False):
-    """Predict sound files, batching windows across files.
-
-    Args:
-        model: opened checkpoint on ``device``.
-        paths: files, decoded one after the other.
-        failed: list that gets ``(path, reason)`` of every file that cannot be predicted.
-        amp: "fp32", "bf16" or "fp16".
-        batch_size: windows at once.
-        overlap: share of a window that the next one repeats, in [0, 1).
-        keep_waves: leave the waveforms in the results.
-
-    Yields:
-        ``Clip`` in the order of ``paths``: per window softmax, or sigmoid if the model is multilabel.
-    """
-    from .data import FeatureExtractor, load_audio
-    from .data.fbank import samples_for
-
-    features = FeatureExtractor(model.features).to(device)
-    window = samples_for(model.frames)
-    waiting, pending = [], []  # clips without all their scores; windows that wait for a batch
-
-    def run(count):
-        batch = pending[:count]
-        del pending[:count]
-        waves = [clip.wave[start : start + window] for clip, start in batch]
-        lengths = torch.tensor([len(wave) for wave in waves])
-        padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)  # [B, L]
-        fbank = features(padded.to(device), lengths)
-        with autocast(device, amp):
-            logits = model(fbank).float()  # [B, K]
-        scores = (logits.sigmoid() if model.multilabel else logits.softmax(-1)).cpu()
-        for (clip, _), row in zip(batch, scores):
-            clip.scores.append(row)
-
-    def complete():
-        while waiting and len(waiting[0].scores) == len(waiting[0].starts):
-            clip = waiting.pop(0)
-            if not keep_waves:
-                clip.wave = None
-            if clip.mean_scores.isfinite().all():
-                yield clip
-            else:
-                failed.append((str(clip.path), "the model's output is not finite (try --amp fp32)"))
-
-    for path in paths:
-        try:
-            wave = load_audio(path)
-        except (UserError, OSError) as error:
-            failed.append((str(path), str(error)))
-            continue
-        clip = Clip(path, wave, len(wave), window_starts(len(wave), window, overlap))
-        waiting.append(clip)
-        pending.extend((clip, start) for start in clip.starts)
-        while len(pending) >= batch_size:
-            run(batch_size)
-            yield from complete()
-    while pending:
-        run(batch_size)
-    yield from complete()
-
-
 @torch.inference_mode()
 def draw_clip(model, clip, labels, device, amp="fp32"):
     """Figure of the window in which the clip's label is clearest, and of the patches that each pruning stage keeps."""
@@ -179,13 +74,14 @@ def draw_clip(model, clip, labels, device, amp="fp32"):
         counts.append(len(time))
     rates = model.keep_rates
     if all(count == counts[0] for count in counts):
-        pruning, stages = "keep-rate 1, nothing is pruned (choose another with --keep-rate)", []
+        stages, pruning = [], "keep-rate 1, nothing is pruned (choose another with --keep-rate)"
     else:
         rate = f"{rates[0]:g}" if len(set(rates)) == 1 else ", ".join(f"{rate:g}" for rate in rates)
         pruning = f"keep-rate {rate}, patches {' → '.join(map(str, counts))}"
     part = ""
     if len(clip.starts) > 1:
-        part = f", seconds {start / SAMPLE_RATE:.1f} to {(start + len(wave)) / SAMPLE_RATE:.1f} of {clip.samples / SAMPLE_RATE:.1f}"
+        begin, end, whole = (samples / SAMPLE_RATE for samples in (start, start + len(wave), clip.samples))
+        part = f", seconds {begin:.1f} to {end:.1f} of {whole:.1f}"
     return plot_kept_patches(
         fbank[0].float().cpu().numpy(),
         stages,
@@ -197,7 +93,7 @@ def draw_clip(model, clip, labels, device, amp="fp32"):
 
 
 class _PictureNames:
-    """File of each clip's picture: the name given, or for several clips ``out-CLIP.png``, numbered where these clash."""
+    """File of each clip's picture: the name given, or for several ``out-CLIP.png``, numbered where these clash."""
 
     def __init__(self, path):
         self.path, self.taken = path, set()
@@ -224,7 +120,12 @@ def _result(model, clip, labels, top_k, picture):
         {"start": start / SAMPLE_RATE, "end": end / SAMPLE_RATE, "labels": top(scores)}
         for start, end, scores in zip(clip.starts, ends, clip.scores)
     ]
-    result = {"path": str(clip.path), "seconds": clip.samples / SAMPLE_RATE, "labels": top(clip.mean_scores), "windows": windows}
+    result = {
+        "path": str(clip.path),
+        "seconds": clip.samples / SAMPLE_RATE,
+        "labels": top(clip.mean_scores),
+        "windows": windows,
+    }
     return result if picture is None else {**result, "plot": str(picture)}
 
 
@@ -278,22 +179,27 @@ def _parse(argv):
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="sound files, and folders that are searched for them")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="labels to name per clip (default: 5)")
     parser.add_argument(
-        "--keep-rate", type=float, metavar="R", help="share of patches kept at each pruning block, in (0, 1] (the checkpoint's)"
-    )
+        "--keep-rate", type=float, metavar="R",
+        help="share of patches kept at each pruning block, in (0, 1] (the checkpoint's)",
+    )  # fmt: skip
     parser.add_argument(
-        "--overlap", type=float, default=0.5, help="share of a window that the next one repeats, in [0, 1) (default: 0.5)"
-    )
+        "--overlap", type=float, default=0.5, metavar="SHARE",
+        help="of a window that the next one repeats, in [0, 1) (default: 0.5)",
+    )  # fmt: skip
     parser.add_argument(
         "--plot", type=Path, metavar="PNG",
         help="draw the spectrogram and what is kept of it after each pruning stage; of several clips into PNG-CLIP.png",
     )  # fmt: skip
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write everything as JSON to a file, or instead of the text to standard output")
-    parser.add_argument("--label-csv", metavar="CSV", help="names of the classes (index,mid,display_name), where the checkpoint has none")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE",
+        help="write everything as JSON, to a file or (without a name) to standard output in place of the text",
+    )  # fmt: skip
+    parser.add_argument("--label-csv", metavar="CSV", help="names of the classes (index,mid,display_name)")
     parser.add_argument(
         "--dataset", default="as20k", help="with --model: dataset that the checkpoint was trained for (default: as20k)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--amp", choices=("fp32", "bf16", "fp16"), default="fp32", help="precision of the model (default: fp32)")
+    parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="windows at once (default: 16)")
     args = parser.parse_args(argv)
     if args.top_k < 1:

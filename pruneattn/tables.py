@@ -15,8 +15,8 @@ _SHARES = ("map", "top1", "top5")  # printed in percent
 def table_text(rows, context):
     """The Markdown table, which also reads well in a terminal, under a line that says what was measured and how."""
     lines = [
-        f"{context['checkpoint']} ({context['model']}, {context['score']} score) on {context['dataset']} "
-        f"{context['split']}{'' if context['fold'] is None else ' fold %d' % context['fold']}: {context['clips']} clips",
+        f"{context['checkpoint']} ({context['model']}, {context['score']} score) on {_where(context)}: "
+        f"{context['clips']} clips",
         "",
         *_markdown(rows, context["metric"]),
         "",
@@ -25,7 +25,8 @@ def table_text(rows, context):
         lines.append(
             f"Speed: model only, batches of {context['batch_size']}, {context['amp']}, {context['device']}, torch "
             f"{context['torch']}, medians of {context['rounds']} interleaved rounds. Dense: {context['dense']}, "
-            f"{context['dense_clips_per_second']:.1f} clips/s. saving = 1 - t / t_dense, theory = 1 - MACs / dense MACs "
+            f"{context['dense_clips_per_second']:.1f} clips/s. "
+            "saving = 1 - t / t_dense, theory = 1 - MACs / MACs_dense "
             "(the paper's count), realised = saving / theory."
         )
     return "\n".join(lines)
@@ -54,13 +55,16 @@ def save_table(output, rows, context, labels, per_class, unread):
     if unread:
         _write(output / "failed_clips.txt", "".join(f"{path}\t{' '.join(reason.split())}\n" for path, reason in unread))
     try:
-        title = f"{context['model'].split(',')[0]} on {context['dataset']} ({context['split']}, {context['clips']} clips)"
-        figure = plot_tradeoff(
-            rows, METRIC_NAMES[context["metric"]], title, dense_clips_per_second=context.get("dense_clips_per_second")
-        )
+        title = f"{context['model'].split(',')[0]} on {_where(context)} ({context['clips']} clips)"
+        figure = plot_tradeoff(rows, METRIC_NAMES[context["metric"]], title, context.get("dense_clips_per_second"))
         save_figure(figure, output / "tradeoff.png")
     except UserError:  # without matplotlib the table has to do
         pass
+
+
+def _where(context):
+    fold = "" if context["fold"] is None else f", fold {context['fold']}"
+    return f"{context['dataset']}, {context['split']}{fold}"
 
 
 def _markdown(rows, metric):

@@ -159,7 +159,8 @@ def test_bad_clips_are_left_out_and_listed(checkpoint, clips, tmp_path, capsys):
     assert table["clips"] == 7 and table["failed"] == 4
     assert table["rows"] == [pytest.approx(good["rows"][0])]
     listed = (tmp_path / "out" / "failed_clips.txt").read_text().splitlines()
-    assert sorted(Path(line.split("\t")[0]).name for line in listed) == ["empty.wav", "nan.wav", "short.wav", "text.wav"]
+    names = sorted(Path(line.split("\t")[0]).name for line in listed)
+    assert names == ["empty.wav", "nan.wav", "short.wav", "text.wav"]
     assert all(line.split("\t")[1] for line in listed)
     printed = capsys.readouterr().out
     assert "4 of 11 clips could not be read" in printed and "text.wav" in printed
@@ -188,7 +189,8 @@ def test_misuse_is_one_clear_error(checkpoint, clips, tmp_path):
 
 
 def test_default_output_is_beside_the_checkpoint(checkpoint, clips):
-    evaluate.main([str(checkpoint), "--dataset", "folder", "--data-dir", str(clips), "--rounds", "0", "--keep-rate", "1"])
+    options = ["--dataset", "folder", "--data-dir", str(clips), "--rounds", "0", "--keep-rate", "1"]
+    evaluate.main([str(checkpoint), *options])
     assert (checkpoint / "evaluation-folder-test" / "table.csv").is_file()
 
 
@@ -220,11 +222,10 @@ def test_real_clips(real_audio, tmp_path):
         "ast_tiny", num_classes=50, frames=512, embed_dim=48, depth=3, num_heads=3, prune_blocks=(1,)
     )
     features = FeatureConfig(frames=512, mean=-6.6, std=5.4)
-    pruneattn.save_pretrained(model, tmp_path / "m.safetensors", features=features, labels=dataset.labels, multilabel=False)
-    code = evaluate.main(
-        [str(tmp_path / "m.safetensors"), "--dataset", "esc50", "--data-dir", str(real_audio / "esc10"), "--rounds", "0"]
-        + ["--keep-rate", "0.5", "--fold", "1"]
-    )
+    path = tmp_path / "m.safetensors"
+    pruneattn.save_pretrained(model, path, features=features, labels=dataset.labels, multilabel=False)
+    options = ["--dataset", "esc50", "--data-dir", str(real_audio / "esc10"), "--fold", "1"]
+    code = evaluate.main([str(path), *options, "--rounds", "0", "--keep-rate", "0.5"])
     table = json.loads((tmp_path / "evaluation-esc50-test-fold1" / "table.json").read_text())
     assert code == 0 and table["clips"] == len(dataset) == 80 and table["failed"] == 0
     assert 0 <= table["rows"][0]["top1"] <= 1

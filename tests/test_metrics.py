@@ -63,7 +63,8 @@ def test_one_label_per_clip():
     assert result["top5"] == pytest.approx(metrics.top_k_accuracy_score(labels, logits, k=5))
     # Ranked by probability: raw outputs of different clips have no common scale.
     probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    assert result["map"] == pytest.approx(metrics.average_precision_score(np.eye(12)[labels], probability, average="macro"))
+    expected = metrics.average_precision_score(np.eye(12)[labels], probability, average="macro")
+    assert result["map"] == pytest.approx(expected)
     shifted = evaluate_predictions(logits + rng.normal(size=(300, 1)), np.eye(12)[labels], multilabel=False)
     assert shifted["map"] == pytest.approx(result["map"]) and shifted["mauc"] == pytest.approx(result["mauc"])
     recall = metrics.recall_score(labels, logits.argmax(1), average=None)

@@ -7,7 +7,7 @@ import soundfile
 import torch
 
 import pruneattn
-from pruneattn import predict
+from pruneattn import predict, windows
 from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio
 from pruneattn.data.fbank import samples_for
 from pruneattn.data.toy import make_sound
@@ -27,8 +27,9 @@ def make_model(name="audiomae_tiny", **options):
 
 
 def save(folder, model, multilabel=False, features=FEATURES):
-    pruneattn.save_pretrained(model, folder / "best.safetensors", features=features, labels=LABELS, multilabel=multilabel)
-    return folder / "best.safetensors"
+    path = folder / "best.safetensors"
+    pruneattn.save_pretrained(model, path, features=features, labels=LABELS, multilabel=multilabel)
+    return path
 
 
 def logits_of(model, wave):
@@ -47,6 +48,17 @@ def clip(tmp_path):
     return tmp_path / "clip.wav"
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """What would be drawn."""
+    pytest.importorskip("matplotlib")
+    seen = {}
+    monkeypatch.setattr(
+        predict, "plot_kept_patches", lambda fbank, kept, **rest: seen.update(rest, fbank=fbank, kept=kept)
+    )
+    return seen
+
+
 def run_json(tmp_path, *arguments):
     code = predict.main([*map(str, arguments), "--json", str(tmp_path / "out.json")])
     return code, json.loads((tmp_path / "out.json").read_text())
@@ -63,7 +75,8 @@ def test_labels_with_scores(checkpoint, clip, tmp_path, capsys):
     assert result["seconds"] == pytest.approx(len(load_audio(clip)) / 16000)
     assert [(one["start"], one["end"]) for one in result["windows"]] == [(0, result["seconds"])]
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith(str(clip)) and printed[1].split() == [f"{float(expected[best[0]]):.4f}", LABELS[best[0]]]
+    assert printed[0].startswith(str(clip))
+    assert printed[1].split() == [f"{float(expected[best[0]]):.4f}", LABELS[best[0]]]
     assert len(printed) == 4
 
     code, out = run_json(tmp_path, checkpoint, clip, "--keep-rate", 1.0)
@@ -81,14 +94,14 @@ def test_several_labels_are_scored_one_by_one(clip, tmp_path):
 
 
 def test_window_starts():
-    assert predict.window_starts(100, 100, 0.5) == [0]
-    assert predict.window_starts(7, 100, 0.5) == [0]
-    assert predict.window_starts(101, 100, 0.5) == [0, 1]  # the last ends with the clip
-    assert predict.window_starts(200, 100, 0.5) == [0, 50, 100]
-    assert predict.window_starts(220, 100, 0.5) == [0, 50, 100, 120]
-    assert predict.window_starts(300, 100, 0.0) == [0, 100, 200]
+    assert windows.window_starts(100, 100, 0.5) == [0]
+    assert windows.window_starts(7, 100, 0.5) == [0]
+    assert windows.window_starts(101, 100, 0.5) == [0, 1]  # the last ends with the clip
+    assert windows.window_starts(200, 100, 0.5) == [0, 50, 100]
+    assert windows.window_starts(220, 100, 0.5) == [0, 50, 100, 120]
+    assert windows.window_starts(300, 100, 0.0) == [0, 100, 200]
     for samples in range(1, 400, 7):
-        starts = predict.window_starts(samples, 90, 0.3)
+        starts = windows.window_starts(samples, 90, 0.3)
         covered = {sample for start in starts for sample in range(start, start + 90)}
         assert covered >= set(range(samples)) and (starts[-1] + 90 == samples or samples <= 90)
 
@@ -97,7 +110,7 @@ def test_long_clips_are_averaged_over_windows(checkpoint, tmp_path):
     wave = np.concatenate([make_sound(kind, np.random.default_rng(i)) for i, kind in enumerate(LABELS)])
     soundfile.write(tmp_path / "long.flac", wave, 16000)
     wave = load_audio(tmp_path / "long.flac")
-    starts = predict.window_starts(len(wave), WINDOW, 0.5)
+    starts = windows.window_starts(len(wave), WINDOW, 0.5)
     assert len(starts) >= 3
     model = make_model(keep_rate=0.5)
     each = torch.stack([logits_of(model, wave[start : start + WINDOW]).softmax(-1) for start in starts])
@@ -149,16 +162,14 @@ def test_json_to_standard_output_is_all_there_is(checkpoint, clip, capsys):
 
 
 @pytest.mark.parametrize("name", ["audiomae_tiny", "ast_tiny"])
-def test_picture_shows_the_patches_that_were_kept(name, tmp_path, monkeypatch):
+def test_picture_shows_the_patches_that_were_kept(name, tmp_path, drawn):
     """Ranked by intensity, the patches that stay are the loudest of the picture, whatever the token order."""
-    pytest.importorskip("matplotlib")
-    drawn = {}
-    monkeypatch.setattr(predict, "plot_kept_patches", lambda fbank, kept, **rest: drawn.update(rest, fbank=fbank, kept=kept))
     time = np.arange(12000) / 16000
-    wave = torch.from_numpy(np.where(time < 0.16, np.sin(2 * np.pi * 300 * time), 1e-3 * np.random.randn(12000))).float()
+    noise = 1e-3 * np.random.default_rng(0).standard_normal(12000)
+    wave = torch.from_numpy(np.where(time < 0.16, np.sin(2 * np.pi * 300 * time), noise)).float()
     model = make_model(name, keep_rate=0.25, score="intensity")
     model.features = FEATURES
-    clip = predict.Clip(tmp_path / "a.wav", wave, len(wave), [0], [torch.tensor([0.1, 0.7, 0.1, 0.1])])
+    clip = windows.Clip(tmp_path / "a.wav", wave, len(wave), [0], [torch.tensor([0.1, 0.7, 0.1, 0.1])])
     predict.draw_clip(model, clip, LABELS, "cpu")
     loudness = torch.from_numpy(drawn["fbank"]).reshape(8, 16, 8, 16).mean((1, 3)).T  # [mel, time]
     assert [name for name, _ in drawn["kept"]] == ["after block 1", "after block 2", "after block 3"]
@@ -172,14 +183,12 @@ def test_picture_shows_the_patches_that_were_kept(name, tmp_path, monkeypatch):
     assert drawn["sounding"] == 1 + (12000 - 400) // 160 and drawn["start"] == 0
 
 
-def test_picture_of_a_long_clip_shows_its_clearest_window(tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(predict, "plot_kept_patches", lambda fbank, kept, **rest: drawn.update(rest, fbank=fbank, kept=kept))
+def test_picture_of_a_long_clip_shows_its_clearest_window(tmp_path, drawn):
     model = make_model()
     model.features = FEATURES
     wave = torch.randn(3 * WINDOW)
     scores = [torch.tensor(row) for row in ([0.6, 0.4, 0, 0], [0.1, 0.9, 0, 0], [0.2, 0.8, 0, 0])]
-    clip = predict.Clip(tmp_path / "a.wav", wave, len(wave), [0, WINDOW, 2 * WINDOW], scores)
+    clip = windows.Clip(tmp_path / "a.wav", wave, len(wave), [0, WINDOW, 2 * WINDOW], scores)
     predict.draw_clip(model, clip, LABELS, "cpu")
     expected = FeatureExtractor(FEATURES)(wave[None, WINDOW : 2 * WINDOW])[0]
     assert np.allclose(drawn["fbank"], expected.numpy()) and drawn["start"] == WINDOW / 16000

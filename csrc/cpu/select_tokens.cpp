@@ -8,6 +8,8 @@
 namespace pruneattn::cpu {
 namespace {
 
+constexpr int64_t kKeysPerThread = 16 << 10;  // below about 50 us of work, waking a thread costs more than it saves
+
 int64_t count_at_least(const uint32_t* keys, int64_t patches, uint32_t bound) {
   int64_t count = 0;
   for (int64_t i = 0; i < patches; ++i) count += keys[i] >= bound;
@@ -47,7 +49,7 @@ void select_clip(const float* scores, int64_t patches, int64_t keep, uint32_t* k
 
 void select_tokens(const float* scores, int64_t batch, int64_t patches, int64_t batch_stride, int64_t keep,
                    int64_t* index, int threads) {
-  const int workers = static_cast<int>(std::clamp<int64_t>(batch * patches / 4096, 1, threads));
+  const int workers = static_cast<int>(std::clamp<int64_t>(batch * patches / kKeysPerThread, 1, threads));
   std::vector<uint32_t> keys(workers * patches);
 #pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
   for (int64_t clip = 0; clip < batch; ++clip) {

@@ -123,8 +123,8 @@ voxceleb1/
     "toy": DatasetInfo(
         num_classes=10,
         frames=128,
-        mean=-12.5,
-        std=3.7,
+        mean=-12.6,
+        std=3.6,
         multilabel=False,
         metric="top1",
         splits="2000 train, 400 val, 400 test",

@@ -41,10 +41,11 @@ class Listing(NamedTuple):
 def read_manifest_set(manifest, *, label_csv=None, root=None, multilabel=None):
     """Any AST-style manifest with its label CSV.
 
-    Paths in the manifest count from ``root``, else from the manifest's folder or that folder's parent; the label CSV
-    is looked for in the same places. ``multilabel=None`` means: if any clip has two labels.
+    ``manifest`` and ``label_csv`` count from here, else from ``root``. Paths in the manifest count from ``root``, else
+    from the manifest's folder or that folder's parent; a label CSV that is not named is looked for in the same places.
+    ``multilabel=None`` means: if any clip has two labels.
     """
-    manifest = Path(manifest)
+    manifest = _here_or_below(root, manifest)
     bases = ([Path(root)] if root else []) + [manifest.parent, manifest.parent.parent]
     if label_csv is None:
         found = [base / LABEL_CSV for base in bases if (base / LABEL_CSV).is_file()]
@@ -52,6 +53,7 @@ def read_manifest_set(manifest, *, label_csv=None, root=None, multilabel=None):
             places = ", ".join(str(base) for base in bases)
             raise UserError(f"no {LABEL_CSV} near {manifest} (looked in {places}); name it with --label-csv")
         label_csv = found[0]
+    label_csv = _here_or_below(root, label_csv)
     numbers, names = read_label_csv(label_csv)
 
     def find(wav):
@@ -61,6 +63,10 @@ def read_manifest_set(manifest, *, label_csv=None, root=None, multilabel=None):
     if multilabel is None:
         multilabel = any(len(clip.labels) > 1 for clip in clips)
     return Listing(clips, names, missing, multilabel)
+
+
+def _here_or_below(root, path):
+    return Path(root) / path if root and not Path(path).exists() and (Path(root) / path).exists() else Path(path)
 
 
 def read_audioset(root, split, *, label_csv=None):

@@ -41,7 +41,7 @@ def dataset_stats(dataset, *, workers=0, progress=True):
     failed = []
     # One clip at a time: their lengths may differ a lot, and a batch would be as long as its longest.
     items = DataLoader(dataset, batch_size=None, num_workers=workers)
-    for item in tqdm(items, total=len(dataset), desc="statistics", unit="clip", disable=not progress):
+    for item in tqdm(items, total=len(dataset), desc="statistics", unit="clip", disable=None if progress else True):
         if item["wave"] is None:
             failed.append((item["index"], item["error"]))
             continue

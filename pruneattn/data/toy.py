@@ -47,8 +47,8 @@ def _clicks(rng, t):
 
 
 def _beeps(rng, t):
-    """A tone in short pulses, 6 to 14 a second."""
-    swell = (1 - np.cos(2 * np.pi * _pitch(rng, 6, 14) * t)) / 2
+    """A tone in short pulses, 8 to 13 a second."""
+    swell = (1 - np.cos(2 * np.pi * _pitch(rng, 8, 13) * t)) / 2
     return _tone(rng, t) * swell**3
 
 
@@ -65,8 +65,8 @@ def _chord(rng, t):
 
 
 def _buzz(rng, t):
-    """A dense train of pulses: all harmonics of a low pitch."""
-    return np.diff(np.floor(np.cumsum(np.full_like(t, _pitch(rng, 80, 200))) / SAMPLE_RATE), prepend=0.0)
+    """A sawtooth: many harmonics of a low pitch, fading upwards."""
+    return 2 * np.mod(_pitch(rng, 120, 300) * t, 1) - 1
 
 
 def _knocks(rng, t):

@@ -65,8 +65,10 @@ class PrunedViT(nn.Module):
     def init_weights(self):
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a linear layer on the cells of a patch
+        nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 
     # Where a patch lies -----------------------------------------------------------------------------------------

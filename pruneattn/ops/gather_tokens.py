@@ -45,7 +45,7 @@ def scatter_tokens(grad, index, extra_tokens, tokens):
 
 
 def rows_of(x):
-    """``x`` [B, N, C] with contiguous rows, and what a kernel needs to read them: pointer, strides, row size in bytes."""
+    """``x`` [B, N, C] with contiguous rows, and where a kernel finds them: pointer, strides and row size in bytes."""
     x = x if x.stride(2) == 1 else x.contiguous()
     size = x.element_size()
     return x, (x.data_ptr(), x.stride(0) * size, x.stride(1) * size, x.shape[2] * size)

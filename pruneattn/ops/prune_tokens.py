@@ -7,7 +7,7 @@ from .checks import check_device, check_extra_tokens, check_shape
 from .gather_tokens import reference as gather_reference
 from .gather_tokens import rows_of, scatter_tokens
 from .registration import LIBRARY, define
-from .select_tokens import _check as check_selection
+from .select_tokens import check_selection
 from .select_tokens import reference as select_reference
 
 
@@ -75,18 +75,8 @@ def _compiled(scores, x, y, keep, extra_tokens):
         sources.append(tokens)  # keeps a contiguous copy alive until the launch
         outs.append(out)
         rows.append((source, out.data_ptr(), batch_stride, token_stride, row))
-    launch(
-        "prune_tokens",
-        scores,
-        scores.data_ptr(),
-        batch,
-        patches,
-        scores.stride(0),
-        keep,
-        index.data_ptr(),
-        extra_tokens,
-        rows,
-    )
+    selection = (scores.data_ptr(), batch, patches, scores.stride(0), keep, index.data_ptr())
+    launch("prune_tokens", scores, *selection, extra_tokens, rows)
     return index, *outs
 
 

@@ -35,7 +35,8 @@ def select_tokens(scores, keep):
     return _select_tokens(scores, keep)
 
 
-def _check(scores, keep):
+def check_selection(scores, keep):
+    """Raise unless ``keep`` patches can be selected by these scores."""
     check_shape("scores", scores, "BP")
     check_dtype("scores", scores, (torch.float32,))
     check_keep(keep, scores.shape[1])
@@ -57,7 +58,7 @@ def _compiled(scores, keep):
 
 _select_tokens = define(
     "select_tokens(Tensor scores, SymInt keep) -> Tensor",
-    check=_check,
+    check=check_selection,
     fake=_fake,
     reference=reference,
     cpu=_compiled,

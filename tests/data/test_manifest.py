@@ -62,6 +62,14 @@ def test_where_files_are_looked_for(tree, tmp_path_factory):
     assert str(load(path, data_dir=data_dir).clips[0].path) == absolute
 
 
+def test_manifest_and_labels_count_from_the_data_folder_too(tree, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    write(tree, (1, "/m/b"))
+    (tree / "labels.csv").write_text("index,mid,display_name\n0,/m/b,Cow\n")
+    dataset = load("manifests/train.json", data_dir=tree, label_csv="labels.csv")
+    assert dataset.labels == ["Cow"] and len(dataset.clips) == 1
+
+
 def test_missing_clips_are_left_out_and_listed(tree, caplog):
     dataset = load(write(tree, (1, "/m/b"), (7, "/m/a"), (2, "/m/a"), (8, "/m/a")))
     assert len(dataset) == 2 and dataset.missing == ["audio/7.wav", "audio/8.wav"]
