@@ -4,7 +4,6 @@ import signal
 import sys
 
 from pruneattn.errors import run_command
-from pruneattn.training import distributed
 from pruneattn.training.options import parse
 
 
@@ -12,24 +11,30 @@ def main(argv=None):
     """Train as the command line says. Returns the exit code: 0, or 128 + the number of the signal that stopped it."""
     options, recipe = parse(argv)
     # After the options, so that --help and a wrong option answer at once.
+    from pruneattn.training import distributed
     from pruneattn.training.build import build_trainer
     from pruneattn.training.engine import Stopped
     from pruneattn.training.log import say
     from pruneattn.training.signals import StopRequest
 
-    with StopRequest() as stop:
-        try:
-            trainer = build_trainer(options, recipe, stop)
+    stop = StopRequest()
+    try:
+        trainer = build_trainer(options, recipe, stop)
+        with stop:
             try:
                 trainer.run()
                 trainer.report()
             finally:
                 trainer.log.close()
-        except Stopped as stopped:
-            say(f"stopped by {signal.Signals(stopped.signum).name}; {stopped}; go on with the same command and --resume")
-            return 128 + stopped.signum
-        finally:
-            distributed.finish()
+    except Stopped as stopped:
+        name = signal.Signals(stopped.signum).name
+        say(f"stopped by {name}; {stopped}; go on with the same command and --resume")
+        return 128 + stopped.signum
+    except KeyboardInterrupt:
+        say("stopped before the first step or by a second Ctrl-C; nothing new is saved")
+        return 128 + signal.SIGINT
+    finally:
+        distributed.finish()
     return 0
 
 

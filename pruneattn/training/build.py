@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pruneattn
 from pruneattn.data import DATASETS, FeatureConfig, FeatureExtractor, load_dataset
 from pruneattn.data.augment import Augment
+from pruneattn.data.stats import dataset_stats
 from pruneattn.errors import UserError
 from pruneattn.models import create_model
 from pruneattn.training import distributed, state
@@ -29,30 +30,42 @@ def open_split(options, recipe, split):
             return None
         raise UserError(f"--dataset manifest needs --{split}-manifest, a JSON file of clips")
     return load_dataset(
-        options.dataset, split, data_dir=options.data_dir, fold=options.fold, manifest=manifest, label_csv=options.label_csv,
-        frames=recipe.frames, cache=options.cache, seed=options.seed,
+        options.dataset, split, data_dir=options.data_dir, fold=options.fold, manifest=manifest,
+        label_csv=options.label_csv, frames=recipe.frames, cache=options.cache, seed=options.seed,
     )  # fmt: skip
 
 
 def resolve(recipe, info, dataset):
     """The recipe with everything filled in that the data decides."""
+    mean, std = info.mean, info.std
+    if dataset.name in ("manifest", "folder") and None in (recipe.mean, recipe.std):
+        mean, std = measure(dataset)
     return dataclasses.replace(
         recipe,
         frames=recipe.frames or info.frames,
-        mean=info.mean if recipe.mean is None else recipe.mean,
-        std=info.std if recipe.std is None else recipe.std,
+        mean=mean if recipe.mean is None else recipe.mean,
+        std=std if recipe.std is None else recipe.std,
         loss=("bce" if dataset.multilabel else "ce") if recipe.loss == "auto" else recipe.loss,
         metric=("map" if dataset.multilabel else "top1") if recipe.metric == "auto" else recipe.metric,
     )
+
+
+def measure(dataset):
+    """Mean and standard deviation of the log-mel over up to 1000 clips of a data set, rounded."""
+    count = min(len(dataset), 1000)
+    clips = torch.utils.data.Subset(dataset, [i * len(dataset) // count for i in range(count)])
+    stats = dataset_stats(clips, progress=False)
+    say(f"measured on {stats.clips} training clips: --mean {stats.mean:.3f} --std {stats.std:.3f}")
+    return round(stats.mean, 3), round(stats.std, 3)
 
 
 def build_model(options, recipe, num_classes):
     """The model with fresh weights that depend on the seed alone."""
     seed_step(options.seed, -1)
     return create_model(
-        f"{options.model}_{options.size}", num_classes=num_classes, frames=recipe.frames, prune_blocks=recipe.prune_blocks,
-        score=recipe.score, drop_path=recipe.drop_path, embed_dim=options.embed_dim, depth=options.depth,
-        num_heads=options.num_heads,
+        f"{options.model}_{options.size}", num_classes=num_classes, frames=recipe.frames, score=recipe.score,
+        prune_blocks=recipe.prune_blocks, drop_path=recipe.drop_path, embed_dim=options.embed_dim,
+        depth=options.depth, num_heads=options.num_heads,
     )  # fmt: skip
 
 
@@ -63,7 +76,7 @@ def initialise(options, recipe, model):
 
         say(load_checkpoint(model, options.init))
     elif (options.model, options.dataset) in RECIPES:
-        say("note: this recipe is the paper's for a pre-trained model; without --init CHECKPOINT it starts from random weights")
+        say("note: the paper's recipe is for a pre-trained model; without --init it starts from random weights")
 
 
 def pick_device(options):
@@ -88,7 +101,9 @@ def check_batch(recipe, train_set):
             f"--accumulate {recipe.accumulate} make {parts} parts"
         )
     if len(train_set) < recipe.batch_size:
-        raise UserError(f"{len(train_set)} training clips do not fill one batch: give a --batch-size of at most {len(train_set)}")
+        raise UserError(
+            f"{len(train_set)} training clips do not fill one batch: give a --batch-size of at most {len(train_set)}"
+        )
 
 
 def build_trainer(options, recipe, stop):
@@ -127,7 +142,7 @@ def build_trainer(options, recipe, stop):
         running = DistributedDataParallel(running, device_ids=[device.index] if device.type == "cuda" else None)
     features = FeatureExtractor(FeatureConfig(recipe.frames, recipe.mean, recipe.std, recipe.padding)).to(device)
     augment = Augment(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Augment)})
-    step = progress.epoch * (len(train_set) // recipe.batch_size) + progress.step
+    step = progress.epoch * (len(train_set) // recipe.batch_size) + progress.step if saved else None
     log = RunLog(folder, keep_bytes=saved["log_bytes"] if saved else 0, step=step, tensorboard=options.tensorboard)
     return Trainer(
         options=options, recipe=recipe, config=config, folder=folder, device=device, model=model, running=running,

@@ -108,11 +108,12 @@ class Trainer:
                 bar.update()
                 bar.set_postfix(loss=f"{progress.loss_sum / progress.step:.4f}", refresh=False)
                 if self.global_step % self.options.log_every == 0:
-                    self.log.write("step", self.global_step, epoch=epoch, loss=loss, lr=lr, keep_rate=list(self.model.keep_rates))
+                    rates = list(self.model.keep_rates)
+                    self.log.write("step", self.global_step, epoch=epoch, loss=loss, lr=lr, keep_rate=rates)
                 self.save_if_due(now)
 
     def train_step(self, batches):
-        """One optimiser step over the parts of a batch; returns its mean loss over all processes and its learning rate."""
+        """One optimiser step over the parts of a batch; returns the mean loss of all processes and the learning rate."""
         lr = learning_rate(self.global_step, self.recipe, self.steps_per_epoch)
         set_learning_rate(self.optimizer, lr)
         losses = []
@@ -146,7 +147,8 @@ class Trainer:
     def loss(self, batch):
         """Loss of a batch of waves, with augmentation."""
         targets = batch.targets.to(self.device, non_blocking=True)  # [B, K]
-        waves, lengths, targets = self.augment.waves(batch.waves.to(self.device, non_blocking=True), batch.lengths, targets)
+        waves = batch.waves.to(self.device, non_blocking=True)
+        waves, lengths, targets = self.augment.waves(waves, batch.lengths, targets)
         fbank = self.features(waves, lengths)  # [B, frames, 128]
         fbank = self.augment.features(fbank, self.pruning)
         patches = self.augment.patches(self.model, len(fbank), self.pruning)  # [B, P'] or None
@@ -167,14 +169,14 @@ class Trainer:
         )  # fmt: skip
         where = f"clips {shown}" if clips else "clips of another process"
         return (
-            f"the loss is not finite in step {self.global_step} (epoch {self.progress.epoch}, step {self.progress.step} of "
-            f"{self.steps_per_epoch}): losses {losses}, lr {lr:.3g}, keep-rate {list(self.model.keep_rates)}, "
+            f"the loss is not finite in step {self.global_step} (epoch {self.progress.epoch}, step {self.progress.step} "
+            f"of {self.steps_per_epoch}): losses {losses}, lr {lr:.3g}, keep-rate {list(self.model.keep_rates)}, "
             f"{options.amp}{scale}; {where}. {saved} Look at: a lower --lr or a longer warm-up, --clip-grad 1, "
             "--amp fp32 (or bf16 instead of fp16), --mean and --std, and these clips"
         )
 
     def save_if_due(self, now):
-        """Between two steps: save when it is time to, or when a signal came (seen by all processes in the same step)."""
+        """Between two steps: save when it is time to or when a signal came, which all processes see in one step."""
         if self._stop_signum or now - self._saved_at > 60 * self.options.save_minutes:
             self.save(state.LAST)
         if self._stop_signum:
@@ -194,8 +196,8 @@ class Trainer:
                 files = {state.LOG: (self.folder / state.LOG).read_bytes()}
                 files[state.BEST] = best.read_bytes() if best.exists() else b""
             state.save_state(
-                self.folder / name, config=self.config, progress=self.progress, model=self.model, optimizer=self.optimizer,
-                scaler=self.scaler, log_bytes=self.log.bytes, files=files,
+                self.folder / name, config=self.config, progress=self.progress, model=self.model,
+                optimizer=self.optimizer, scaler=self.scaler, log_bytes=self.log.bytes, files=files,
             )  # fmt: skip
         self._saved_at = time.monotonic()
 
@@ -220,13 +222,15 @@ class Trainer:
             text += f", val loss {metrics['val_loss']:.4f}, {recipe.metric} {metric:.4f}"
             if progress.improves(metric, record["keep_rate"], self.pruning):
                 progress.best = {
-                    "epoch": epoch, "metric": metric, "keep_rate": record["keep_rate"], "pruning": self.pruning, "val": metrics,
+                    "epoch": epoch, "metric": metric, "keep_rate": record["keep_rate"], "pruning": self.pruning,
+                    "val": metrics,
                 }  # fmt: skip
                 text += " (best)"
                 self.save_best()
-        record |= {"train_seconds": progress.train_seconds, "clips_per_second": steps * recipe.batch_size / progress.train_seconds}
+        speed = steps * recipe.batch_size / progress.train_seconds
+        record |= {"train_seconds": progress.train_seconds, "clips_per_second": speed}
         self.log.write("epoch", self.global_step, **record)
-        say(f"{text}; {progress.train_seconds:.1f} s, {record['clips_per_second']:.0f} clips/s")
+        say(f"{text}; {progress.train_seconds:.1f} s, {speed:.0f} clips/s")
         self.list_failed()
         self.progress = state.Progress(epoch=epoch + 1, best=progress.best)
         self.save(state.LAST)
@@ -239,7 +243,8 @@ class Trainer:
         best = self.progress.best
         if best is None:
             return
-        result = {"metric": self.recipe.metric, "best_epoch": best["epoch"], "keep_rate": best["keep_rate"], "val": best["val"]}
+        metric = self.recipe.metric
+        result = {"metric": metric, "best_epoch": best["epoch"], "keep_rate": best["keep_rate"], "val": best["val"]}
         test_set = self.open_test()
         if test_set is not None and test_set.clips != self.val_set.clips:
             self.model.load_state_dict(load_file(self.folder / state.BEST))
@@ -247,12 +252,12 @@ class Trainer:
             result["test"] = self.evaluate(test_set)
             self.list_failed()
         split = "test" if "test" in result else "val"
-        say(f"best epoch {best['epoch'] + 1}: {self.recipe.metric} {result[split][self.recipe.metric]:.4f} on {split}; {self.folder}")
+        say(f"best epoch {best['epoch'] + 1}: {metric} {result[split][metric]:.4f} on {split}; {self.folder}")
         if distributed.is_main():
             state.write_json(self.folder / state.RESULT, result)
 
     def evaluate(self, dataset):
-        """Metrics of the model as it is now, without the ones per class; ``val_loss`` is the loss without augmentation."""
+        """Metrics of the model as it is now, without those per class; ``val_loss`` is the loss without augmentation."""
         loader = make_loader(
             dataset, self.micro_batch, train=False, rank=distributed.rank(), world=distributed.world_size(),
             workers=self.options.workers,
@@ -266,7 +271,7 @@ class Trainer:
         return {"val_loss": float(loss), **metrics}
 
     def until_stopped(self, loader):
-        """The batches of an evaluation, ended by a signal. Several processes finish it, since they wait for each other."""
+        """The batches of an evaluation, ended by a signal; several processes, which wait for each other, finish it."""
         for batch in loader:
             if self.stop.signum and distributed.world_size() == 1:
                 if self.progress.epoch < self.recipe.epochs:
@@ -280,7 +285,8 @@ class Trainer:
         from pruneattn.models.pretrained import save_pretrained
 
         if distributed.is_main():
-            extra = {"epoch": self.progress.best["epoch"], "metric": self.recipe.metric, "value": self.progress.best["metric"]}
+            best = self.progress.best
+            extra = {"epoch": best["epoch"], "metric": self.recipe.metric, "value": best["metric"]}
             save_pretrained(
                 self.model, self.folder / state.BEST, features=self.features.config, labels=self.train_set.labels,
                 multilabel=self.train_set.multilabel, extra=state.finite(extra),

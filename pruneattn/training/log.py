@@ -23,10 +23,10 @@ class RunLog:
     """``log.jsonl`` (a JSON object per line: ``kind`` is "step" or "epoch") and TensorBoard events beside it.
 
     Only the main process writes. ``keep_bytes`` is the part of an existing log that is kept: what came after the
-    checkpoint that a run goes on from is cut off, since it will come again.
+    checkpoint that a run goes on from is cut off, since it will come again; so do TensorBoard's events from ``step`` on.
     """
 
-    def __init__(self, folder, *, keep_bytes=0, step=0, tensorboard=True):
+    def __init__(self, folder, *, keep_bytes=0, step=None, tensorboard=True):
         self._file = self._board = None
         if not is_main():
             return
@@ -50,7 +50,9 @@ class RunLog:
             self._file.write(line.encode())
             self._file.flush()
         except OSError as error:
-            raise UserError(f"cannot write {self._file.name}: {error.strerror}; {state.LAST} is as it was last saved") from None
+            raise UserError(
+                f"cannot write {self._file.name}: {error.strerror}; {state.LAST} is as it was last saved"
+            ) from None
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (list, tuple)) and value:
@@ -73,7 +75,7 @@ def _summary_writer(folder, step):
     except ImportError:
         say("no TensorBoard events: tensorboard is not installed (pip install 'pruneattn[train]')")
         return None
-    return SummaryWriter(str(folder), purge_step=step or None)
+    return SummaryWriter(str(folder), purge_step=step)
 
 
 def progress_bar(total, start, text):

@@ -29,25 +29,28 @@ class Options:
 
     # Data
     dataset: str = option("toy", "data", "as20k, spc2, esc50, voxceleb1, toy, manifest or folder", metavar="NAME")
-    data_dir: str | None = option(None, "data", "where the data is (else the environment variable PRUNEATTN_DATA)", metavar="DIR")
+    data_dir: str | None = option(None, "data", "where it is (else the variable PRUNEATTN_DATA)", metavar="DIR")
     fold: int = option(1, "data", "esc50: the fold that is held out")
     train_manifest: str | None = option(None, "data", "manifest: JSON file of the training clips", metavar="FILE")
-    val_manifest: str | None = option(None, "data", "manifest: JSON file of the clips that the best checkpoint is chosen by", metavar="FILE")
-    test_manifest: str | None = option(None, "data", "manifest: JSON file of the clips that the result is reported on", metavar="FILE")
-    label_csv: str | None = option(None, "data", "manifest: CSV of the labels (index,mid,display_name)", metavar="FILE")
+    val_manifest: str | None = option(None, "data", "manifest: of the clips that choose the best", metavar="FILE")
+    test_manifest: str | None = option(None, "data", "manifest: of the clips to report on", metavar="FILE")
+    label_csv: str | None = option(None, "data", "manifest: CSV of labels (index,mid,display_name)", metavar="FILE")
     cache: bool = option(False, "data", "decode every clip once and keep the waveforms in memory")
     workers: int = option(0, "data", "processes that decode clips")
 
     # Run
-    output: str | None = option(None, "run", "folder for checkpoints, logs and results (runs/MODEL_SIZE_DATASET)", metavar="DIR")
-    resume: str | None = option(None, "run", "go on from this checkpoint (without a value: last.pt of --output)", metavar="PATH")
-    branch_from: str | None = option(
-        None, "run", "start from another run's trunk.pt, its state before pruning began: only the pruning options may differ", metavar="FILE"
+    output: str | None = option(None, "run", "folder of the run (runs/MODEL_SIZE_DATASET)", metavar="DIR")
+    resume: str | None = option(
+        None, "run", "go on with the run in --output, or with that of this folder or checkpoint", metavar="PATH"
     )
+    branch_from: str | None = option(
+        None, "run", "start from another run's trunk.pt, its state before pruning began; only --keep-rate, --score, "
+        "--prune-blocks and --shrink-epochs may differ", metavar="FILE",
+    )  # fmt: skip
     device: str = option("auto", "run", "auto, cpu, cuda or cuda:N", metavar="NAME")
     amp: str = option("fp32", "run", "precision of the model", choices=("fp32", "bf16", "fp16"))
     compile: bool = option(False, "run", "compile the model with torch.compile")
-    deterministic: bool = option(False, "run", "only deterministic algorithms, so that a GPU repeats a run bit for bit")
+    deterministic: bool = option(False, "run", "deterministic algorithms only: a GPU repeats a run bit for bit")
     seed: int = option(0, "run", "seed of everything random")
     eval_every: int = option(1, "run", "epochs between evaluations (the last is always evaluated)")
     save_minutes: float = option(10.0, "run", "minutes between checkpoints within an epoch (each epoch ends with one)")
@@ -62,6 +65,11 @@ PLACE = {
 }  # fmt: skip
 #: What has no effect before the first pruned epoch, so that runs which differ only in these share a trunk.
 PRUNING = {"keep_rate", "shrink_epochs", "prune_blocks", "score"}
+
+_AT_LEAST = {
+    **dict.fromkeys(("epochs", "batch_size", "accumulate", "lr_batch", "lr_step_every", "eval_every", "log_every"), 1),
+    **dict.fromkeys(("shrink_start", "shrink_epochs", "warmup_epochs", "warmup_steps", "workers", "lr", "clip_grad"), 0),
+}
 
 _GROUPS = {
     "model": "model",
@@ -127,7 +135,8 @@ def parse(argv=None):
         prog="python -m pruneattn.train",
         usage="%(prog)s [--model MODEL] [--dataset NAME] [options]",
         description="Train a pruned AudioMAE or AST. The recipe defaults to the paper's for these pairs of --model and "
-        f"--dataset: {pairs}; elsewhere to one for training from random weights. Give both with --help to see its values.",
+        f"--dataset: {pairs}; elsewhere to one for training from random weights. Give both with --help to see its "
+        "values.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
@@ -149,20 +158,12 @@ def check(options, recipe):
     if any(not 0 < rate <= 1 for rate in recipe.keep_rate):
         raise UserError(f"--keep-rate must be above 0 and at most 1, got {' '.join(map(str, recipe.keep_rate))}")
     if len(recipe.keep_rate) not in (1, len(recipe.prune_blocks)):
-        raise UserError(
-            f"--keep-rate takes one value or one per pruning block ({len(recipe.prune_blocks)}), got {len(recipe.keep_rate)}"
-        )
-    for name in ("epochs", "batch_size", "accumulate", "lr_batch", "lr_step_every"):
-        if getattr(recipe, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(recipe, name)}")
-    for name in ("eval_every", "log_every"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    for name in ("mixup", "mask_time", "mask_freq", "mask_1d"):
-        if not 0 <= getattr(recipe, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} is a share, from 0 to 1, got {getattr(recipe, name)}")
-    if recipe.shrink_start < 0 or recipe.shrink_epochs < 0:
-        raise UserError("--shrink-start and --shrink-epochs cannot be negative")
+        blocks = len(recipe.prune_blocks)
+        raise UserError(f"--keep-rate takes one value or one per pruning block ({blocks}), got {len(recipe.keep_rate)}")
+    values = describe(options, recipe)
+    for name, least in _AT_LEAST.items():
+        if not values[name] >= least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {values[name]}")
     if recipe.frames is not None and (recipe.frames < 16 or recipe.frames % 16):
         raise UserError(f"--frames must be a multiple of 16, got {recipe.frames}")
     last = recipe.shrink_start + recipe.shrink_epochs
@@ -170,7 +171,8 @@ def check(options, recipe):
         raise UserError(
             f"the keep-rate reaches {min(recipe.keep_rate)} only in epoch {last} (--shrink-start {recipe.shrink_start} "
             f"plus --shrink-epochs {recipe.shrink_epochs}), but the run ends with epoch {recipe.epochs - 1}: give more "
-            f"--epochs or shrink earlier, such as --shrink-start {recipe.epochs // 4} --shrink-epochs {recipe.epochs // 3}"
+            f"--epochs or shrink earlier, such as --shrink-start {recipe.epochs // 4} "
+            f"--shrink-epochs {recipe.epochs // 3}"
         )
     if options.resume and options.branch_from:
         raise UserError("--resume continues a run, --branch-from starts a new one: give one of them")

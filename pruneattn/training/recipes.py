@@ -15,7 +15,7 @@ class Recipe:
     # Steps
     epochs: int = option(40, "steps", "passes over the training clips")
     batch_size: int = option(
-        64, "steps", "clips of one optimiser step, all processes and all accumulated parts together (the effective batch)"
+        64, "steps", "clips of one optimiser step, all processes and accumulated parts together (the effective batch)"
     )
     accumulate: int = option(1, "steps", "parts that each process cuts its share of a batch into, to save memory")
 
@@ -23,7 +23,9 @@ class Recipe:
     optimizer: str = option("adamw", "optimiser", "rule", choices=("adamw", "adam"))
     lr: float = option(3e-3, "optimiser", "peak learning rate at --lr-batch clips a step; proportional to --batch-size")
     lr_batch: int = option(256, "optimiser", "batch that --lr is meant for")
-    schedule: str = option("cosine", "optimiser", "decay: cosine in every step, or steps by epoch", choices=("cosine", "step"))
+    schedule: str = option(
+        "cosine", "optimiser", "decay: cosine in every step, or steps by epoch", choices=("cosine", "step")
+    )
     min_lr: float = option(1e-5, "optimiser", "where the cosine ends")
     lr_step_first: int = option(10, "optimiser", "step decay: first epoch (from 0) that is decayed")
     lr_step_every: int = option(5, "optimiser", "step decay: epochs between decays")
@@ -35,23 +37,35 @@ class Recipe:
     layer_decay: float = option(1.0, "optimiser", "learning rate factor from each layer to the one below")
     drop_path: float = option(0.1, "optimiser", "stochastic depth of the last block (linear from 0)")
     clip_grad: float = option(0.0, "optimiser", "largest gradient norm (0: no clipping)")
-    loss: str = option("auto", "optimiser", "auto: bce where a clip can have several labels, else ce", choices=("auto", "bce", "ce"))
-    metric: str = option("auto", "optimiser", "what the best checkpoint is chosen by (auto: the dataset's)", choices=("auto", "map", "top1"))
+    loss: str = option(
+        "auto", "optimiser", "auto: bce where a clip can have several labels, else ce", choices=("auto", "bce", "ce")
+    )
+    metric: str = option(
+        "auto", "optimiser", "what the best checkpoint is chosen by (auto: map where a clip can have several labels, "
+        "else top1)", choices=("auto", "map", "top1"),
+    )  # fmt: skip
 
     # Pruning
-    keep_rate: tuple[float, ...] = option((1.0,), "pruning", "share of patches kept at the end, in (0, 1]: one, or one per pruning block")
-    shrink_start: int = option(12, "pruning", "epoch (from 0) in which pruning starts; SpecAugment and patch masking stop")
+    keep_rate: tuple[float, ...] = option(
+        (1.0,), "pruning", "share of patches kept in the end, in (0, 1]: one, or one per pruning block"
+    )
+    shrink_start: int = option(
+        12, "pruning", "epoch (from 0) in which pruning starts, and SpecAugment and patch masking stop"
+    )
     shrink_epochs: int = option(16, "pruning", "epochs over which the keep-rate falls from 1 to --keep-rate")
     prune_blocks: tuple[int, ...] = option((3, 6, 9), "pruning", "blocks (from 0) that prune")
     score: str | None = option(
-        None, "pruning", "what ranks patches (the paper's for the model)", choices=("column_mean", "cls", "intensity", "variation")
-    )
+        None, "pruning", "what ranks patches (the paper's for the model)",
+        choices=("column_mean", "cls", "intensity", "variation"),
+    )  # fmt: skip
 
     # Input
     frames: int | None = option(None, "input", "10 ms frames of a clip, a multiple of 16 (the dataset's)")
-    padding: str = option("min", "input", "short clips are padded with the spectrogram's floor, or with 0", choices=("min", "zero"))
-    mean: float | None = option(None, "input", "mean of the log-mel values (the dataset's)")
-    std: float | None = option(None, "input", "their standard deviation (the dataset's)")
+    padding: str = option(
+        "min", "input", "pad short clips with the spectrogram's floor, or with 0", choices=("min", "zero")
+    )
+    mean: float | None = option(None, "input", "mean of the log-mel (the dataset's; measured for manifest and folder)")
+    std: float | None = option(None, "input", "standard deviation of the log-mel (likewise)")
 
     # Augmentation
     gain: bool = option(True, "augmentation", "random gain of the waveform")
@@ -65,47 +79,49 @@ class Recipe:
 
 
 _AUDIOMAE = Recipe(
-    lr=1e-3, lr_batch=256, schedule="cosine", min_lr=1e-5, warmup_epochs=4.0, warmup_steps=0,
     optimizer="adamw", betas=(0.9, 0.95), weight_decay=1e-4, layer_decay=0.75, drop_path=0.1, clip_grad=0.0,
-    padding="min",
+    lr=1e-3, lr_batch=256, schedule="cosine", min_lr=1e-5, warmup_epochs=4.0, warmup_steps=0, padding="min",
 )  # fmt: skip
 _AST = Recipe(
-    epochs=30, schedule="step", warmup_epochs=0.0, warmup_steps=0,
     optimizer="adam", betas=(0.95, 0.999), weight_decay=5e-7, layer_decay=1.0, drop_path=0.0, clip_grad=0.0,
-    padding="min", gain=False, mask_time=0.0, mask_freq=0.0,
+    epochs=30, schedule="step", warmup_epochs=0.0, warmup_steps=0, padding="min", gain=False,
 )  # fmt: skip
 
 # The paper's AudioMAE runs use two GPUs, so `batch_size` is twice its batch per GPU. AST's learning rates are given
-# for their batch, hence lr_batch == batch_size.
+# for their batch, hence lr_batch == batch_size. The paper has no gain, drop path or patch masking in AST's table.
 RECIPES = {
     ("audiomae", "as20k"): replace(
-        _AUDIOMAE, frames=1024, batch_size=2 * 16, epochs=60, shrink_start=30, shrink_epochs=20, mask_time=0.3, mask_freq=0.3,
-        specaug_freq=48, specaug_time=192, mixup=0.5, gain=True, noise=False, loss="bce", metric="map",
+        _AUDIOMAE, batch_size=2 * 16, epochs=60, shrink_start=30, shrink_epochs=20, frames=1024,
+        mask_time=0.3, mask_freq=0.3, specaug_freq=48, specaug_time=192, mixup=0.5, gain=True, noise=False,
+        loss="bce", metric="map",
     ),
     ("audiomae", "spc2"): replace(
-        _AUDIOMAE, frames=128, batch_size=2 * 256, epochs=90, shrink_start=10, shrink_epochs=30, mask_time=0.0, mask_freq=0.0,
+        _AUDIOMAE, batch_size=2 * 256, epochs=90, shrink_start=10, shrink_epochs=30, frames=128,
         specaug_freq=48, specaug_time=48, mixup=0.5, gain=True, noise=True, loss="bce", metric="top1",
     ),
     ("audiomae", "esc50"): replace(
-        _AUDIOMAE, frames=512, batch_size=2 * 64, epochs=120, shrink_start=20, shrink_epochs=40, mask_time=0.3, mask_freq=0.3,
-        specaug_freq=24, specaug_time=96, mixup=0.0, gain=True, noise=False, loss="ce", metric="top1",
+        _AUDIOMAE, batch_size=2 * 64, epochs=120, shrink_start=20, shrink_epochs=40, frames=512,
+        mask_time=0.3, mask_freq=0.3, specaug_freq=24, specaug_time=96, mixup=0.0, gain=True, noise=False,
+        loss="ce", metric="top1",
     ),
     ("audiomae", "voxceleb1"): replace(
-        _AUDIOMAE, frames=1024, batch_size=2 * 32, epochs=90, shrink_start=20, shrink_epochs=40, mask_time=0.0, mask_freq=0.0,
+        _AUDIOMAE, batch_size=2 * 32, epochs=90, shrink_start=20, shrink_epochs=40, frames=1024,
         specaug_freq=48, specaug_time=192, mixup=0.0, gain=False, noise=True, loss="ce", metric="top1",
     ),
     ("ast", "as20k"): replace(
-        _AST, frames=1024, batch_size=64, lr_batch=64, lr=1e-4, lr_step_first=10, lr_step_every=5, lr_step_factor=0.5,
-        warmup_steps=1000, shrink_start=15, shrink_epochs=10, specaug_freq=48, specaug_time=192, mixup=0.5, noise=False,
-        loss="bce", metric="map",
+        _AST, batch_size=64, lr_batch=64, lr=1e-4, lr_step_first=10, lr_step_every=5, lr_step_factor=0.5,
+        warmup_steps=1000, shrink_start=15, shrink_epochs=10, frames=1024,
+        specaug_freq=48, specaug_time=192, mixup=0.5, noise=False, loss="bce", metric="map",
     ),
     ("ast", "spc2"): replace(
-        _AST, frames=128, batch_size=128, lr_batch=128, lr=2.5e-4, lr_step_first=5, lr_step_every=1, lr_step_factor=0.85,
-        shrink_start=5, shrink_epochs=15, specaug_freq=48, specaug_time=48, mixup=0.6, noise=True, loss="bce", metric="top1",
+        _AST, batch_size=128, lr_batch=128, lr=2.5e-4, lr_step_first=5, lr_step_every=1, lr_step_factor=0.85,
+        shrink_start=5, shrink_epochs=15, frames=128,
+        specaug_freq=48, specaug_time=48, mixup=0.6, noise=True, loss="bce", metric="top1",
     ),
     ("ast", "esc50"): replace(
-        _AST, frames=512, batch_size=48, lr_batch=48, lr=1e-5, lr_step_first=5, lr_step_every=1, lr_step_factor=0.85,
-        shrink_start=5, shrink_epochs=15, specaug_freq=24, specaug_time=96, mixup=0.0, noise=False, loss="ce", metric="top1",
+        _AST, batch_size=48, lr_batch=48, lr=1e-5, lr_step_first=5, lr_step_every=1, lr_step_factor=0.85,
+        shrink_start=5, shrink_epochs=15, frames=512,
+        specaug_freq=24, specaug_time=96, mixup=0.0, noise=False, loss="ce", metric="top1",
     ),
 }  # fmt: skip
 

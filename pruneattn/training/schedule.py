@@ -1,4 +1,4 @@
-"""What changes while training goes on, as functions of the epoch or the step alone (so that resuming needs no state)."""
+"""What changes while training goes on, as functions of the epoch or the step alone: resuming needs no state."""
 
 import math
 

@@ -47,7 +47,9 @@ def open_output(folder, going_on):
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--output {folder}: there is a file of that name; give another folder") from None
     except OSError as error:
-        raise UserError(f"--output {folder}: cannot be created: {error.strerror}; give a folder that can be written to") from None
+        raise UserError(
+            f"--output {folder}: cannot be created: {error.strerror}; give a folder that can be written to"
+        ) from None
     if not going_on and any((folder / name).exists() for name in (CONFIG, LAST, LOG, BEST)):
         raise UserError(f"--output {folder} holds a run already: go on with it (--resume), or give another folder")
     return folder
@@ -80,7 +82,7 @@ def save_state(path, *, config, progress, model, optimizer, scaler, log_bytes, f
     Args:
         config: flat dict of the run's configuration, compared when the run goes on.
         log_bytes: length of the log at this moment; what came later is cut off when the run goes on.
-        files: the run's other files by name (bytes), for a trunk, whose folder goes on without it.
+        files: only for a trunk: the folder's log and best checkpoint so far (bytes by name), for its branches.
     """
     files = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in (files or {}).items() if data}
     state = {
@@ -109,7 +111,8 @@ def load_state(path, config, *, branch=False):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path}: not a checkpoint of a training run, or damaged ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a checkpoint of a training run, or damaged ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise UserError(f"{path}: not a checkpoint of a training run; to start from its weights use --init")
     found = differences(state["config"], config, PRUNING if branch else ())
@@ -119,8 +122,8 @@ def load_state(path, config, *, branch=False):
             f"{path} comes from a run with another configuration; only {rest} may differ. "
             f"Saved -> given: {'; '.join(found)}"
         )
-    if branch and not state["files"] and state["progress"]["epoch"] != config["shrink_start"]:
-        raise UserError(f"{path}: not a trunk.pt, the state that a run saves before its first pruned epoch")
+    if branch and not state["files"]:
+        raise UserError(f"{path}: not the {TRUNK} that a run saves before its first pruned epoch")
     return state
 
 

@@ -80,8 +80,8 @@ def test_help_shows_the_recipe(capsys):
         ("--keep-rate 0.5 --epochs 20", "reaches 0.5 only in epoch 28 .* the run ends with epoch 19"),
         ("--epochs 0", "--epochs must be at least 1"),
         ("--frames 100", "--frames must be a multiple of 16, got 100"),
-        ("--mixup 2", "--mixup is a share"),
-        ("--shrink-start -1", "cannot be negative"),
+        ("--lr -1", "--lr must be at least 0, got -1.0"),
+        ("--shrink-start -1", "--shrink-start must be at least 0, got -1"),
         ("--resume --branch-from x.pt", "give one of them"),
     ],
 )
