@@ -113,7 +113,7 @@ class Trainer:
                 self.save_if_due(now)
 
     def train_step(self, batches):
-        """One optimiser step over the parts of a batch; returns the mean loss of all processes and the learning rate."""
+        """One optimiser step over the parts of a batch; returns its loss over all processes, and the lr."""
         lr = learning_rate(self.global_step, self.recipe, self.steps_per_epoch)
         set_learning_rate(self.optimizer, lr)
         losses = []
@@ -169,9 +169,9 @@ class Trainer:
         )  # fmt: skip
         where = f"clips {shown}" if clips else "clips of another process"
         return (
-            f"the loss is not finite in step {self.global_step} (epoch {self.progress.epoch}, step {self.progress.step} "
-            f"of {self.steps_per_epoch}): losses {losses}, lr {lr:.3g}, keep-rate {list(self.model.keep_rates)}, "
-            f"{options.amp}{scale}; {where}. {saved} Look at: a lower --lr or a longer warm-up, --clip-grad 1, "
+            f"the loss is not finite in step {self.global_step} (epoch {self.progress.epoch}, "
+            f"step {self.progress.step} of {self.steps_per_epoch}): losses {losses}, lr {lr:.3g}, "
+            f"keep-rate {list(self.model.keep_rates)}, {options.amp}{scale}; {where}. {saved} Look at: a lower --lr or a longer warm-up, --clip-grad 1, "
             "--amp fp32 (or bf16 instead of fp16), --mean and --std, and these clips"
         )
 

@@ -23,7 +23,8 @@ class RunLog:
     """``log.jsonl`` (a JSON object per line: ``kind`` is "step" or "epoch") and TensorBoard events beside it.
 
     Only the main process writes. ``keep_bytes`` is the part of an existing log that is kept: what came after the
-    checkpoint that a run goes on from is cut off, since it will come again; so do TensorBoard's events from ``step`` on.
+    checkpoint that a run goes on from is cut off, since it will come again, and TensorBoard is told
+    to forget its events from ``step`` on.
     """
 
     def __init__(self, folder, *, keep_bytes=0, step=None, tensorboard=True):

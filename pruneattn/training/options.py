@@ -68,7 +68,8 @@ PRUNING = {"keep_rate", "shrink_epochs", "prune_blocks", "score"}
 
 _AT_LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "lr_batch", "lr_step_every", "eval_every", "log_every"), 1),
-    **dict.fromkeys(("shrink_start", "shrink_epochs", "warmup_epochs", "warmup_steps", "workers", "lr", "clip_grad"), 0),
+    **dict.fromkeys(("shrink_start", "shrink_epochs", "warmup_epochs", "warmup_steps", "workers"), 0),
+    **dict.fromkeys(("lr", "min_lr", "clip_grad"), 0),
 }
 
 _GROUPS = {

@@ -11,14 +11,14 @@ import torch
 
 
 def test_two_gloo_processes_equal_one(train):
-    plain = "--no-gain --no-noise --mixup 0 --specaug-freq 0 --specaug-time 0 --mask-time 0 --mask-freq 0 --drop-path 0".split()
-    one = train("one", *plain, "--epochs", 3, "--shrink-epochs", 1)
+    options = [*train.plain, "--epochs", 3, "--shrink-epochs", 1]
+    one = train("one", *options)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # The torchrun launcher only sets these variables and starts the processes.
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pruneattn.train", *train.arguments("two", *plain, "--epochs", 3, "--shrink-epochs", 1)]
+    command = [sys.executable, "-m", "pruneattn.train", *train.arguments("two", *options)]
     command += ["--accumulate", "2", "--device", "cpu"]
     processes = [
         subprocess.Popen(command, env=os.environ | group | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)

@@ -13,12 +13,11 @@ from pruneattn.inference import evaluate_model, predict_dataset
 from pruneattn.models.pretrained import load_pretrained
 from pruneattn.training.engine import Trainer, seed_step
 
-PLAIN = "--no-gain --no-noise --mixup 0 --specaug-freq 0 --specaug-time 0 --mask-time 0 --mask-freq 0 --drop-path 0".split()
 QUICK = "--lr 0.06 --warmup-epochs 1 --epochs 18 --shrink-start 4 --shrink-epochs 4 --prune-blocks 1 2".split()
 
 
 def test_learns_and_leaves_everything_behind(train, clips):
-    run = train("run", *PLAIN, *QUICK, "--mean", -9, "--std", 3)
+    run = train("run", *train.plain, *QUICK, "--mean", -9, "--std", 3)
     epochs = train.log(run, "epoch")
     assert [line["epoch"] for line in epochs] == list(range(18))
     assert epochs[-1]["train_loss"] < 0.5 * epochs[0]["train_loss"]
@@ -38,7 +37,8 @@ def test_learns_and_leaves_everything_behind(train, clips):
     best = max(finals, key=lambda line: line["top1"])
     assert result["best_epoch"] == best["epoch"] and result["val"]["top1"] == best["top1"] > 0.6
     model = load_pretrained(run)
-    assert model.keep_rates == (0.5, 0.5) and model.labels == sorted(model.labels) and model.extra["epoch"] == best["epoch"]
+    assert model.keep_rates == (0.5, 0.5) and model.extra["epoch"] == best["epoch"]
+    assert model.labels == ["high", "low", "middle"] and not model.multilabel
     features = pruneattn.data.FeatureExtractor(model.features)
     test = load_dataset("folder", "test", data_dir=clips, frames=64)
     metrics, failed = evaluate_model(model, features, make_loader(test, 5, train=False), "cpu", multilabel=False)
@@ -62,11 +62,11 @@ def test_pruning_flag_reaches_the_augmentation(train, monkeypatch):
 
 
 def test_accumulating_equals_the_bigger_batch(train):
-    whole = train("whole", *PLAIN)
-    parts = train("parts", *PLAIN, "--accumulate", 3)
+    whole = train("whole", *train.plain)
+    parts = train("parts", *train.plain, "--accumulate", 3)
     for left, right in zip(train.log(whole, "step"), train.log(parts, "step"), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5) and left["lr"] == right["lr"]
-    with pytest.raises(UserError, match="--batch-size 12 cannot be shared out evenly: 1 processes times --accumulate 5"):
+    with pytest.raises(UserError, match="--batch-size 12 cannot be shared out evenly: 1 processes times --acc.* 5 "):
         train("odd", "--accumulate", 5)
     with pytest.raises(UserError, match="36 training clips do not fill one batch: give a --batch-size of at most 36"):
         train("huge", "--batch-size", 48)
@@ -74,8 +74,8 @@ def test_accumulating_equals_the_bigger_batch(train):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_follows_full(train, amp):
-    full = train("full", *PLAIN)
-    half = train("half", *PLAIN, "--amp", amp)
+    full = train("full", *train.plain)
+    half = train("half", *train.plain, "--amp", amp)
     losses = [[line["train_loss"] for line in train.log(run, "epoch")] for run in (full, half)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
     assert all(value.dtype == torch.float32 for value in train.state(half)["model"].values())
@@ -89,7 +89,7 @@ def test_loss_that_is_not_finite_names_what_to_look_at(train, monkeypatch):
         return original(self, batch) * (float("nan") if self.global_step == 4 else 1.0)
 
     monkeypatch.setattr(Trainer, "loss", loss)
-    message = r"not finite in step 4 \(epoch 1, step 1 of 3\).*lr 0\.000.*keep-rate \[1\.0, 1\.0\].*\d\d\.wav.*last\.pt.*--lr"
+    message = r"not finite in step 4 \(epoch 1, step 1 of 3\).*lr 0\.000.*keep-rate \[1\.0, 1\.0\].*\d\d\.wav.*last\.pt"
     with pytest.raises(UserError, match=message):
         train("run")
     assert train.state(train.root / "run")["progress"]["epoch"] == 1

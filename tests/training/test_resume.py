@@ -79,11 +79,11 @@ def test_signal_during_evaluation(train, monkeypatch):
     train.assert_same(whole, cut)
 
 
-@pytest.mark.parametrize("changes", [["--keep-rate", "0.25"], ["--score", "cls", "--shrink-epochs", "1"], ["--keep-rate", "1"]])
+@pytest.mark.parametrize("changes", ["--keep-rate 0.25", "--score cls --shrink-epochs 1", "--keep-rate 1"])
 def test_branch_equals_training_from_scratch(train, changes):
     trunk = train("first") / "trunk.pt"
-    scratch = train("scratch", *changes)
-    branch = train("branch", *changes, "--branch-from", trunk)
+    scratch = train("scratch", *changes.split())
+    branch = train("branch", *changes.split(), "--branch-from", trunk)
     train.assert_same(scratch, branch)
     assert (scratch / "trunk.pt").exists() and len(train.log(branch, "epoch")) == 4
 

@@ -26,7 +26,9 @@ def test_pruning_starts_only_where_a_target_is_below_one():
 
 
 def test_cosine_by_hand():
-    recipe = replace(Recipe(), epochs=10, warmup_epochs=2.0, warmup_steps=0, lr=1e-3, lr_batch=256, batch_size=64, min_lr=1e-5)
+    recipe = replace(
+        Recipe(), epochs=10, warmup_epochs=2.0, warmup_steps=0, lr=1e-3, lr_batch=256, batch_size=64, min_lr=1e-5
+    )
     peak = 2.5e-4
     assert learning_rate(0, recipe, 5) == pytest.approx(peak / 10)
     assert learning_rate(4, recipe, 5) == pytest.approx(peak / 2)
@@ -45,6 +47,8 @@ def test_steps_by_hand():
     at = {epoch: learning_rate(epoch * 40, recipe, 40) for epoch in range(30)}
     assert learning_rate(0, recipe, 40) == pytest.approx(1e-6)
     assert learning_rate(49, recipe, 40) == pytest.approx(5e-5)
-    assert [at[e] for e in (3, 9, 10, 14, 15, 20, 29)] == pytest.approx([1e-4, 1e-4, 5e-5, 5e-5, 2.5e-5, 1.25e-5, 6.25e-6])
+    rates = [at[epoch] for epoch in (3, 9, 10, 14, 15, 20, 29)]
+    assert rates == pytest.approx([1e-4, 1e-4, 5e-5, 5e-5, 2.5e-5, 1.25e-5, 6.25e-6])
     every = replace(recipe, warmup_steps=0, lr_step_first=5, lr_step_every=1, lr_step_factor=0.85)
-    assert [learning_rate(epoch * 40 + 39, every, 40) for epoch in (4, 5, 7)] == pytest.approx([1e-4, 8.5e-5, 6.14125e-5])
+    rates = [learning_rate(epoch * 40 + 39, every, 40) for epoch in (4, 5, 7)]
+    assert rates == pytest.approx([1e-4, 8.5e-5, 6.14125e-5])
