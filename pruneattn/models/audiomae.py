@@ -35,11 +35,12 @@ class AudioMAE(PrunedViT):
 def sincos_positions(time, mel, dim):
     """Sine-cosine code ``[P, dim]`` of places ``(time, mel)`` ``[P]``: half the channels for each axis.
 
-    Its size is that of what differs between clips in the tokens of fresh weights (0.2 to 0.3). At full size it drowns
-    that, and training from random weights takes epochs to find it.
+    Angles go from 1 down to 1/64 a patch, the extent of the largest grid, and the mean over the places is taken out:
+    what is the same everywhere tells no place, and drowns what the tokens of fresh weights say.
     """
     if dim % 4:
         raise UserError(f"embed_dim: a sine-cosine position table needs a multiple of 4, got {dim}")
-    rates = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rates = 64.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = [axis.double().unsqueeze(1) * rates for axis in (time, mel)]  # [P, dim / 4] each
-    return 0.3 * torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    return table - table.mean(0)

@@ -94,7 +94,6 @@ def _setup_context(ctx, inputs, output):
     _, x, _, _, ctx.extra_tokens = inputs
     index = output[0]
     ctx.tokens = x.shape[1]
-    ctx.mark_non_differentiable(index)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(index)
 
