@@ -24,7 +24,7 @@ def test_two_gloo_processes_equal_one(train):
         subprocess.Popen(command, env=os.environ | group | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert "epoch 3/3" in outputs[0] and outputs[1] == ""
 
