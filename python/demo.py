@@ -21,10 +21,10 @@ DEMO = ROOT / "demo"
 KEEP_RATE = 0.7
 NEEDED = 0.90  # test accuracy at KEEP_RATE below which the demo counts as failed
 
-MODEL = "--model audiomae --size tiny --embed-dim 96 --depth 10 --num-heads 3"
+MODEL = "--model audiomae --size tiny --depth 4 --prune-blocks 1 2 3"
 RECIPE = (
-    "--epochs 12 --batch-size 32 --lr 1e-3 --lr-batch 32 --warmup-epochs 1 --drop-path 0 --mixup 0 "
-    f"--specaug-freq 16 --specaug-time 16 --keep-rate {KEEP_RATE} --shrink-start 5 --shrink-epochs 4"
+    f"--keep-rate {KEEP_RATE} --shrink-start 3 --shrink-epochs 3 --epochs 7 --warmup-epochs 0.5 --batch-size 32 "
+    "--lr 1e-3 --lr-batch 32 --drop-path 0 --mixup 0 --specaug-freq 0 --specaug-time 0 --no-gain --no-noise"
 )
 
 
@@ -44,12 +44,14 @@ def main():
     accuracy = {row["keep_rate"]: row["top1"] for row in rows}
     good = accuracy[KEEP_RATE] >= NEEDED
     print(
-        f"\nDone in {time.perf_counter() - start:.0f} s. Test accuracy at keep-rate {KEEP_RATE}: {accuracy[KEEP_RATE]:.1%} "
-        f"(unpruned {accuracy[1.0]:.1%}){'' if good else f', but {NEEDED:.0%} was expected'}.\n"
-        f"  demo/run/                     the trained model, its configuration and log\n"
-        f"  demo/evaluation/table.md      accuracy, work and speed by keep-rate (also .csv, .json), and tradeoff.png\n"
-        f"  demo/siren.png                what each pruning stage keeps of demo/siren.wav"
+        f"\nDone in {time.perf_counter() - start:.0f} s. Test accuracy at keep-rate {KEEP_RATE}: "
+        f"{accuracy[KEEP_RATE]:.1%}, unpruned {accuracy[1.0]:.1%}.\n"
+        f"  demo/run/                  the trained model, its configuration and log\n"
+        f"  demo/evaluation/table.md   accuracy, work and speed by keep-rate; also table.csv, .json and tradeoff.png\n"
+        f"  demo/siren.png             what each pruning stage keeps of demo/siren.wav"
     )
+    if not good:
+        print(f"That is below the {NEEDED:.0%} that was expected.", file=sys.stderr)
     return 0 if good else 1
 
 

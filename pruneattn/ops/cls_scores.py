@@ -3,8 +3,8 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_shape
-from .registration import LIBRARY, define
+from ._checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_shape
+from ._registration import LIBRARY, define
 
 
 def reference(q_cls, k, extra_tokens, scale=None):

@@ -3,8 +3,8 @@
 import torch
 
 from ..backend import _C, launch
-from .checks import check_device, check_dtype, check_extra_tokens, check_shape
-from .registration import LIBRARY, define
+from ._checks import check_device, check_dtype, check_extra_tokens, check_shape
+from ._registration import LIBRARY, define
 
 
 def reference(x, index, extra_tokens):

@@ -3,10 +3,10 @@
 import torch
 
 from ..backend import _C, launch
-from .checks import check_device, check_extra_tokens, check_shape
+from ._checks import check_device, check_extra_tokens, check_shape
 from .gather_tokens import reference as gather_reference
 from .gather_tokens import rows_of, scatter_tokens
-from .registration import LIBRARY, define
+from ._registration import LIBRARY, define
 from .select_tokens import check_selection
 from .select_tokens import reference as select_reference
 

@@ -3,8 +3,8 @@
 import torch
 
 from ..backend import _C, launch
-from .checks import check_dtype, check_keep, check_shape
-from .registration import define
+from ._checks import check_dtype, check_keep, check_shape
+from ._registration import define
 
 
 def reference(scores, keep):

@@ -172,8 +172,8 @@ class Trainer:
             f"the loss is not finite in step {self.global_step} (epoch {self.progress.epoch}, "
             f"step {self.progress.step} of {self.steps_per_epoch}): losses {losses}, lr {lr:.3g}, "
             f"keep-rate {list(self.model.keep_rates)}, {options.amp}{scale}; {where}. {saved} "
-            "Look at: a lower --lr or a longer warm-up, --clip-grad 1, --amp fp32 (or bf16 instead of fp16), --mean "
-            "and --std, and these clips"
+            "Look at: a lower --lr or a longer warm-up, --clip-grad 1, --amp fp32 (or bf16 instead of fp16), "
+            "--mean and --std, and these clips"
         )
 
     def save_if_due(self, now):

@@ -34,7 +34,8 @@ def test_statistics_are_over_every_frame_once(workers):
     assert stats.clips == 3 and stats.failed == [(1, "clip.wav: the file is empty")]
 
 
-def test_progress_goes_to_standard_error(capsys):
+def test_progress_goes_to_standard_error(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     dataset_stats(Clips(clips()), progress=True)
     out, err = capsys.readouterr()
     assert not out and "3/3" in err
