@@ -48,8 +48,8 @@ def plot_kept_patches(fbank, kept, *, title, subtitle="", sounding=None, start=0
     for axis, (name, grid) in zip(axes.flat, panels, strict=True):
         _draw_panel(axis, colours, np.asarray(grid, dtype=bool), start, sounding)
         count = int(np.sum(grid))
-        share = "" if count == rows * columns else f" of {rows * columns} ({100 * count / (rows * columns):.0f} %)"
-        axis.set_title(f"{name}: {count}{share} patches", loc="left", fontsize=9, color=_INK, pad=4)
+        share = f" of {grid.size} ({100 * count / grid.size:.0f} %)" if count < grid.size else " patches"
+        axis.set_title(f"{name}: {count}{share}", loc="left", fontsize=9, color=_INK, pad=4)
     for axis in axes[-1]:
         axis.set_xlabel("time (s)", fontsize=8)
     for axis in axes[:, 0]:

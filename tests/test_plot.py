@@ -41,9 +41,7 @@ def test_kept_and_dropped_patches_lie_where_they_belong():
     assert np.ptp(last[dropped], axis=0).max() == 0 and last[dropped].min() > 0.9  # one light grey everywhere else
     assert whole[5, 40].sum() > whole[5, 60].sum() + 1  # loud is bright
     titles = [axis.get_title(loc="left") for axis in figure.axes]
-    assert titles == [
-        "input: 64 patches", "after block 4: 32 of 64 (50 %) patches", "after block 7: 2 of 64 (3 %) patches"
-    ]  # fmt: skip
+    assert titles == ["input: 64 patches", "after block 4: 32 of 64 (50 %)", "after block 7: 2 of 64 (3 %)"]
     assert [text.get_text() for text in figure.texts] == ["a clip", "below"]
 
 
