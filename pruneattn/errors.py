@@ -8,9 +8,12 @@ class UserError(ValueError):
 
 
 def run_command(main):
-    """Run a command line entry point: a ``UserError`` or an operating system error becomes one line and exit code 2."""
+    """Run a command line entry point and leave with the exit code it returns.
+
+    A ``UserError`` or an operating system error becomes one line and exit code 1.
+    """
     try:
-        return main()
+        sys.exit(main())
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

@@ -1,7 +1,6 @@
 """``python -m pruneattn.train``: train a pruned AudioMAE or AST."""
 
 import signal
-import sys
 
 from pruneattn.errors import run_command
 from pruneattn.training.options import parse
@@ -39,4 +38,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_command(main)

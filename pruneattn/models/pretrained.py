@@ -72,7 +72,7 @@ def load_pretrained(path):
     if _KEY not in metadata:
         raise UserError(
             f"{path}: not a model that pruneattn saved, so it does not say how to make it; "
-            "make the model with create_model and use load_checkpoint"
+            "make the model with create_model and use load_checkpoint (on the command line: --model NAME)"
         )
     return _rebuild(path, state, metadata[_KEY])
 

@@ -79,19 +79,6 @@ def initialise(options, recipe, model):
         say("note: the paper's recipe is for a pre-trained model; without --init it starts from random weights")
 
 
-def pick_device(options):
-    """This process's device, with the settings that hold for the whole run."""
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {options.device}: torch sees no GPU here; use --device cpu")
-    try:
-        device = distributed.start(options.device)
-    except RuntimeError as error:
-        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
-    if options.deterministic:
-        torch.use_deterministic_algorithms(True)
-    return device
-
-
 def check_batch(recipe, train_set):
     """Raise ``UserError`` for a batch that cannot be shared out or filled."""
     parts = distributed.world_size() * recipe.accumulate
@@ -108,7 +95,9 @@ def check_batch(recipe, train_set):
 
 def build_trainer(options, recipe, stop):
     """Everything set up; where the run goes on from a checkpoint, as it was then."""
-    device = pick_device(options)
+    device = distributed.start(options.device)
+    if options.deterministic:
+        torch.use_deterministic_algorithms(True)
     resume, folder = find_resume(options)
     if distributed.is_main():
         state.open_output(folder, going_on=options.resume is not None)

@@ -5,21 +5,29 @@ import os
 import torch
 import torch.distributed as dist
 
+from pruneattn.errors import UserError
 
-def start(device):
+
+def start(name):
     """Join the group that torchrun announces in the environment, if any; returns this process's device.
 
-    ``device`` is "auto", "cpu", "cuda" or "cuda:N"; under torchrun each process takes the GPU of its local rank.
+    ``name`` is "auto", "cpu", "cuda" or "cuda:N"; under torchrun each process takes the GPU of its local rank. Raises
+    `UserError` for a device that is not there.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    device = torch.device(device)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: torch sees no GPU here; use --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 

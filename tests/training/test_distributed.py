@@ -9,6 +9,28 @@ import sys
 import pytest
 import torch
 
+from pruneattn import UserError
+from pruneattn.training import distributed
+
+
+def test_a_gpu_is_taken_by_local_rank(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert distributed.start("auto") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert distributed.start("cuda") == torch.device("cuda", 3)
+    assert distributed.start("cuda:1") == torch.device("cuda", 1)
+    assert taken == [torch.device("cuda", index) for index in (0, 3, 1)]
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.start("auto") == torch.device("cpu")
+    for name, message in (("cuda", "no GPU"), ("nonsense", "nonsense")):
+        with pytest.raises(UserError, match=f"--device {name}: .*{message}"):
+            distributed.start(name)
+
 
 def test_two_gloo_processes_equal_one(train):
     options = [*train.plain, "--epochs", 3, "--shrink-epochs", 1]
