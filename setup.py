@@ -7,6 +7,7 @@ incremental.
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,14 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80;90a;100"
+# The kernels in csrc/cpu/isa_*.cpp are chosen at run time, by what the machine has.
+AVX512 = ("-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 "
+          "-Wno-maybe-uninitialized")  # GCC 12 warns of its own intrinsics
+ISA_FLAGS = {"isa_avx2": "-mavx2 -mfma", "isa_avx512": AVX512, "isa_avx512_bf16": f"{AVX512} -mavx512bf16"}
+
+
+def isa_flags(source):
+    return ISA_FLAGS.get(source.stem, "") if platform.machine().lower() in ("x86_64", "amd64") else ""
 
 
 def say(line):
@@ -104,7 +113,7 @@ class NinjaBuild(build_ext):
         with open(folder / "build.ninja", "w") as file:
             ninja = Writer(file, width=1000)
             ninja.rule("cxx", f"{cxx} -std=c++17 -O3 {host} {define} -I{folder} -isystem {pybind} "
-                       f"-isystem {sysconfig.get_path('include')} -MMD -MF $out.d -c $in -o $out",
+                       f"-isystem {sysconfig.get_path('include')} -ffp-contract=fast $flags -MMD -MF $out.d -c $in -o $out",
                        deps="gcc", depfile="$out.d", description="g++ $in")
             objects = NinjaBuild.objects(ninja, folder, "cxx", "*.cpp")
             # exclude-libs: no symbol of the static CUDA runtime may clash with the one that torch brings.
@@ -122,7 +131,13 @@ class NinjaBuild(build_ext):
     @staticmethod
     def objects(ninja, folder, rule, pattern):
         sources = sorted((ROOT / "csrc").rglob(pattern))
-        return [ninja.build(str(folder / f"{s.parent.name}_{s.name}.o"), rule, str(s))[0] for s in sources]
+        return [
+            ninja.build(
+                str(folder / f"{s.parent.name}_{s.name}.o"), rule, str(s),
+                variables={"flags": isa_flags(s)},
+            )[0]
+            for s in sources
+        ]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -56,6 +57,64 @@ void cpu_prune_tokens(uintptr_t scores, int64_t batch, int64_t patches, int64_t 
   const RowsList list = rows_of(rows, extra_tokens);
   cpu_select_tokens(scores, batch, patches, batch_stride, keep, index, threads);
   cpu::gather_tokens(index_of(index), batch, patches, keep, extra_tokens, list, threads);
+}
+
+// (pointer, batch stride, head stride, token stride), all strides in elements
+using HeadsArgument = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+cpu::Heads heads_of(const HeadsArgument& argument) {
+  const auto& [pointer, batch_stride, head_stride, token_stride] = argument;
+  return {reinterpret_cast<char*>(pointer), batch_stride, head_stride, token_stride};
+}
+
+cpu::Dtype dtype_of(const std::string& name) {
+  check(name == "float32" || name == "bfloat16", "dtype must be float32 or bfloat16, got " + name);
+  return name == "float32" ? cpu::Dtype::float32 : cpu::Dtype::bfloat16;
+}
+
+void check_sizes(int64_t batch, int64_t heads, int64_t queries, int64_t tokens, int64_t channels) {
+  check(batch >= 0 && heads >= 1 && queries >= 1 && tokens >= 1 && channels >= 1,
+        "expected batch >= 0 and heads, queries, tokens and channels >= 1, got " + std::to_string(batch) + ", " +
+            std::to_string(heads) + ", " + std::to_string(queries) + ", " + std::to_string(tokens) + ", " +
+            std::to_string(channels));
+}
+
+void check_extra_tokens(int64_t extra_tokens, int64_t tokens) {
+  check(extra_tokens >= 0 && extra_tokens < tokens, "extra_tokens must be in 0.." + std::to_string(tokens - 1) +
+                                                        ", got " + std::to_string(extra_tokens));
+}
+
+void cpu_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t queries, int64_t tokens,
+                   int64_t channels, const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v,
+                   const HeadsArgument& out, uintptr_t lse, double scale, int threads) {
+  check_sizes(batch, heads, queries, tokens, channels);
+  check_threads(threads);
+  cpu::attention({dtype_of(dtype), batch, heads, queries, tokens, channels, heads_of(q), heads_of(k), heads_of(v),
+                  heads_of(out), reinterpret_cast<float*>(lse), static_cast<float>(scale), nullptr, 0},
+                 threads);
+}
+
+void cpu_column_mean_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t tokens,
+                               int64_t channels, const HeadsArgument& q, const HeadsArgument& k,
+                               const HeadsArgument& v, const HeadsArgument& out, uintptr_t lse, double scale,
+                               int64_t extra_tokens, uintptr_t scores, int threads) {
+  check_sizes(batch, heads, tokens, tokens, channels);
+  check_extra_tokens(extra_tokens, tokens);
+  check_threads(threads);
+  cpu::column_mean_attention({dtype_of(dtype), batch, heads, tokens, tokens, channels, heads_of(q), heads_of(k),
+                              heads_of(v), heads_of(out), reinterpret_cast<float*>(lse), static_cast<float>(scale), nullptr, 0},
+                             extra_tokens, reinterpret_cast<float*>(scores), threads);
+}
+
+void cpu_cls_scores(const std::string& dtype, int64_t batch, int64_t heads, int64_t tokens, int64_t channels,
+                    const HeadsArgument& q, const HeadsArgument& k, double scale, int64_t extra_tokens,
+                    uintptr_t scores, int threads) {
+  check_sizes(batch, heads, 1, tokens, channels);
+  check_extra_tokens(extra_tokens, tokens);
+  check_threads(threads);
+  cpu::cls_scores({dtype_of(dtype), batch, heads, tokens, channels, heads_of(q), heads_of(k),
+                   static_cast<float>(scale), nullptr},
+                  extra_tokens, reinterpret_cast<float*>(scores), threads);
 }
 
 #ifdef PRUNEATTN_CUDA
@@ -121,6 +180,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_prune_tokens", &cpu_prune_tokens, nogil, arg("scores_ptr"), arg("batch"), arg("patches"),
         arg("batch_stride"), arg("keep"), arg("index_ptr"), arg("extra_tokens"), arg("rows"), arg("threads"),
         "cpu_select_tokens, then cpu_gather_tokens.");
+  m.def("cpu_attention", &cpu_attention, nogil, arg("dtype"), arg("batch"), arg("heads"), arg("queries"),
+        arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
+        arg("threads"),
+        "Softmax attention. A tensor is (pointer, batch stride, head stride, token stride), in elements.");
+  m.def("cpu_column_mean_attention", &cpu_column_mean_attention, nogil, arg("dtype"), arg("batch"), arg("heads"),
+        arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
+        arg("extra_tokens"), arg("scores_ptr"), arg("threads"),
+        "cpu_attention, and the mean of the softmax matrix over heads and patch rows.");
+  m.def("cpu_cls_scores", &cpu_cls_scores, nogil, arg("dtype"), arg("batch"), arg("heads"), arg("tokens"),
+        arg("channels"), arg("q"), arg("k"), arg("scale"), arg("extra_tokens"), arg("scores_ptr"), arg("threads"),
+        "The class token's row of the softmax matrix, averaged over heads. q is as k is, its token stride unused.");
+  m.def("cpu_isas", &cpu::isas, "Instruction sets that the attention kernels can use here, the best one first.");
+  m.def("cpu_isa", [] { return std::string(cpu::isa().name); }, "The instruction set in use.");
+  m.def("cpu_use_isa", &cpu::use_isa, arg("name"), "Use another instruction set; not while kernels run.");
 #ifdef PRUNEATTN_CUDA
   m.def("cuda_select_tokens", &cuda_select_tokens, nogil, arg("scores_ptr"), arg("batch"), arg("patches"),
         arg("batch_stride"), arg("keep"), arg("index_ptr"), arg("device"), arg("stream"),

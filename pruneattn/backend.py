@@ -32,6 +32,8 @@ except ImportError as error:
     )
 
 ENVIRONMENT = "PRUNEATTN_BACKEND"
+ISA_ENVIRONMENT = "PRUNEATTN_CPU_ISA"  # instruction set of the CPU's attention kernels; by default the best there is
+CPU_ISA = "PRUNEATTN_CPU_ISA"  # instruction set of the CPU kernels; the best one that the machine has, if not given
 NAMES = ("reference", "cpu", "cuda", "triton")
 DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # the device type each backend's kernels run on
 _FASTEST_FIRST = ("cuda", "triton", "cpu")
@@ -126,6 +128,8 @@ class Backends(Mapping):
         for op, row in self._rows.items():
             lines.append(f"{op:<{width}}  " + "  ".join(f"{row[name].state:<9}" for name in NAMES))
         notes = [f"{name}: {why_not(name)}" for name in NAMES if why_not(name)]
+        if not why_not("cpu"):
+            notes.append(f"cpu: attention kernels for {_C.cpu_isa()}, of {', '.join(_C.cpu_isas())}")
         notes.append("an op without a usable kernel runs the reference")
         if self.forced:
             notes.append(f"forced: {self.forced}")
@@ -166,6 +170,8 @@ def why_not(name):
         return "no op has a kernel for it yet"
     if name in ("cpu", "cuda") and _C is None:
         return _WHY_NO_C
+    if name == "cpu":
+        _use_isa_of_environment()
     if name == "cuda" and not _C.build_info()["cuda"]:
         return f"pruneattn._C was built without CUDA: {_C.build_info()['cuda_reason']}"
     if DEVICES.get(name) == "cuda" and not torch.cuda.is_available():
@@ -173,6 +179,15 @@ def why_not(name):
     if name == "cuda":
         return _why_not_this_gpu(_C.build_info()["cuda_architectures"].split(";"), torch.cuda.get_device_capability())
     return ""
+
+
+def _use_isa_of_environment():
+    name = os.environ.get(ISA_ENVIRONMENT)
+    try:
+        if name:
+            _C.cpu_use_isa(name)
+    except ValueError as error:
+        raise UserError(f"environment variable {ISA_ENVIRONMENT}: {error}") from None
 
 
 def _why_not_this_gpu(architectures, capability):

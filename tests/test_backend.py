@@ -36,6 +36,12 @@ def calls(monkeypatch):
 
 
 class FakeExtension:
+    def cpu_isas(self):
+        return ["avx2", "baseline"]
+
+    def cpu_isa(self):
+        return "avx2"
+
     def build_info(self):
         return {"cuda": False, "cuda_reason": "nvcc was not found"}
 
@@ -162,18 +168,20 @@ def test_table(calls):
     states = {name: status.state for name, status in table["twice"].items()}
     reference = "used" if torch.cuda.is_available() else "available"
     assert states == {"reference": reference, "cpu": "used", "cuda": "no kernel", "triton": "no kernel"}
-    assert table["column_mean_attention"]["reference"].state == "used"
+    assert table["column_mean_attention"]["cpu"].state == "used"
     assert table["select_tokens"]["cuda"] == ("unusable", "pruneattn._C was built without CUDA: nvcc was not found")
-    assert table["cls_scores"]["cpu"] == ("no kernel", "cls_scores has no kernel for it yet")
+    assert table["cls_scores"]["cuda"] == ("no kernel", "cls_scores has no kernel for it yet")
     with use_backend("reference"):
         assert backends()["twice"]["reference"].state == "used" and backends()["twice"]["cpu"].state == "available"
 
 
 def test_table_in_print(calls):
     lines = str(backends()).splitlines()
+    reference = "used" if torch.cuda.is_available() else "available"
     assert lines[0].split() == ["op", "reference", "cpu", "cuda", "triton"]
     row = next(line for line in lines if line.startswith("cls_scores"))
-    assert row.split() == ["cls_scores", "used", *["no", "kernel"] * 3]
+    assert row.split() == ["cls_scores", reference, "used", *["no", "kernel"] * 2]
+    assert "cpu: attention kernels for avx2, of avx2, baseline" in lines
     assert "cuda: pruneattn._C was built without CUDA: nvcc was not found" in lines
     assert "triton: no op has a kernel for it yet" in lines
     with use_backend("reference"):
@@ -193,6 +201,15 @@ def test_everything_runs_without_the_compiled_part():
     assert "cpu: the compiled part pruneattn._C cannot be imported" in result.stdout
     assert "pip install -e ." in result.stdout
     assert "UserError: use_backend: backend 'cpu' cannot be used here" in result.stderr.splitlines()[-1]
+
+
+def test_instruction_set_from_the_environment():
+    if backend._C is None:
+        pytest.skip(backend.why_not("cpu"))
+    code = "import pruneattn; print(pruneattn.backends())"
+    assert "cpu: attention kernels for baseline, of " in python(code, PRUNEATTN_CPU_ISA="baseline").stdout
+    refused = python(code, PRUNEATTN_CPU_ISA="mmx").stderr.splitlines()[-1]
+    assert "UserError: environment variable PRUNEATTN_CPU_ISA: instruction set 'mmx' is not one of those" in refused
 
 
 def test_compiled_part_reports_itself():

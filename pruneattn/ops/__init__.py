@@ -1,9 +1,10 @@
 """Pruned attention, one file per op. Each op's ``reference`` twin in plain PyTorch is its definition."""
 
+from .attention import attention
 from .cls_scores import cls_scores
 from .column_mean_attention import column_mean_attention
 from .gather_tokens import gather_tokens
 from .prune_tokens import prune_tokens
 from .select_tokens import select_tokens
 
-__all__ = ["cls_scores", "column_mean_attention", "gather_tokens", "prune_tokens", "select_tokens"]
+__all__ = ["attention", "cls_scores", "column_mean_attention", "gather_tokens", "prune_tokens", "select_tokens"]

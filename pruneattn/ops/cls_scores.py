@@ -3,15 +3,16 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ..backend import launch
 from ._checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_shape
 from ._registration import LIBRARY, define
+from .attention import CPU_DTYPES, heads_of, scale_of
 
 
 def reference(q_cls, k, extra_tokens, scale=None):
     """The definition of :func:`cls_scores` in plain PyTorch."""
-    scale = q_cls.shape[-1] ** -0.5 if scale is None else scale
     exact = torch.promote_types(k.dtype, torch.float32)  # half precision is never multiplied into half precision
-    logits = (k.to(exact) @ q_cls.to(exact).unsqueeze(-1)).squeeze(-1) * scale  # [B, H, N]
+    logits = (k.to(exact) @ q_cls.to(exact).unsqueeze(-1)).squeeze(-1) * scale_of(q_cls, scale)  # [B, H, N]
     return logits.softmax(-1)[:, :, extra_tokens:].mean(1).float().detach()  # [B, N - extra_tokens]
 
 
@@ -49,12 +50,23 @@ def _fake(q_cls, k, extra_tokens, scale=None):
     return k.new_empty((k.shape[0], k.shape[2] - extra_tokens), dtype=torch.float32)
 
 
+def _cpu(q_cls, k, extra_tokens, scale=None):
+    if k.dtype not in CPU_DTYPES:
+        return reference(q_cls, k, extra_tokens, scale)
+    scores = _fake(q_cls, k, extra_tokens)
+    (q, q_heads), (k, k_heads) = heads_of(q_cls.unsqueeze(2)), heads_of(k)
+    places = (q_heads, k_heads)
+    launch("cls_scores", q, CPU_DTYPES[k.dtype], *k.shape, *places, scale_of(q, scale), extra_tokens, scores.data_ptr())
+    return scores
+
+
 _cls_scores = define(
     "cls_scores(Tensor q_cls, Tensor k, SymInt extra_tokens, float? scale=None) -> Tensor",
     check=_check,
     fake=_fake,
     autocast="cast",
     reference=reference,
+    cpu=_cpu,
 )
 
 

@@ -3,43 +3,20 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ._checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_shape
+from ..backend import launch
+from ._checks import check_extra_tokens, check_shape
 from ._registration import LIBRARY, define
+from .attention import CPU_DTYPES, attention_backward, check_qkv, empty_outputs, heads_of, logits, rows_together, scale_of
 
 
 def reference(q, k, v, extra_tokens, scale=None):
-    """The definition of :func:`column_mean_attention` in plain PyTorch."""
-    weights = _softmax_matrix(q, k, scale)  # [B, H, N, N]
-    out = weights.to(v.dtype) @ v  # [B, H, N, D]
-    # The projection reads [B, N, H * D]: store the rows of a token together.
-    out = out.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    """The definition of :func:`column_mean_attention` in plain PyTorch, with the log-sum-exp that its gradient needs."""
+    rows = logits(q, k, scale)  # [B, H, N, N]
+    weights = rows.softmax(-1)
+    out = rows_together(weights.to(v.dtype) @ v)  # [B, H, N, D]
     # Rows first, then heads: one contiguous pass over the matrix.
     scores = weights[:, :, extra_tokens:, extra_tokens:].mean(2).mean(1)  # [B, N - extra_tokens]
-    return out, scores.float().detach()
-
-
-def backward_reference(grad_out, q, k, v, scale=None):
-    """Gradients of the attention output with respect to q, k and v, from the inputs alone."""
-    weights = _softmax_matrix(q, k, scale)  # [B, H, N, N]
-    grad_v = weights.to(v.dtype).transpose(-2, -1) @ grad_out  # [B, H, N, D]
-    grad_weights = _exact(grad_out) @ _exact(v).transpose(-2, -1)  # [B, H, N, N]
-    centred = grad_weights - (grad_weights * weights).sum(-1, keepdim=True)
-    grad_logits = (weights * centred * _scale(q, scale)).to(q.dtype)
-    return grad_logits @ k, grad_logits.transpose(-2, -1) @ q, grad_v
-
-
-def _softmax_matrix(q, k, scale):
-    logits = (_exact(q) * _scale(q, scale)) @ _exact(k).transpose(-2, -1)  # [B, H, N, N]
-    return logits.softmax(-1)
-
-
-def _exact(x):
-    # Half precision is multiplied and added up in float32: a product rounded to half would already change the ranking.
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _scale(q, scale):
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    return out, scores.float().detach(), rows.logsumexp(-1)
 
 
 def column_mean_attention(q, k, v, extra_tokens, scale=None):
@@ -64,86 +41,63 @@ def column_mean_attention(q, k, v, extra_tokens, scale=None):
     Raises:
         TypeError, ValueError: an argument has another dtype, shape, range or device than said here.
     """
-    return _column_mean_attention(q, k, v, extra_tokens, scale)
-
-
-def _check_qkv(q, k, v):
-    check_shape("q", q, "BHND")
-    check_shape("k", k, "BHND", q.shape)
-    check_shape("v", v, "BHND", q.shape)
-    check_dtype("q", q, ATTENTION_DTYPES)
-    check_like("k", k, "q", q)
-    check_like("v", v, "q", q)
+    return _column_mean_attention(q, k, v, extra_tokens, scale)[:2]
 
 
 def _check(q, k, v, extra_tokens, scale=None):
-    _check_qkv(q, k, v)
+    check_shape("q", q, "BHND")
+    check_shape("k", k, "BHND", q.shape)
+    check_qkv(q, k, v)
     check_extra_tokens(extra_tokens, q.shape[2])
 
 
-def _check_backward(grad_out, q, k, v, scale=None):
-    _check_qkv(q, k, v)
-    check_shape("grad_out", grad_out, "BHND", q.shape)
-    check_like("grad_out", grad_out, "q", q)
-
-
 def _fake(q, k, v, extra_tokens, scale=None):
-    batch, heads, tokens, channels = q.shape
-    out = q.new_empty((batch, tokens, heads, channels)).transpose(1, 2)
-    return out, q.new_empty((batch, tokens - extra_tokens), dtype=torch.float32)
+    out, lse = empty_outputs(q)
+    return out, q.new_empty((q.shape[0], q.shape[2] - extra_tokens), dtype=torch.float32), lse
 
 
-def _fake_backward(grad_out, q, k, v, scale=None):
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+def _cpu(q, k, v, extra_tokens, scale=None):
+    if q.dtype not in CPU_DTYPES:
+        return reference(q, k, v, extra_tokens, scale)
+    out, scores, lse = _fake(q, k, v, extra_tokens)
+    (q, q_heads), (k, k_heads), (v, v_heads) = map(heads_of, (q, k, v))
+    places = (q_heads, k_heads, v_heads, heads_of(out)[1], lse.data_ptr())
+    dtype, scale = CPU_DTYPES[q.dtype], scale_of(q, scale)
+    launch("column_mean_attention", q, dtype, *q.shape, *places, scale, extra_tokens, scores.data_ptr())
+    return out, scores, lse
 
 
 _column_mean_attention = define(
-    "column_mean_attention(Tensor q, Tensor k, Tensor v, SymInt extra_tokens, float? scale=None) -> (Tensor, Tensor)",
+    "column_mean_attention(Tensor q, Tensor k, Tensor v, SymInt extra_tokens, float? scale=None)"
+    " -> (Tensor, Tensor, Tensor)",
     check=_check,
     fake=_fake,
     autocast="cast",
     reference=reference,
-)
-_column_mean_attention_backward = define(
-    "column_mean_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, float? scale=None)"
-    " -> (Tensor, Tensor, Tensor)",
-    check=_check_backward,
-    fake=_fake_backward,
-    autocast="off",
-    reference=backward_reference,
+    cpu=_cpu,
 )
 
 
 def _setup_context(ctx, inputs, output):
     q, k, v, _, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
+    out, scores, lse = output
+    ctx.mark_non_differentiable(scores, lse)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v)
+    ctx.save_for_backward(q, k, v, out, lse)
 
 
-def _backward(ctx, grad_out, _):
+def _backward(ctx, grad_out, *_):
     if grad_out is None:
         return None, None, None, None, None
-    return *_column_mean_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None, None
-
-
-def _no_second_backward(ctx, *grads):
-    raise NotImplementedError("pruneattn::column_mean_attention can be differentiated once, not twice")
+    return *attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None, None
 
 
 torch.library.register_autograd(
     "pruneattn::column_mean_attention", _backward, setup_context=_setup_context, lib=LIBRARY
 )
-torch.library.register_autograd("pruneattn::column_mean_attention_backward", _no_second_backward, lib=LIBRARY)
 
 
 @register_flop_formula(torch.ops.pruneattn.column_mean_attention)
 def _flops(q, *_, **__):
     batch, heads, tokens, channels = q
     return 2 * 2 * batch * heads * tokens * tokens * channels  # two matrix products, a multiplication and an addition
-
-
-@register_flop_formula(torch.ops.pruneattn.column_mean_attention_backward)
-def _backward_flops(grad_out, *_, **__):
-    batch, heads, tokens, channels = grad_out
-    return 5 * 2 * batch * heads * tokens * tokens * channels  # the softmax matrix again, then four products

@@ -99,7 +99,7 @@ def setup_module():
 
 
 @pytest.fixture(scope="session")
-def shim_module(tmp_path_factory):
+def shim_module(tmp_path_factory, setup_module):
     """``_C`` with the CUDA sources compiled by g++ against tests/csrc/shim."""
     pybind11 = pytest.importorskip("pybind11")
     if shutil.which("g++") is None:
@@ -113,7 +113,7 @@ def shim_module(tmp_path_factory):
     sources = [*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cpp")]
     objects = [folder / f"{source.name}.o" for source in sources]
     for batch in range(0, len(sources), 2):  # two compilers at a time
-        jobs = [subprocess.Popen(["g++", *flags, "-x", "c++", "-c", source, "-o", obj])
+        jobs = [subprocess.Popen(["g++", *flags, *setup_module.isa_flags(source).split(), "-x", "c++", "-c", source, "-o", obj])
                 for source, obj in list(zip(sources, objects))[batch : batch + 2]]
         assert [job.wait() for job in jobs] == [0] * len(jobs)
     subprocess.run(["g++", "-shared", "-fopenmp", *objects, "-o", output], check=True)

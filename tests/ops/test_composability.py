@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruneattn import ops
-from pruneattn.ops.column_mean_attention import reference as column_mean_reference
+from pruneattn.ops.attention import reference as attention_reference
 
 B, H, N, D, EXTRA = 2, 3, 10, 4, 1
-NAMES = [*ops.__all__, "column_mean_attention_backward"]
+NAMES = [*ops.__all__, "attention_backward"]
 
 
 def packed_qkv(device, dtype=torch.float32, batch=B):
@@ -21,14 +21,16 @@ def arguments(name, device, requires_grad):
     def leaf(tensor):
         return tensor.detach().requires_grad_(requires_grad)
 
-    q, k, v = map(leaf, packed_qkv(device))
+    qkv = packed_qkv(device)
+    q, k, v = map(leaf, qkv)
     grad_out = torch.randn(B, H, N, D, device=device)
     scores = torch.randn(B, 2 * N, device=device)[:, 1:N]
     x, y = (leaf(torch.randn(B, N, channels, device=device)) for channels in (5, 3))
     index = torch.tensor([[0, 2, 8], [3, 4, 5]], device=device)
     return {
         "column_mean_attention": (q, k, v, EXTRA),
-        "column_mean_attention_backward": (grad_out, *(t.detach() for t in (q, k, v)), 0.3),
+        "attention": (q[:, :, 2:7], k, v),
+        "attention_backward": (grad_out, *qkv, *attention_reference(*qkv), 0.3),
         "cls_scores": (leaf(q[:, :, 0]), k, EXTRA),
         "select_tokens": (leaf(scores), 4),
         "gather_tokens": (x, index, EXTRA),
@@ -122,7 +124,7 @@ def test_export_with_a_dynamic_batch(any_device, tmp_path):
 def test_autocast_casts_attention_and_nothing_else(any_device, dtype):
     q, k, v = (t.detach().requires_grad_() for t in packed_qkv(any_device))
     scores, x = torch.randn(B, N - 1, device=any_device), torch.randn(B, N, 6, device=any_device)
-    expected_out, expected_scores = column_mean_reference(q.to(dtype), k.to(dtype), v.to(dtype), EXTRA)
+    expected_out, expected_scores = ops.column_mean_attention(q.to(dtype), k.to(dtype), v.to(dtype), EXTRA)
     with torch.autocast(any_device.type, dtype):
         out, received = ops.column_mean_attention(q, k.to(dtype), v, EXTRA)  # mixed, as SDPA takes it
         class_scores = ops.cls_scores(q[:, :, 0], k, EXTRA)
@@ -149,7 +151,7 @@ def test_compiled_under_autocast(any_device):
             return ops.column_mean_attention(q, k, v, EXTRA)
 
     q, k, v = packed_qkv(any_device)
-    expected = column_mean_reference(*(t.bfloat16() for t in (q, k, v)), EXTRA)
+    expected = ops.column_mean_attention(*(t.bfloat16() for t in (q, k, v)), EXTRA)
     for ours, wanted in zip(attend(q, k, v), expected):
         assert ours.dtype == wanted.dtype and torch.equal(ours, wanted)
 
