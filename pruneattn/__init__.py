@@ -9,6 +9,7 @@ _PUBLIC = {
     "create_model": "models",
     "list_models": "models",
     "trace": "models.trace",
+    "optimize_for_inference": "models.optimize",
     "count_macs": "models.macs",
     "load_checkpoint": "models.checkpoints",
     "load_pretrained": "models.pretrained",

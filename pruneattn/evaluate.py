@@ -1,6 +1,7 @@
 """``python -m pruneattn.evaluate``: what a checkpoint is worth, and what it costs, over the keep-rates."""
 
 import argparse
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .errors import UserError, run_command
-from .inference import AMP_DTYPES, predict_dataset
+from .inference import AMP_DTYPES, optimized, predict_dataset
 from .metrics import evaluate_predictions
 from .models.macs import count_macs
 from .opening import add_checkpoint_options, describe, open_checkpoint
@@ -93,7 +94,8 @@ def score_keep_rates(model, dataset, keep_rates, device, *, amp="fp32", batch_si
     # disable=None: no bar where stderr is no terminal.
     progress = tqdm(loader, desc="evaluate", unit="batch", disable=None if distributed.is_main() else True, leave=False)
     features = FeatureExtractor(model.features).to(device)
-    predictions = predict_dataset(_AtKeepRates(model, keep_rates).to(device), features, progress, device, amp)
+    model, amp = optimized(copy.deepcopy(model), device, amp)
+    predictions = predict_dataset(_AtKeepRates(model, keep_rates), features, progress, device, amp)
     scores = [
         evaluate_predictions(predictions.logits[:, i], predictions.targets, model.multilabel)
         for i in range(len(keep_rates))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from pruneattn.errors import UserError
+from pruneattn.models.optimize import optimize_for_inference
 from pruneattn.training import distributed
 
 AMP_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,6 +25,22 @@ def autocast(device, amp):
     """Context in which a model runs in ``amp`` ("fp32", "bf16" or "fp16") on ``device``."""
     dtype = AMP_DTYPES[amp]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
+
+
+def can_optimize(device, amp):
+    """Whether ``optimize_for_inference`` has something to do for this device and precision."""
+    return torch.device(device).type == "cpu" and amp != "fp16"
+
+
+def optimized(model, device, amp):
+    """The model on ``device`` as it runs fastest there, and the ``amp`` that is left to do around it.
+
+    On a CPU that is ``optimize_for_inference``, which changes the model in place, in the precision of ``amp``.
+    """
+    model = model.to(device)
+    if not can_optimize(device, amp):
+        return model, amp
+    return optimize_for_inference(model, AMP_DTYPES[amp] or torch.float32), "fp32"
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import UserError, run_command
-from .inference import AMP_DTYPES, autocast
+from .inference import AMP_DTYPES, autocast, optimized
 from .io import atomic_write
 from .opening import add_checkpoint_options, describe, open_checkpoint
 from .plot import check_plot_path, plot_kept_patches, save_figure
@@ -21,7 +21,7 @@ def main(argv=None):
     """Predict as the command line says; returns the exit code: 1 if nothing could be predicted."""
     args = _parse(argv)
     device = distributed.start(args.device)
-    model = open_checkpoint(args, args.dataset).to(device)
+    model, amp = optimized(open_checkpoint(args, args.dataset), device, args.amp)
     if args.keep_rate is not None:
         model.set_keep_rate(args.keep_rate)
     labels = _labels(model, args.label_csv)
@@ -30,13 +30,13 @@ def main(argv=None):
     paths = find_clips(args.clips, failed)
     progress = tqdm(paths, desc="predict", unit="clip", disable=None if len(paths) > 1 else True, leave=False)
     for clip in predict_clips(
-        model, progress, failed, device, amp=args.amp, batch_size=args.batch_size, overlap=args.overlap,
+        model, progress, failed, device, amp=amp, batch_size=args.batch_size, overlap=args.overlap,
         keep_waves=args.plot is not None,
     ):  # fmt: skip
         picture = None
         if args.plot is not None:
             picture = pictures.of(clip.path, alone=len(paths) == 1)
-            save_figure(draw_clip(model, clip, labels, device, args.amp), picture)
+            save_figure(draw_clip(model, clip, labels, device, amp), picture)
             clip.wave = None
         results.append(_result(model, clip, labels, args.top_k, picture))
         if not quiet:

@@ -7,6 +7,7 @@ import math
 from .errors import UserError
 from .io import atomic_write
 from .plot import plot_tradeoff, save_figure
+from .timing import VARIANTS
 
 METRIC_NAMES = {"map": "mAP", "mauc": "mAUC", "dprime": "d'", "top1": "top-1", "top5": "top-5"}
 _SHARES = ("map", "top1", "top5")  # printed in percent
@@ -76,9 +77,9 @@ def _markdown(rows, metric):
     columns += [("GMACs paper", "gmacs_paper", _gmacs), ("GMACs computed", "gmacs_computed", _gmacs)]
     if "clips_per_second" in rows[0]:
         columns.append(("clips/s", "clips_per_second", "{:.1f}".format))
-        if "clips_per_second_compiled" in rows[0]:
-            columns.append(("eager", "clips_per_second_eager", "{:.1f}".format))
-            columns.append(("compiled", "clips_per_second_compiled", "{:.1f}".format))
+        for name in VARIANTS:
+            if f"clips_per_second_{name}" in rows[0]:
+                columns.append((name, f"clips_per_second_{name}", "{:.1f}".format))
         columns.append(("saving", "saving", "{:.1%}".format))
     columns.append(("theory", "theory", "{:.1%}".format))
     if "clips_per_second" in rows[0]:

@@ -10,9 +10,13 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .inference import autocast
+from .inference import autocast, can_optimize, optimized
+
+#: Ways to run a model at any keep-rate: as it is, by ``optimize_for_inference`` (on a CPU), by ``torch.compile``.
+VARIANTS = ("eager", "optimized", "compiled")
 
 # A round of calls shorter than this measures the clock and the scheduler.
 _SHORTEST_ROUND = 0.05  # seconds
@@ -22,7 +26,8 @@ class Speed(NamedTuple):
     """Measured speed of a model.
 
     Attributes:
-        clips_per_second: dict of keep-rate -> dict of variant ("eager", "compiled", ...) -> clips per second.
+        clips_per_second: dict of keep-rate -> dict of variant (`VARIANTS`, and for the dense model others) -> clips per
+            second.
         dense: the fastest variant without pruning.
     """
 
@@ -42,15 +47,17 @@ class Speed(NamedTuple):
         variants = self.clips_per_second[keep_rate]
         fastest = max(variants.values())
         saving = 1 - self.dense_clips_per_second / fastest
-        each = {f"clips_per_second_{name}": variants[name] for name in ("eager", "compiled") if "compiled" in variants}
+        each = {f"clips_per_second_{name}": variants[name] for name in VARIANTS if name in variants}
+        each = each if len(each) > 1 else {}
         return {"clips_per_second": fastest, **each, "saving": saving, "realised": saving / theory if theory else None}
 
 
 def measure_speed(model, keep_rates, device, *, amp="fp32", batch_size=32, rounds=9, compiled=False):
     """Time the forward pass of a model at each of the keep-rates, and without pruning even if 1 is not among them.
 
-    The model alone: no decoding, no features, inputs at hand. Without pruning every attention kernel that PyTorch has
-    for the device is tried, so that the pruned model is held against the fastest dense one.
+    The model alone: no decoding, no features, inputs at hand; on a CPU it is optimized for inference. Without pruning
+    every attention kernel that PyTorch has for the device is tried too, so that the pruned model is held against the
+    fastest dense one.
 
     Args:
         model: ``PrunedViT`` on ``device``, in eval mode.
@@ -65,22 +72,21 @@ def measure_speed(model, keep_rates, device, *, amp="fp32", batch_size=32, round
         ``Speed``.
     """
     fbank = torch.randn(batch_size, model.frames, 128, device=device)
+    fast, fast_amp = optimized(copy.deepcopy(model), device, amp)
 
-    def call(module, kernel=None):
-        with torch.inference_mode(), autocast(device, amp):
-            if kernel is None:
-                return module(fbank)
-            with sdpa_kernel(kernel):
-                return module(fbank)
+    def call(module, amp=amp, kernel=None):
+        with torch.inference_mode(), autocast(device, amp), nullcontext() if kernel is None else sdpa_kernel(kernel):
+            return module(fbank)
 
     variants = {}
     for keep_rate in dict.fromkeys([1.0, *keep_rates]):
-        pruned = _at_keep_rate(model, keep_rate)
-        variants[keep_rate, "eager"] = partial(call, pruned)
+        variants[keep_rate, "optimized" if can_optimize(device, amp) else "eager"] = partial(call, _at_keep_rate(fast, keep_rate), fast_amp)
         if compiled:
-            variants[keep_rate, "compiled"] = partial(call, torch.compile(pruned, dynamic=False))
-        if keep_rate == 1.0 and torch.device(device).type == "cuda":
-            variants |= _attention_kernels(partial(call, pruned))
+            variants[keep_rate, "compiled"] = partial(call, torch.compile(_at_keep_rate(model, keep_rate), dynamic=False))
+    if torch.device(device).type == "cuda":
+        variants |= _attention_kernels(partial(call, _at_keep_rate(model, 1.0)))
+    else:
+        variants[1.0, "eager, SDPA"] = partial(call, with_sdpa(_at_keep_rate(model, 1.0)))
     # Each keep-rate is a program of its own, but all count against the limit of one forward function.
     with torch._dynamo.config.patch(recompile_limit=2 * len(variants) + 8) if compiled else nullcontext():
         seconds = time_side_by_side(variants, device, rounds)
@@ -98,15 +104,22 @@ def _at_keep_rate(model, keep_rate):
     return model
 
 
+def with_sdpa(model):
+    """The model, with PyTorch's attention instead of ours in unpruned blocks."""
+    for block in model.blocks:
+        block.attn.kernel = F.scaled_dot_product_attention
+    return model
+
+
 def _attention_kernels(call):
     """The dense model with each attention kernel that runs here, beside PyTorch's own choice."""
     variants = {}
     for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         try:
-            call(kernel)
+            call(kernel=kernel)
         except RuntimeError:  # not for this device or precision
             continue
-        variants[1.0, f"eager, {kernel.name.lower()}"] = partial(call, kernel)
+        variants[1.0, f"eager, {kernel.name.lower()}"] = partial(call, kernel=kernel)
     return variants
 
 

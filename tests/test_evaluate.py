@@ -238,18 +238,38 @@ def test_speed_is_held_against_the_fastest_dense_variant(monkeypatch):
         seen.extend(variants)
         for function in variants.values():
             function()
-        return {(rate, name): (2.0 if name == "eager" else 1.0) * rate for rate, name in variants}
+        seconds = {"optimized": 2.0, "compiled": 1.0, "eager, SDPA": 3.0}
+        return {(rate, name): seconds[name] * rate for rate, name in variants}
 
     monkeypatch.setattr(timing, "time_side_by_side", fake)
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     speed = measure_speed(make_model(), [0.5], "cpu", batch_size=2, compiled=True)
-    assert seen == [(1.0, "eager"), (1.0, "compiled"), (0.5, "eager"), (0.5, "compiled")]
+    pruned = [(0.5, "optimized"), (0.5, "compiled")]
+    assert seen == [(1.0, "optimized"), (1.0, "compiled"), *pruned, (1.0, "eager, SDPA")]
     assert speed.dense == "compiled" and speed.dense_clips_per_second == 2.0
     assert speed.row(0.5, theory=0.6) == {
-        "clips_per_second": 4.0, "clips_per_second_eager": 2.0, "clips_per_second_compiled": 4.0,
+        "clips_per_second": 4.0, "clips_per_second_optimized": 2.0, "clips_per_second_compiled": 4.0,
         "saving": 0.5, "realised": pytest.approx(0.5 / 0.6),
     }  # fmt: skip
     assert speed.row(1.0, theory=0.0)["realised"] is None
+
+
+def test_speed_in_half_precision_runs_as_asked(monkeypatch):
+    """float16 has no packed weights on a CPU: the model runs as it is, inside autocast."""
+    seen = {}
+
+    def fake(variants, device, rounds):
+        seen.update({name: function().dtype for name, function in variants.items()})
+        return dict.fromkeys(variants, 1.0)
+
+    monkeypatch.setattr(timing, "time_side_by_side", fake)
+    model = make_model()
+    measure_speed(model, [0.5], "cpu", amp="fp16", batch_size=2)
+    assert seen == dict.fromkeys([(1.0, "eager"), (0.5, "eager"), (1.0, "eager, SDPA")], torch.float16)
+    seen.clear()
+    measure_speed(model, [0.5], "cpu", amp="bf16", batch_size=2)
+    assert seen == dict.fromkeys([(1.0, "optimized"), (0.5, "optimized"), (1.0, "eager, SDPA")], torch.bfloat16)
+    assert model.head.weight.dtype == torch.float32  # the model itself is as it was
 
 
 def test_pruned_copies_share_the_weights():

@@ -2,7 +2,6 @@
 
 #include <omp.h>
 
-#include <algorithm>
 #include <memory>
 #include <new>
 
@@ -29,8 +28,8 @@ float* kept_memory(size_t floats) {
 
 void attention(const Attention& args, int threads) {
   const Isa& kernels = isa();
-  const int64_t work = args.batch * args.heads * args.queries * args.tokens * args.channels;
-  const int workers = workers_for(work, args.units(), threads);
+  const int64_t products = args.batch * args.heads * args.queries * args.tokens * args.channels;
+  const int workers = threads_for(products / 16, threads);
   const size_t each = kernels.attention_scratch(args);
   float* scratch = kept_memory(workers * each);
 #pragma omp parallel num_threads(workers) if (workers > 1)

@@ -4,15 +4,10 @@
 
 namespace pruneattn::cpu {
 
-int workers_for(int64_t work, int64_t parts, int threads) {
-  constexpr int64_t kWorkPerThread = 1 << 17;  // below, waking a thread costs more than it saves
-  return static_cast<int>(std::clamp<int64_t>(work / kWorkPerThread, 1, std::clamp<int64_t>(parts, 1, threads)));
-}
-
 void average(const float* sums, int64_t batch, int64_t parts, int64_t tokens, int64_t extra_tokens, float factor,
              float* scores, int threads) {
   const int64_t patches = tokens - extra_tokens;
-  const int workers = workers_for(batch * parts * patches, batch, threads);
+  const int workers = threads_for(batch * parts * patches / 4, threads);
 #pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
   for (int64_t clip = 0; clip < batch; ++clip) {
     float* to = scores + clip * patches;

@@ -11,7 +11,7 @@ void cls_scores(ClassScores args, int64_t extra_tokens, float* scores, int threa
   const int64_t heads = args.batch * args.heads, blocks = args.batch * args.key_blocks();
   const std::unique_ptr<float[]> weights(new float[heads * args.tokens]);
   args.weights = weights.get();
-  const int workers = workers_for(heads * args.tokens * args.channels, heads, threads);
+  const int workers = threads_for(heads * args.tokens * args.channels / 10, threads);
 #pragma omp parallel num_threads(workers) if (workers > 1)
   {
     const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();

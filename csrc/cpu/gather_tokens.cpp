@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "kernels.h"
 
 namespace pruneattn::cpu {
@@ -17,7 +15,7 @@ void gather_tokens(const int64_t* index, int64_t batch, int64_t patches, int64_t
   int64_t bytes = 0;
   for (int t = 0; t < rows.count; ++t) bytes += batch * tokens * rows.tensor[t].row_bytes;
   // Shared out by rows, not by clips: a single clip uses all threads too.
-  const int workers = static_cast<int>(std::clamp<int64_t>(bytes / (64 << 10), 1, threads));
+  const int workers = threads_for(bytes / 8, threads);
 #pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
   for (int64_t row = 0; row < batch * tokens; ++row) {
     const int64_t clip = row / tokens, token = row % tokens;

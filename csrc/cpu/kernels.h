@@ -27,7 +27,11 @@ void gather_tokens(const int64_t* index, int64_t batch, int64_t patches, int64_t
 void average(const float* sums, int64_t batch, int64_t parts, int64_t tokens, int64_t extra_tokens, float factor,
              float* scores, int threads);
 
-// Threads for `work` multiplications that come in `parts`.
-int workers_for(int64_t work, int64_t parts, int threads);
+// Threads for work of about so many nanoseconds: all of them or none beside the caller's, for a team of another size
+// makes OpenMP start its threads anew.
+inline int threads_for(int64_t nanoseconds, int threads) {
+  constexpr int64_t kWorthwhile = 20000;  // below, waking a thread costs more than it saves
+  return nanoseconds < kWorthwhile ? 1 : threads;
+}
 
 }  // namespace pruneattn::cpu

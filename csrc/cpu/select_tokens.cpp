@@ -1,14 +1,11 @@
 #include <omp.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
 
 namespace pruneattn::cpu {
 namespace {
-
-constexpr int64_t kKeysPerThread = 16 << 10;  // below about 50 us of work, waking a thread costs more than it saves
 
 int64_t count_at_least(const uint32_t* keys, int64_t patches, uint32_t bound) {
   int64_t count = 0;
@@ -49,7 +46,7 @@ void select_clip(const float* scores, int64_t patches, int64_t keep, uint32_t* k
 
 void select_tokens(const float* scores, int64_t batch, int64_t patches, int64_t batch_stride, int64_t keep,
                    int64_t* index, int threads) {
-  const int workers = static_cast<int>(std::clamp<int64_t>(batch * patches / kKeysPerThread, 1, threads));
+  const int workers = threads_for(3 * batch * patches, threads);
   std::vector<uint32_t> keys(workers * patches);
 #pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
   for (int64_t clip = 0; clip < batch; ++clip) {

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import ops
+
 PATCH = 16
 MLP_RATIO = 4
 
@@ -16,11 +18,34 @@ def kept_patches(patches, keep_rate):
 
 
 def attention(q, k, v):
-    """Softmax attention ``[B, H, rows of q, D]`` by PyTorch's fused kernel, or plainly where that trains faster."""
+    """Softmax attention ``[B, H, rows of q, D]`` by the fastest kernel there is, or plainly where that trains faster."""
     if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # Forward and backward of the fused kernel take 2 to 5 times as long there (257 and 65 tokens).
+        # Forward and backward of PyTorch's fused kernel take 2 to 5 times as long there (257 and 65 tokens), and this
+        # keeps the softmax matrix for the backward pass, which ours would compute again.
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    return ops.attention(q, k, v)
+
+
+class Linear(nn.Linear):
+    """A linear layer and what follows it in a block; a packed layer (``optimize.py``) does either in one step."""
+
+    def gelu(self, x):
+        return F.gelu(self(x))
+
+    def add(self, x, residual):
+        return residual + self(x)
+
+
+class QKV(Linear):
+    """The projection to queries, keys and values, or to some of them."""
+
+    def project(self, x, parts):
+        """List of packed projections ``[B, N, .. * C]`` that follow one another, of ``parts`` as in "qkv" or "kv"."""
+        if parts == "qkv":
+            return [self(x)]
+        start, dim = "qkv".index(parts), self.in_features
+        rows = slice(start * dim, (start + len(parts)) * dim)
+        return [F.linear(x, self.weight[rows], self.bias[rows])]
 
 
 class DropPath(nn.Module):
@@ -46,20 +71,18 @@ class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.kernel = attention
+        self.qkv = QKV(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def project(self, x, parts):
         """Some of ``"q"``, ``"k"``, ``"v"`` (neighbours) for the rows ``x`` alone, one view ``[B, H, N, D]`` each."""
-        start, dim = "qkv".index(parts), self.proj.in_features
-        rows = slice(start * dim, (start + len(parts)) * dim)
-        packed = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])  # [B, N, parts * C]
-        return self.split_heads(packed)
+        return [view for packed in self.qkv.project(x, parts) for view in self.split_heads(packed)]
 
     def split_heads(self, packed):
         """``[B, N, parts * C]`` to one view ``[B, H, N, D]`` per part."""
-        dim = self.proj.in_features
-        heads = packed.unflatten(-1, (-1, self.num_heads, dim // self.num_heads))  # [B, N, parts, H, D]
+        channels = self.proj.in_features // self.num_heads
+        heads = packed.unflatten(-1, (-1, self.num_heads, channels))  # [B, N, parts, H, D]
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
     @staticmethod
@@ -69,20 +92,18 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v):
         """Attention output before the projection, ``[B, rows of q, C]``."""
-        return self.merge_heads(attention(q, k, v))
+        return self.merge_heads(self.kernel(q, k, v))
 
     def forward(self, x):
-        return self.proj(self.attend(*self.split_heads(self.qkv(x))))
+        """Attention output of all rows before the projection, ``[B, N, C]``."""
+        return self.attend(*self.project(x, "qkv"))
 
 
 class Mlp(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
-        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        self.fc1 = Linear(dim, MLP_RATIO * dim)
+        self.fc2 = Linear(MLP_RATIO * dim, dim)
 
 
 class Block(nn.Module):
@@ -97,8 +118,18 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.finish(x, self.attn(self.norm1(x)))
+
+    def finish(self, x, attended):
+        """The rest of the block for these rows: projection of the attention output, residual add, MLP."""
+        x = self.add(x, self.attn.proj, attended)
+        return self.add(x, self.mlp.fc2, self.mlp.fc1.gelu(self.norm2(x)))
+
+    def add(self, x, linear, y):
+        """``x + linear(y)``, a branch that stochastic depth may leave out."""
+        if self.training and self.drop_path.rate > 0:
+            return x + self.drop_path(linear(y))
+        return linear.add(y, x)
 
 
 class PruningBlock(Block):
@@ -126,8 +157,7 @@ class PruningBlock(Block):
         index, scores, x, attended = self.pruning(
             self.attn, x, self.norm1(x), keep, self.extra_tokens, values
         )  # x and attended: [B, extra + keep, C]
-        x = x + self.drop_path(self.attn.proj(attended))
-        return x + self.drop_path(self.mlp(self.norm2(x))), index, scores
+        return self.finish(x, attended), index, scores
 
 
 class PatchEmbed(nn.Module):
@@ -136,4 +166,4 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(1, dim, kernel_size=PATCH, stride=PATCH)
 
     def forward(self, image):
-        return self.proj(image).flatten(2).transpose(1, 2)  # [B, 1, height, width] -> [B, P, C]
+        return self.proj(image.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # [B, 1, height, width] -> [B, P, C]

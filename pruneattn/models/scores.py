@@ -18,6 +18,7 @@ from ..errors import UserError
 class Pruning:
     """Base of the prunings: how attention runs for kept queries only."""
 
+    parts = ("qkv",)  # what is projected together
     statistic = None  # of the input patches' cells, [.., 256] to [..], for the scores that rank by one
 
     def attention_macs(self, tokens, kept, dim):
@@ -35,7 +36,7 @@ class ColumnMeanPruning(Pruning):
     """The attention a patch receives, averaged over heads and patch queries (paper, eq. 2a): needs every query."""
 
     def __call__(self, attn, x, y, keep, extra, values):
-        q, k, v = attn.split_heads(attn.qkv(y))
+        q, k, v = attn.project(y, "qkv")
         out, scores = ops.column_mean_attention(q, k, v, extra)
         index, x, out = ops.prune_tokens(scores, x, attn.merge_heads(out), keep, extra)
         return index, scores, x, out
@@ -46,6 +47,8 @@ class ColumnMeanPruning(Pruning):
 
 class ClsPruning(Pruning):
     """The CLS query's attention to each patch, averaged over heads (paper, eq. 2b): needs one query and every key."""
+
+    parts = ("q", "kv")
 
     def __call__(self, attn, x, y, keep, extra, values):
         k, v = attn.project(y, "kv")
@@ -60,6 +63,8 @@ class ClsPruning(Pruning):
 
 class InputPruning(Pruning):
     """A statistic of the patch's cells in the input, taken once: needs no query of a dropped patch."""
+
+    parts = ("q", "kv")
 
     def __init__(self, statistic):
         self.statistic = statistic
@@ -79,7 +84,7 @@ class FunctionPruning(Pruning):
         self.function = function
 
     def __call__(self, attn, x, y, keep, extra, values):
-        q, k, v = attn.split_heads(attn.qkv(y))
+        q, k, v = attn.project(y, "qkv")
         scores = self.function(q, k, v, extra).detach().float()
         expected = (x.shape[0], x.shape[1] - extra)
         if scores.shape != expected:

@@ -1,0 +1,115 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pruneattn
+from pruneattn import UserError, optimize_for_inference
+from pruneattn.models.optimize import PackedLinear, can_pack
+
+FAMILIES = ["audiomae", "ast"]
+SCORES = ["column_mean", "cls", "intensity", "variation", lambda q, k, v, extra: k.square().mean((1, 3))[:, extra:]]
+
+pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(1, 1)), reason="this PyTorch has no oneDNN")
+needs_bf16 = pytest.mark.skipif(
+    not can_pack(torch.zeros(1, 1, dtype=torch.bfloat16)), reason="oneDNN has no bfloat16 on this machine"
+)
+
+
+def packed(model):
+    return [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("score", SCORES, ids=[*SCORES[:-1], "function"])
+def test_same_answer_at_any_keep_rate(make_model, family, score):
+    model, fbank = make_model(family, score=score), torch.randn(3, 128, 128)
+    fast = optimize_for_inference(copy.deepcopy(model))
+    assert len(packed(fast)) == (4 * 10 if score in ("column_mean", SCORES[-1]) else 4 * 10 + 3)
+    for keep_rate in (1.0, 0.7, (0.9, 1.0, 0.3)):
+        model.set_keep_rate(keep_rate)
+        fast.set_keep_rate(keep_rate)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(fbank), model(fbank), rtol=1e-4, atol=1e-5)
+        ours, expected = pruneattn.trace(fast, fbank), pruneattn.trace(model, fbank)
+        assert all(torch.equal(a, b) for a, b in zip(ours.kept, expected.kept))
+        torch.testing.assert_close(ours.scores, expected.scores, rtol=1e-4, atol=1e-6)
+
+
+@needs_bf16
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16(make_model, family):
+    """As close to float32 as the same model cast to bfloat16 without packing."""
+    model, fbank = make_model(family), torch.randn(4, 128, 128)
+    cast = copy.deepcopy(model).bfloat16()
+    fast = optimize_for_inference(copy.deepcopy(model), torch.bfloat16)
+    with torch.no_grad():
+        truth = model(fbank)
+        error = (fast(fbank) - truth).square().mean().sqrt()
+        assert error <= 1.5 * (cast(fbank) - truth).square().mean().sqrt()
+    fast.set_keep_rate(0.5)
+    trace = pruneattn.trace(fast, fbank)
+    assert trace.logits.dtype == torch.bfloat16 and trace.scores[0].dtype == torch.float32
+
+
+def test_every_block_runs_our_attention_and_oneDNN(make_model, monkeypatch):
+    fast = optimize_for_inference(make_model("audiomae", keep_rate=0.5))
+    monkeypatch.setattr(F, "linear", None)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        fast.forward_features(torch.randn(2, 128, 128))
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["pruneattn::attention"] == 7 and calls["pruneattn::column_mean_attention"] == 3
+    assert calls["mkldnn::_linear_pointwise"] == 4 * 10
+    assert "aten::gelu" not in calls and "aten::linear" not in calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_can_still_be_saved(make_model, family, tmp_path):
+    model = make_model(family, keep_rate=0.6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fast = optimize_for_inference(model)
+    after = fast.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    fbank = torch.randn(2, 128, 128)
+    torch.save(fast, tmp_path / "model.pt")
+    for again in (copy.deepcopy(fast), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert packed(again) == packed(fast)
+        assert torch.equal(again(fbank), fast(fbank))
+    plain = make_model(family, seed=1, keep_rate=0.6)
+    plain.load_state_dict(after)
+    torch.testing.assert_close(plain(fbank), fast(fbank), rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_has_its_own_keep_rate(make_model):
+    fast = optimize_for_inference(make_model("ast"))
+    other = copy.deepcopy(fast)
+    other.set_keep_rate(0.5)
+    assert fast.keep_rates == (1.0,) * 3 and other.blocks[0].mlp.fc1.packed is fast.blocks[0].mlp.fc1.packed
+
+
+def test_what_cannot_be_done_is_refused(make_model):
+    with pytest.raises(UserError, match="expected a model of pruneattn.create_model, got Linear"):
+        optimize_for_inference(torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
+        optimize_for_inference(make_model("ast"), torch.float16)
+    fast = optimize_for_inference(make_model("ast"))
+    assert optimize_for_inference(fast) is fast and not fast.training
+    with pytest.raises(UserError, match="packed in torch.float32 already"):
+        optimize_for_inference(fast, torch.bfloat16)
+    with pytest.raises(UserError, match="has no gradients: load it again to train it"):
+        fast(torch.randn(1, 128, 128, requires_grad=True))
+    with pytest.raises(UserError, match="cannot be moved or cast: do that before"):
+        fast.double()
+    with pytest.raises(UserError, match="takes no new weights: load them before"):
+        fast.load_state_dict(make_model("ast").state_dict())
+
+
+def test_without_onednn_the_model_runs_as_it_is(make_model, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    model, fbank = make_model("audiomae", keep_rate=0.5), torch.randn(2, 128, 128)
+    with torch.no_grad():
+        expected = model(fbank)
+        assert torch.equal(optimize_for_inference(model)(fbank), expected)
+    assert not packed(model) and not any(parameter.requires_grad for parameter in model.parameters())
