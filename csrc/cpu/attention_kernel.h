@@ -214,7 +214,23 @@ class HeadAttention {
     }
   }
 
+  // In a packed qkv the rows of a head lie pages apart, where no hardware prefetcher looks.
+  void prefetch(const Heads& x, int64_t head, int64_t first, int64_t rows) const {
+    const T* row = at(x, head) + first * x.token_stride;
+    for (int64_t i = 0; i < rows; ++i, row += x.token_stride) {
+      for (int64_t channel = 0; channel < args_.channels; channel += 64 / sizeof(T)) __builtin_prefetch(row + channel);
+    }
+  }
+  void prefetch_next_head(int64_t head, int64_t first, int64_t rows) const {
+    if (head + 1 == args_.batch * args_.heads) return;
+    prefetch(args_.q, head + 1, first, rows);
+    const int64_t keys = smaller(rows, args_.tokens - first);
+    prefetch(args_.k, head + 1, first, keys);
+    prefetch(args_.v, head + 1, first, keys);
+  }
+
   void run_block(int64_t head, int64_t first, int64_t rows) {
+    prefetch_next_head(head, first, rows);
     pack_queries(at(args_.q, head) + first * args_.q.token_stride, rows);
     for (int64_t panel = 0; panel < panel_tokens_; panel += kPanel) {
       const int64_t columns = smaller(kPanel, panel_tokens_ - panel) / kLanes;
