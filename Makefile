@@ -1,6 +1,7 @@
 # make test    a virtual environment with the tested versions (constraints.txt), then all tests
 # make demo    train, evaluate and predict on synthetic sounds, in the same environment
-# make bench   benchmarks on this machine
+# make bench   benchmarks of the ops on this machine
+# make bench-cpu   ops, models and their peers on this CPU, side by side; writes bench/results/
 # make test-core   the tests again on a newer torch, without torchaudio and the other optional packages
 # make gpu     build, tests, sanitizer and benchmarks on a CUDA device in the environment of PYTHON; writes bench/results/
 
@@ -11,7 +12,7 @@ CORE_TORCH := 2.13.0
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 PYTEST := -m pytest --durations=15
 
-.PHONY: test test-core demo bench gpu clean
+.PHONY: test test-core demo bench bench-cpu gpu clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python $(PYTEST)
@@ -24,6 +25,9 @@ demo: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m pytest bench --benchmark-only
+
+bench-cpu: $(VENV)/installed
+	$(VENV)/bin/python bench/cpu_run.py
 
 gpu:
 	$(PYTHON) bench/gpu_run.py

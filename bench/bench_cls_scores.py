@@ -1,5 +1,5 @@
 import pytest
-import torch
+from shapes import ATTENTION_CASES, random_qkv, tolerance
 
 from pruneattn.backend import NAMES
 from pruneattn.ops import cls_scores
@@ -15,8 +15,8 @@ ALTERNATIVES = {"eager": eager}
 
 
 @pytest.mark.parametrize("provider", [*NAMES, *ALTERNATIVES])
-@pytest.mark.parametrize("tokens", [66, 514])
+@pytest.mark.parametrize("tokens", [66, 258, 514])
+@pytest.mark.parametrize(**ATTENTION_CASES)
 def test_cls_scores(measure, provider, device, dtype, batch, tokens):
-    q, k, _ = torch.randn(batch, tokens, 3, 12, 64, device=device, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    measure(cls_scores, provider, ALTERNATIVES, q[:, :, 0], k, 2, rtol=tolerance, atol=tolerance)
+    q, k, _ = random_qkv(batch, tokens, device, dtype)
+    measure(cls_scores, provider, ALTERNATIVES, q[:, :, 0], k, 2, **tolerance(dtype))

@@ -16,7 +16,7 @@ def device(request):
 
 @pytest.fixture
 def batch(device):
-    """Clips at once: enough to fill a GPU; on the CPU few, so that all benchmarks together take under a minute."""
+    """Clips at once: enough to fill a GPU; few on the CPU."""
     return 64 if device.type == "cuda" else 4
 
 
@@ -42,15 +42,20 @@ def measure(benchmark, device):
             with backend:
                 for ours, reference in zip(_as_tuple(function(*args)), expected):
                     torch.testing.assert_close(ours, reference, **tolerance)
-                shape = " ".join(f"{list(a.shape)}" if isinstance(a, torch.Tensor) else str(a) for a in args)
-                benchmark.group = f"{op.__name__} on {device}: {shape}"
-                benchmark(_synchronised(function, device), *args)
+                benchmark.group = f"{op.__name__} on {device}: {' '.join(map(_describe, args))}"
+                benchmark(_synchronised(function, torch.device(device)), *args)
 
     return measure
 
 
 def _as_tuple(result):
     return result if isinstance(result, tuple) else (result,)
+
+
+def _describe(argument):
+    if not isinstance(argument, torch.Tensor):
+        return str(argument)
+    return f"{str(argument.dtype).removeprefix('torch.')}{list(argument.shape)}"
 
 
 def _synchronised(function, device):

@@ -4,10 +4,7 @@ Writes bench/results/gpu-<date>.json with the device, driver, versions and commi
 benchmark. Exit code 1 if a step failed; the file says which. Needs pybind11, ninja and setuptools in this Python.
 """
 
-import datetime
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -15,57 +12,28 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import torch
+from machine import ROOT, describe_machine, output, write_result
+
 KERNEL_TESTS = ["tests/csrc/test_kernels.py", "-k", "device"]
 
 
-def output(*command):
-    """First line of what a command prints, "unknown" if it cannot run."""
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    except FileNotFoundError:
-        return "unknown"
-    return run.stdout.strip().split("\n")[0] if run.returncode == 0 else "unknown"
-
-
 def check_gpu():
-    import torch
-
     if torch.version.cuda is None:
         sys.exit(f"error: torch {torch.__version__} is built without CUDA; install a CUDA build of torch")
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device: torch.cuda.is_available() is False (see nvidia-smi)")
 
 
-def describe_machine():
-    import numpy
-    import torch
-
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
+def describe_gpu():
     properties = torch.cuda.get_device_properties(0)
-    build = output(sys.executable, "-c", "from pruneattn import _C; import json; print(json.dumps(_C.build_info()))")
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": output("git", "rev-parse", "HEAD"),
-        "changed_files": output("git", "status", "--porcelain", "--untracked-files=no") not in ("", "unknown"),
         "device": properties.name,
         "device_memory_gib": round(properties.total_memory / 2**30, 1),
         "compute_capability": f"{properties.major}.{properties.minor}",
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "cpu": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "triton": triton_version,
-        "numpy": numpy.__version__,
-        "pruneattn_C": json.loads(build) if build != "unknown" else None,
     }
 
 
@@ -107,11 +75,9 @@ def main():
         report = Path(folder, "bench.json")
         steps["benchmarks"] = step("benchmarks", [*python, "pytest", "bench", "--benchmark-only",
                                                   f"--benchmark-json={report}"])
-        result = {**describe_machine(), "steps": steps, "benchmarks": read_benchmarks(report)}
+        result = {**describe_machine(), **describe_gpu(), "steps": steps, "benchmarks": read_benchmarks(report)}
 
-    path = ROOT / "bench" / "results" / f"gpu-{result['date'][:19].replace(':', '')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = write_result("gpu", result)
     failed = [name for name, value in steps.items() if value["ok"] is False]
     print(f"== {result['device']}: {path.relative_to(ROOT)}, {len(result['benchmarks'])} benchmarks; "
           f"failed: {', '.join(failed) or 'nothing'}")

@@ -124,7 +124,12 @@ def _attention_kernels(call):
 
 
 def time_side_by_side(variants, device, rounds=9):
-    """Median seconds per call of every variant, from rounds that take turns.
+    """Median seconds per call of every variant: dict of name -> seconds. See ``rounds_side_by_side``."""
+    return {name: median(values) for name, values in rounds_side_by_side(variants, device, rounds).items()}
+
+
+def rounds_side_by_side(variants, device, rounds=9):
+    """Seconds per call of every variant in each of several rounds, in which they take turns.
 
     Every round times each variant once, so a machine that slows down (heat, neighbours) slows them all. The order is
     turned around in every other round. Calls of one round follow one another without waiting; a round ends when the
@@ -136,7 +141,7 @@ def time_side_by_side(variants, device, rounds=9):
         rounds: measured rounds; one more warms up, and says how many calls fill a round.
 
     Returns:
-        dict of name -> seconds.
+        dict of name -> list of seconds, one per round.
     """
     calls = {}
     for name, function in variants.items():
@@ -146,7 +151,7 @@ def time_side_by_side(variants, device, rounds=9):
     for turn in range(rounds):
         for name in list(variants) if turn % 2 == 0 else reversed(variants):
             seconds[name].append(_round(variants[name], calls[name], device) / calls[name])
-    return {name: median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def _round(function, calls, device):

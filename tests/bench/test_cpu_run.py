@@ -1,0 +1,153 @@
+"""Every section of ``bench/cpu_run.py`` on models small enough for a test. Nothing here depends on time."""
+
+import json
+import sys
+
+import cpu_block
+import cpu_models
+import cpu_run
+import peers
+import pytest
+import torch
+from report import Settings, markdown, percentiles
+
+from pruneattn.backend import _C
+from pruneattn.timing import with_sdpa
+
+TINY = Settings(
+    rounds=2, size="tiny", frames=64, batch=2, keep_rates=(1.0, 0.5), peer_keep_rates=(1.0, 0.5), tokens=(9,),
+    batches=(1, 2), heads=2,
+)  # fmt: skip
+TIMES = {"p20_ms", "p50_ms", "p80_ms"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tables(section, settings=TINY):
+    """The rows of each table, whose columns are checked."""
+    result = [rows for _, rows in cpu_run.SECTIONS[section](settings)]
+    for rows in result:
+        assert all(row.keys() == rows[0].keys() for row in rows)
+        times = [row[name] for row in rows for name in TIMES if name in row]
+        assert all(time > 0 for time in times)
+    return result
+
+
+def test_ops():
+    attention, selection = tables("ops")
+    per_shape = 2 + len(_C.cpu_isas())
+    assert len(attention) == 2 * 2 * per_shape
+    assert [row["of_sdpa"] for row in attention if row["what"] == "SDPA"] == [1.0] * 4
+    assert {row["what"].partition(", ")[2] for row in attention} >= set(_C.cpu_isas())
+    assert _C.cpu_isa() == _C.cpu_isas()[0]
+    assert [row["what"] for row in selection][:2] == ["pruning block", "select_tokens"]
+
+
+def test_threads():
+    (rows,) = tables("threads")
+    assert [(row["dtype"], row["threads"]) for row in rows] == [
+        ("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2),
+    ]  # fmt: skip
+    assert torch.get_num_threads() == 1
+
+
+@pytest.fixture
+def not_compiled(monkeypatch):
+    monkeypatch.setattr(peers, "compiled", lambda model, fbank: model)
+
+
+def test_models(not_compiled):
+    result = tables("models")
+    assert len(result) == 4
+    for rows in result:
+        assert [row["keep_rate"] for row in rows] == [1.0] * 4 + [0.5]
+        assert max(row["saving"] for row in rows[:4]) == 0
+        assert rows[4]["realised"] == pytest.approx(rows[4]["saving"] / rows[4]["theory"])
+
+
+def test_peers(not_compiled):
+    result = tables("peers")
+    assert len(result) == 8
+    for times, speed_up in zip(result[::2], result[1::2]):
+        assert {(row["what"], row["keep_rate"]) for row in times} >= {
+            (what, rate) for what in ("ours", "the paper's way") for rate in (1.0, 0.5)
+        }
+        assert [row["keep_rate"] for row in speed_up] == [1.0, 0.5]
+        assert speed_up[1]["best_peer"] == "the paper's way"
+
+
+def test_missing_peers_are_left_out(not_compiled, monkeypatch):
+    monkeypatch.setattr(peers, "version", lambda package: None)
+    assert set(peers.missing()) == {"timm ViT", "Hugging Face AST"}
+    for times in tables("peers", TINY._replace(dtypes=(torch.float32,)))[::2]:
+        assert {row["what"] for row in times} == {"ours", "the paper's way"}
+
+
+def test_a_wrong_peer_is_an_error(not_compiled, monkeypatch):
+    monkeypatch.setattr(peers.PapersViT, "forward", lambda self, fbank: 1.1 * self.run(fbank)[0])
+    with pytest.raises(peers.WrongResult, match="the paper's way"):
+        tables("peers")
+
+
+def test_compiled_with_frozen_weights():
+    model = cpu_models.make_model(TINY, "audiomae", depth=1, prune_blocks=())
+    fbank = torch.randn(2, TINY.frames, 128)
+    with torch.inference_mode():
+        compiled = peers.compiled(with_sdpa(model), fbank)
+        torch.testing.assert_close(compiled(fbank), model(fbank), rtol=1e-3, atol=1e-6)
+
+
+def test_block():
+    result = tables("block")
+    assert len(result) == 4
+    for rows in result:
+        parts = {row["part"]: row for row in rows}
+        assert tuple(parts) == cpu_block.PARTS
+        for part in ("norm", "qkv", "attention", "proj", "mlp"):
+            assert parts[part]["dense_p50_ms"] > 0 and parts[part]["pruned_p50_ms"] > 0
+        assert parts["select+gather"]["dense_p50_ms"] == 0 < parts["select+gather"]["pruned_p50_ms"]
+        assert 0.4 < parts["mlp"]["macs_ratio"] < parts["whole"]["macs_ratio"] < 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory(monkeypatch):
+    monkeypatch.setattr(cpu_block, "FAMILIES", ("audiomae",))
+    (rows,) = tables("memory", TINY._replace(dtypes=(torch.float32,)))
+    assert [row["what"] for row in rows] == ["ours", "the paper's way"]
+    assert all(row["growth_mib"] >= 0 for row in rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_growth_sees_what_is_freed_again():
+    assert 63 < cpu_block.peak_growth(lambda: torch.ones(16 * 2**20).sum()) < 96
+
+
+def test_result_file(tmp_path, capsys):
+    path = cpu_run.run(["threads"], TINY._replace(dtypes=(torch.float32,)), tmp_path)
+    result = json.loads(path.read_text())
+    assert result["instruction_set"] in result["instruction_sets"]
+    assert {"commit", "cpu", "cpus", "torch", "threads", "rounds", "left_out"} <= result.keys()
+    (table,) = result["tables"]
+    assert table["section"] == "threads" and TIMES < table["rows"][0].keys()
+    assert f"### {table['title']}" in capsys.readouterr().out
+
+
+def test_unknown_section(capsys):
+    with pytest.raises(SystemExit):
+        cpu_run.main(["opps"])
+    assert "unknown section 'opps'; choose from ops, threads" in capsys.readouterr().err
+
+
+def test_percentiles_and_table():
+    assert percentiles([0.001, 0.002, 0.003]) == pytest.approx({"p20_ms": 1.4, "p50_ms": 2.0, "p80_ms": 2.6})
+    assert markdown([{"what": "it", "p50_ms": 1234.56, "realised": None}]).splitlines() == [
+        "| what | p50_ms | realised |",
+        "| --- | --- | --- |",
+        "| it | 1234.6 | - |",
+    ]
