@@ -73,6 +73,7 @@ def measure_speed(model, keep_rates, device, *, amp="fp32", batch_size=32, round
     """
     fbank = torch.randn(batch_size, model.frames, 128, device=device)
     fast, fast_amp = optimized(copy.deepcopy(model), device, amp)
+    name = "optimized" if can_optimize(device, amp) else "eager"
 
     def call(module, amp=amp, kernel=None):
         with torch.inference_mode(), autocast(device, amp), nullcontext() if kernel is None else sdpa_kernel(kernel):
@@ -80,9 +81,10 @@ def measure_speed(model, keep_rates, device, *, amp="fp32", batch_size=32, round
 
     variants = {}
     for keep_rate in dict.fromkeys([1.0, *keep_rates]):
-        variants[keep_rate, "optimized" if can_optimize(device, amp) else "eager"] = partial(call, _at_keep_rate(fast, keep_rate), fast_amp)
+        variants[keep_rate, name] = partial(call, _at_keep_rate(fast, keep_rate), fast_amp)
         if compiled:
-            variants[keep_rate, "compiled"] = partial(call, torch.compile(_at_keep_rate(model, keep_rate), dynamic=False))
+            pruned = torch.compile(_at_keep_rate(model, keep_rate), dynamic=False)
+            variants[keep_rate, "compiled"] = partial(call, pruned)
     if torch.device(device).type == "cuda":
         variants |= _attention_kernels(partial(call, _at_keep_rate(model, 1.0)))
     else:
