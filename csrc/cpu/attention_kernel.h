@@ -274,19 +274,24 @@ class HeadAttention {
     if (args_.tokens < padded_tokens_) store(x + last, load(x + last) + padding());
     Vec most = load(x + last);
     for (int64_t i = 0; i < last; i += kLanes) most = max(most, load(x + i));
-    float factor = 1.44269504f;  // log2(e)
-    if (Words::kElements == 2) factor *= args_.scale < 0 ? -args_.scale : args_.scale;
-    const Vec slope = broadcast(factor), offset = -factor * reduce_max(most);
+    const Vec largest = reduce_max(most);
+    float scale = 1.0f;
+    if constexpr (Words::kElements == 2) {
+      scale = args_.scale < 0 ? -args_.scale : args_.scale;
+      if (scale < 0x1p-126f) scale = 0x1p-126f;  // 0 would make NaN of the padding's -Inf
+    }
+    const float slope = scale * 1.44269504f;  // log2(e)
     Vec sum = {};
     for (int64_t i = 0; i < padded_tokens_; i += kLanes) {
-      const Vec weight = exp2_of_nonpositive(load(x + i) * slope + offset);
+      // The difference comes first: rounded products of large logits would be far from 0 at the largest one.
+      const Vec weight = exp2_of_nonpositive((load(x + i) - largest) * slope);
       sum += weight;
       store(x + i, weight);
       if constexpr (Words::kElements == 2) store(reinterpret_cast<bf16*>(pairs_) + row * stride_ + i, weight);
     }
     const float total = reduce_sum(sum)[0];
     inverse_[row] = 1.0f / total;
-    return (__builtin_log2f(total) - offset[0]) * 0.693147181f;  // ln(2)
+    return __builtin_log2f(total) * 0.693147181f + largest[0] * scale;  // ln(2)
   }
 
   void add_columns(int64_t row) {
