@@ -3,6 +3,7 @@
 # make bench   benchmarks of the ops on this machine
 # make bench-cpu   ops, models and their peers on this CPU, side by side; writes bench/results/
 # make test-core   the tests again on a newer torch, without torchaudio and the other optional packages
+# make sanitize    the CPU kernels' tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make gpu     build, tests, sanitizer and benchmarks on a CUDA device in the environment of PYTHON; writes bench/results/
 
 PYTHON ?= python3
@@ -12,7 +13,11 @@ CORE_TORCH := 2.13.0
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 PYTEST := -m pytest --durations=15
 
-.PHONY: test test-core demo bench bench-cpu gpu clean
+SANITIZE := build/sanitize
+SANITIZE_FLAGS := -O1 -g -w -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZE_LIBRARIES = $(foreach name,asan stdc++,$(shell g++ -print-file-name=lib$(name).so))
+
+.PHONY: test test-core demo bench bench-cpu sanitize gpu clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python $(PYTEST)
@@ -28,6 +33,18 @@ bench: $(VENV)/installed
 
 bench-cpu: $(VENV)/installed
 	$(VENV)/bin/python bench/cpu_run.py
+
+# A package with nothing but the instrumented extension, found first because Python starts beside it; no torch in it.
+sanitize: $(VENV)/installed
+	mkdir -p $(SANITIZE)/pruneattn
+	touch $(SANITIZE)/pruneattn/__init__.py
+	cp setup.py pyproject.toml $(SANITIZE)
+	ln -sfn $(CURDIR)/csrc $(SANITIZE)/csrc
+	cd $(SANITIZE) && CXXFLAGS="$(SANITIZE_FLAGS)" PRUNEATTN_CUDA_ARCHS=none \
+	  $(CURDIR)/$(VENV)/bin/python setup.py -q build_ext --inplace
+	cd $(SANITIZE) && LD_PRELOAD="$(SANITIZE_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	  $(CURDIR)/$(VENV)/bin/python $(PYTEST) --capture=sys -k "not shim and not device and not cuda" \
+	  $(CURDIR)/tests/csrc/test_kernels.py $(CURDIR)/tests/csrc/test_attention_kernels.py
 
 gpu:
 	$(PYTHON) bench/gpu_run.py

@@ -1,3 +1,4 @@
+import contextlib
 import os
 from pathlib import Path
 
@@ -12,3 +13,29 @@ def real_audio():
         if folder and (Path(folder) / "esc10").is_dir():
             return Path(folder)
     pytest.skip("no real audio: set PRUNEATTN_DATA to the folder that holds esc10/ and speech_commands_ar/")
+
+
+@pytest.fixture
+def use_isa():
+    """``with use_isa(name):`` the CPU's attention kernels use that instruction set; skips where there is none."""
+    compiled = pytest.importorskip("pruneattn._C", reason="pruneattn._C is not built: pip install -e .")
+
+    @contextlib.contextmanager
+    def use(name):
+        if name not in compiled.cpu_isas():
+            pytest.skip(f"no {name} on this machine")
+        previous = compiled.cpu_isa()
+        compiled.cpu_use_isa(name)
+        try:
+            yield
+        finally:
+            compiled.cpu_use_isa(previous)
+
+    return use
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+def isa(request, use_isa):
+    """Each instruction set of the CPU's attention kernels."""
+    with use_isa(request.param):
+        yield request.param

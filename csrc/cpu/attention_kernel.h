@@ -18,6 +18,7 @@ constexpr int kVecs = 4;
 constexpr int kVecs = 2;
 #endif
 constexpr int64_t kPanel = kVecs * kLanes;
+constexpr int64_t kChain = 256;            // so many products are added up one after the other
 constexpr int64_t kLastKeys = 4;           // so few keys after the last whole vector are multiplied one by one
 constexpr int64_t kBlockBytes = 48 << 10;  // of logits: they share the level-2 cache with a head's keys and values
 
@@ -44,11 +45,11 @@ struct PairWords {
 };
 #endif
 
-// sum over i < depth of a[row][i] * b[i][column], for Rows rows and Columns vectors of columns.
-template <class Words, int Rows, int Columns, class Store>
-inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, const Store& store_vec) {
-  Vec sum[Rows][Columns] = {};
-  for (int64_t i = 0; i < depth; ++i) {
+// sum[row][column] += a[row][i] * b[i][column] over begin <= i < end, for Rows rows and Columns vectors of columns.
+template <class Words, int Rows, int Columns>
+inline void add_products(Vec (&sum)[Rows][Columns], const float* a, int64_t a_stride, const float* b, int64_t begin,
+                         int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
     Vec column[Columns];
 #pragma GCC unroll 4
     for (int c = 0; c < Columns; ++c) column[c] = load(b + (i * Columns + c) * kLanes);
@@ -57,6 +58,25 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
       const Vec row = broadcast(a[r * a_stride + i]);
 #pragma GCC unroll 4
       for (int c = 0; c < Columns; ++c) sum[r][c] = Words::multiply_add(sum[r][c], row, column[c]);
+    }
+  }
+}
+
+// The product over i < depth. Long sums are made of shorter ones, or their rounding would grow with the tokens.
+template <class Words, int Rows, int Columns, class Store>
+inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, const Store& store_vec) {
+  Vec sum[Rows][Columns] = {};
+  if (depth <= kChain) {
+    add_products<Words>(sum, a, a_stride, b, 0, depth);
+  } else {
+    for (int64_t begin = 0; begin < depth; begin += kChain) {
+      Vec part[Rows][Columns] = {};
+      add_products<Words>(part, a, a_stride, b, begin, smaller(begin + kChain, depth));
+#pragma GCC unroll 6
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < Columns; ++c) sum[r][c] += part[r][c];
+      }
     }
   }
 #pragma GCC unroll 6

@@ -1,3 +1,7 @@
+import contextlib
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -6,10 +10,9 @@ from pruneattn.backend import use_backend, why_not
 PLACES = [("reference", "cpu"), ("cpu", "cpu"), ("reference", "cuda"), ("cuda", "cuda")]
 
 
-@pytest.fixture(params=PLACES, ids=lambda place: f"{place[0]}-on-{place[1]}")
-def device(request):
-    """A device, with one backend forced on it; each test runs once per pair that is usable here."""
-    backend, device = request.param
+@contextlib.contextmanager
+def forced(backend, device):
+    """A device, with the backend forced on it; skips where one of them is missing."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if why_not(backend):
@@ -18,9 +21,33 @@ def device(request):
         yield torch.device(device)
 
 
+@pytest.fixture(params=PLACES, ids=lambda place: f"{place[0]}-on-{place[1]}")
+def device(request):
+    """A device, with one backend forced on it; each test runs once per pair that is usable here."""
+    with forced(*request.param) as device:
+        yield device
+
+
+@pytest.fixture
+def cpu_kernels(isa):
+    """The CPU, with its kernels forced; each test runs once per instruction set."""
+    with forced("cpu", "cpu") as device:
+        yield device
+
+
+@pytest.fixture(params=["reference-on-cpu", "baseline", "avx2", "avx512", "avx512_bf16", "reference-on-cuda",
+                        "cuda-on-cuda", "triton-on-cuda"])
+def place(request, use_isa):
+    """As ``device``, for the attention ops: the CPU's kernels run once per instruction set."""
+    backend, _, device = request.param.partition("-on-")
+    with contextlib.nullcontext() if device else use_isa(backend):
+        with forced(backend if device else "cpu", device or "cpu") as device:
+            yield device
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def any_device(request):
-    """A device, with the backend that is best there: for ops whose reference is all there is."""
+    """A device, with the backend that is best there: for what does not depend on the kernel."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
@@ -29,3 +56,12 @@ def any_device(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cases():
+    """Inputs and exact results for the attention ops: attention_cases.py beside this file."""
+    spec = importlib.util.spec_from_file_location("attention_cases", Path(__file__).with_name("attention_cases.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

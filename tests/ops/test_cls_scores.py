@@ -1,53 +1,88 @@
 import pytest
 import torch
 
+from pruneattn import use_backend
 from pruneattn.ops import cls_scores
 
-
-def exact(q_cls, k, extra_tokens, scale=None):
-    """Paper, eq. 2b, in float64."""
-    scale = k.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.einsum("bhd,bhnd->bhn", q_cls.double(), k.double()) * scale
-    return logits.softmax(-1).mean(1)[:, extra_tokens:]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check(q_cls, k, extra_tokens, scale=None):
-    scores = cls_scores(q_cls, k, extra_tokens, scale)
-    assert scores.dtype == torch.float32 and scores.is_contiguous()
-    torch.testing.assert_close(scores.double(), exact(q_cls, k, extra_tokens, scale), rtol=2e-5, atol=1e-9)
+@pytest.fixture
+def check(cases):
+    def check(q_cls, k, extra_tokens, scale=None):
+        expected = cases.exact_cls_scores(q_cls, k, extra_tokens, scale)
+        cases.assert_scores_close(cls_scores(q_cls, k, extra_tokens, scale), expected)
+
+    return check
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extra_tokens", [0, 1, 2])
-def test_values(any_device, dtype, extra_tokens):
+def test_values(place, cases, check, dtype, extra_tokens):
     for batch, heads, tokens, channels in ((1, 1, 3, 1), (2, 3, 17, 8), (3, 12, 514, 64), (1, 2, 70, 33)):
-        packed = torch.randn(batch, tokens, 3, heads, channels, device=any_device).mul(1.5).to(dtype)
-        q, k, _ = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        check(q[:, :, 0], k, extra_tokens)
-        check(q[:, :, 0], k, extra_tokens, 0.3)
+        q, k, _ = cases.packed_qkv(batch, heads, tokens, channels, dtype, place)
+        for scale in (None, *cases.SCALES):
+            check(q[:, :, 0], k, extra_tokens, scale)
 
 
-def test_channels_apart(any_device):
-    k = torch.randn(2, 3, 8, 10, device=any_device).transpose(2, 3)
-    check(torch.randn(2, 8, 3, device=any_device).transpose(1, 2), k, 1)
+def test_channels_apart(place, check):
+    k = torch.randn(2, 3, 8, 10, device=place).transpose(2, 3)
+    check(torch.randn(2, 8, 3, device=place).transpose(1, 2), k, 1)
 
 
-def test_every_small_size(any_device):
-    for tokens in range(2, 40):
-        check(torch.randn(2, 2, 5, device=any_device), torch.randn(2, 2, tokens, 5, device=any_device), tokens % 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_small_size(place, check, dtype):
+    for tokens in range(2, 41):
+        for extra_tokens in range(min(3, tokens)):
+            q_cls, k = torch.randn(2, 2, 5, device=place), torch.randn(2, 2, tokens, 5, device=place)
+            check(q_cls.to(dtype), k.to(dtype), extra_tokens)
 
 
-def test_same_bits_twice(any_device):
-    q_cls, k = torch.randn(4, 3, 64, device=any_device), torch.randn(4, 3, 514, 64, device=any_device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_sizes_and_many_tokens(place, cases, check, dtype):
+    for tokens, sizes in ((35, cases.HEAD_SIZES), (257, (64,)), (513, (64,)), (4096, (8, 64))):
+        for channels in sizes:
+            q, k, _ = cases.packed_qkv(1, 2, tokens, channels, dtype, place)
+            check(q[:, :, 0], k, 2)
+
+
+def test_random_shapes_and_strides(place, cases, check):
+    for q, k, _, extra_tokens, scale in cases.random_cases(80, place):
+        check(q[:, :, 0], k, extra_tokens, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_selects_like_float64(place, cases, dtype):
+    for tokens, channels in ((129, 16), (514, 64)):
+        q, k, _ = cases.packed_qkv(4, 3, tokens, channels, dtype, place)
+        truth = cases.exact_cls_scores(q[:, :, 0], k, 2)
+        for keep in (1, tokens // 2, tokens - 10):
+            cases.assert_selects_like_exact(cls_scores(q[:, :, 0], k, 2), truth, keep)
+
+
+def test_same_bits_twice(place):
+    q_cls, k = torch.randn(4, 3, 64, device=place), torch.randn(4, 3, 514, 64, device=place)
     first = cls_scores(q_cls, k, 2)
     assert all(torch.equal(first, cls_scores(q_cls, k, 2)) for _ in range(3))
 
 
-def test_nan_reaches_the_score(any_device):
-    q_cls, k = torch.randn(2, 2, 4, device=any_device), torch.randn(2, 2, 6, 4, device=any_device)
+def test_nan_reaches_the_score(place):
+    q_cls, k = torch.randn(2, 2, 4, device=place), torch.randn(2, 2, 6, 4, device=place)
     k[0, 1, 2] = torch.nan
     scores = cls_scores(q_cls, k, 1)
     assert scores[0].isnan().all() and not scores[1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_special_values_give_what_the_reference_gives(cpu_kernels, cases, dtype):
+    for tokens in (6, 20, 37):
+        for token, row, scale in ((0, 0, None), (2, 2, -0.3), (tokens - 1, 0, 0.4)):
+            for what, (q, k, _) in cases.special_cases(dtype, cpu_kernels, token, tokens):
+                scores = cls_scores(q[:, :, row], k, 1, scale)
+                with use_backend("reference"):
+                    expected = cls_scores(q[:, :, row], k, 1, scale)
+                assert torch.equal(scores.isnan(), expected.isnan()), (what, token, tokens)
+                cases.assert_scores_close(scores, expected)
 
 
 def test_is_not_differentiable(any_device):

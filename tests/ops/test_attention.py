@@ -1,0 +1,163 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pruneattn.ops import attention
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@pytest.fixture
+def check(cases):
+    def check(q, k, v, scale=None):
+        out = attention(q, k, v, scale)
+        assert out.dtype == q.dtype
+        if out.device.type == "cpu":
+            assert out.transpose(1, 2).is_contiguous()
+        cases.assert_outputs_close(out, cases.exact_attention(q, k, v, scale))
+
+    return check
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values(place, cases, check, dtype):
+    for queries, *sizes in ((1, 1, 1, 2, 1), (5, 2, 3, 17, 8), (65, 3, 2, 65, 64), (9, 1, 2, 70, 33)):
+        q, k, v = cases.packed_qkv(*sizes, dtype, place)
+        check(q[:, :, :queries], k, v)
+    check(k, q[:, :, :3], v[:, :, :3])  # more queries than keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_small_size(place, cases, dtype):
+    q, k, v = cases.packed_qkv(1, 2, 40, 5, dtype, place)
+    for tokens in range(2, 41):
+        expected = cases.exact_attention(q, k[:, :, :tokens], v[:, :, :tokens])
+        for queries in range(1 + tokens % 3, 41, 3):
+            out = attention(q[:, :, :queries], k[:, :, :tokens], v[:, :, :tokens])
+            worst = (out - expected[:, :, :queries]).abs().max()
+            assert worst <= 8 * cases.EPS[dtype], (queries, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [65, 257, 513, 514])
+def test_real_sizes(place, cases, check, tokens, dtype):
+    q, k, v = cases.packed_qkv(2, 2, tokens, 64, dtype, place)
+    check(q, k, v)
+    check(q[:, :, : tokens // 2], k, v)
+
+
+def test_many_tokens(place, cases):
+    q, k, v = cases.packed_qkv(1, 1, 4096, 16, torch.float32, place)
+    for q, k, v in ((q[:, :, ::4], k, v), (q[:, :, 100:107], k[:, :, 1:], v[:, :, 1:])):
+        cases.assert_output_error_at_most_twice_that_of_plain(attention(q, k, v), q, k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_sizes(place, cases, check, dtype):
+    for channels in cases.HEAD_SIZES:
+        q, k, v = cases.packed_qkv(1, 2, 37, channels, dtype, place)
+        check(q, k, v)
+        check(q[:, :, :7], k[:, :, :20], v[:, :, :20])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale(place, cases, check, dtype):
+    for tokens in (16, 21, 37):
+        q, k, v = cases.packed_qkv(2, 2, tokens, 7, dtype, place)
+        for scale in cases.SCALES:
+            check(q, k, v, scale)
+    assert not torch.equal(attention(q, k, v, 0.9), attention(q, k, v))
+
+
+def test_random_shapes_and_strides(place, cases, check):
+    for q, k, v, _, scale in cases.random_cases(40, place):
+        check(q[:, :, : int(torch.randint(1, q.shape[2] + 1, ()))], k, v, scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [65, 257])
+def test_error_is_at_most_twice_that_of_plain_attention(place, cases, dtype, tokens):
+    cases.assert_errors_at_most_twice_those_of_plain(attention, *cases.packed_qkv(2, 3, tokens, 64, dtype, place))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_of_an_average_of_many_values_that_are_not_around_zero(place, cases, dtype):
+    """Where rounding adds up most."""
+    q, k, v = cases.packed_qkv(1, 2, 513, 16, dtype, place, spread=0.1)
+    cases.assert_output_error_at_most_twice_that_of_plain(attention(q, k, v + 1), q, k, v + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_special_values_reach_the_rows_they_belong_to(cpu_kernels, cases, dtype):
+    """As softmax and products say; PyTorch's attention loses some NaN."""
+    for tokens in (6, 20, 37):
+        for token in (0, tokens - 1):
+            for what, (q, k, v) in cases.special_cases(dtype, cpu_kernels, token, tokens):
+                q = q[:, :, 1:] if token else q
+                weights = (q.float() * 0.4 @ k.float().transpose(-2, -1)).softmax(-1)  # overflows in float32, too
+                out, expected = attention(q, k, v, 0.4), weights.to(dtype) @ v
+                assert torch.equal(out.isnan(), expected.isnan()), (what, token, tokens)
+                cases.assert_outputs_close(out, expected)
+
+
+def test_same_bits_twice(place, cases):
+    q, k, v = cases.leaves(cases.packed_qkv(2, 3, 130, 16, torch.float32, place))
+
+    def run():
+        out = attention(q[:, :, 3:], k, v)
+        return out, *torch.autograd.grad(out.sum(), (q, k, v))
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run()))
+
+
+def test_gradients(any_device, cases):
+    q, k, v = cases.leaves(cases.packed_qkv(2, 2, 5, 3, torch.float64, any_device))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q[:, :, :3], k, v), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, 0.7), (q, k, v))
+
+
+@pytest.mark.parametrize("scale", [None, -0.3, 0.0])
+def test_gradients_where_queries_are_not_the_keys(place, cases, scale):
+    inputs = cases.leaves(cases.packed_qkv(2, 2, 300, 8, torch.float32, place))
+    exact_inputs = cases.leaves(t.double() for t in inputs)
+    grad = torch.randn(2, 2, 40, 8, device=place)
+    q, k, v = inputs
+    ours = torch.autograd.grad(attention(q[:, :, 9:49], k, v, scale), inputs, grad)
+    q, k, v = exact_inputs
+    expected = F.scaled_dot_product_attention(q[:, :, 9:49], k, v, scale=scale)
+    for our, truth in zip(ours, torch.autograd.grad(expected, exact_inputs, grad.double())):
+        torch.testing.assert_close(our.double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_reaches_one_input_alone(place, cases):
+    q, k, v = cases.packed_qkv(1, 2, 5, 3, torch.float32, place)
+    v = v.detach().requires_grad_()
+    (grad,) = torch.autograd.grad(attention(q, k, v).sum(), v)
+    torch.testing.assert_close(grad.sum(), torch.tensor(float(grad.numel()), device=place))
+
+
+def test_second_derivative_is_refused(cases):
+    q, k, v = cases.leaves(cases.packed_qkv(1, 1, 4, 2, torch.float32, "cpu"))
+    (grad,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="once, not twice"):
+        grad.sum().backward()
+
+
+def test_refuses_bad_arguments():
+    q = torch.zeros(2, 3, 9, 4)
+    with pytest.raises(ValueError, match=r"q: expected shape \[B, H, M, D\], got \[3, 9, 4\]"):
+        attention(q[0], q[0], q[0])
+    with pytest.raises(ValueError, match=r"k: expected shape \[B, H, N, D\] = \[2, 3, 9, 4\], got \[2, 3, 9, 3\]"):
+        attention(q, q[..., 1:], q)
+    with pytest.raises(ValueError, match=r"v: expected shape \[B, H, N, D\] = \[2, 3, 8, 4\], got \[2, 3, 9, 4\]"):
+        attention(q, q[:, :, 1:], q)
+    with pytest.raises(ValueError, match=r"k: expected shape .* got \[1, 3, 9, 4\]"):
+        attention(q, q[:1], q[:1])
+    with pytest.raises(TypeError, match="v: expected dtype torch.float32, the dtype of q, got torch.bfloat16"):
+        attention(q, q, q.bfloat16())
+    with pytest.raises(TypeError, match="q: expected dtype torch.float32 or .* got torch.int64"):
+        attention(q.long(), q.long(), q.long())
+    with pytest.raises(ValueError, match="k: expected device cpu, the device of q, got meta"):
+        attention(q, q.to("meta"), q)

@@ -1,0 +1,88 @@
+"""No pruning block ever holds the N x N matrix: every allocation of PyTorch's is seen, and the process as a whole."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pruneattn import use_backend
+from pruneattn.models.blocks import PruningBlock
+from pruneattn.models.scores import make_pruning
+
+B, H, N, C = 2, 12, 513, 768
+
+# Prints by how much the peak of the process grows in a block of B=2, H=12, whose matrix would take `matrix` bytes.
+PEAK = """
+import json, sys, torch
+from pruneattn import use_backend
+from pruneattn.models.blocks import PruningBlock
+from pruneattn.models.scores import make_pruning
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+score, backend, tokens = sys.argv[1], sys.argv[2], 1025
+block = PruningBlock(96, 12, 0.0, make_pruning(score), 1).eval()
+block.keep_rate = 0.5
+with torch.inference_mode(), use_backend(backend):
+    block(torch.randn(2, 65, 96))
+    x = torch.randn(2, tokens, 96)
+    before = peak()
+    block(x)
+print(json.dumps({"growth": peak() - before, "matrix": 2 * 12 * tokens**2 * 4}))
+"""
+
+
+def allocations(score, dtype):
+    """The largest allocation during the forward pass of a block, and the most that is allocated at once, in bytes."""
+    block = PruningBlock(C, H, 0.0, make_pruning(score), 1).to(dtype).eval()
+    block.keep_rate = 0.5
+    x = torch.randn(B, N, C, dtype=dtype)
+    watch = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    with torch.inference_mode(), watch:
+        block(x)
+    events = [e for e in watch.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return max(event.nbytes() for event in events), peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("score", ["column_mean", "cls"])
+def test_no_allocation_is_as_large_as_the_matrix(cpu_kernels, score, dtype):
+    size = torch.empty((), dtype=dtype).element_size()
+    qkv, matrix = 3 * B * N * C * size, B * H * N * N * size
+    largest, peak = allocations(score, dtype)
+    assert largest <= qkv < matrix / 2
+    assert peak <= 7 * B * N * C * size < matrix
+    if score == "column_mean":  # the definition holds it, and that is seen
+        with use_backend("reference"):
+            largest, peak = allocations(score, dtype)
+        assert largest >= matrix and peak >= matrix
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.parametrize("score", ["column_mean", "cls"])
+def test_peak_of_the_process_does_not_have_room_for_the_matrix(score):
+    """The kernels' own memory, which PyTorch does not see, included."""
+
+    def grows(backend):
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        run = subprocess.run([sys.executable, "-c", PEAK, score, backend], env={**os.environ, "PYTHONPATH": path},
+                             check=True, stdout=subprocess.PIPE, text=True)
+        return json.loads(run.stdout)
+
+    pytest.importorskip("pruneattn._C", reason="pruneattn._C is not built: pip install -e .")
+    ours = grows("cpu")
+    assert ours["growth"] < ours["matrix"] / 4
+    if score == "column_mean":
+        definition = grows("reference")
+        assert definition["growth"] > definition["matrix"]
