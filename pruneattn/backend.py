@@ -33,7 +33,6 @@ except ImportError as error:
 
 ENVIRONMENT = "PRUNEATTN_BACKEND"
 ISA_ENVIRONMENT = "PRUNEATTN_CPU_ISA"  # instruction set of the CPU's attention kernels; by default the best there is
-CPU_ISA = "PRUNEATTN_CPU_ISA"  # instruction set of the CPU kernels; the best one that the machine has, if not given
 NAMES = ("reference", "cpu", "cuda", "triton")
 DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # the device type each backend's kernels run on
 _FASTEST_FIRST = ("cuda", "triton", "cpu")

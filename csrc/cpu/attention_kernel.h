@@ -18,7 +18,7 @@ constexpr int kVecs = 4;
 constexpr int kVecs = 2;
 #endif
 constexpr int64_t kPanel = kVecs * kLanes;
-constexpr int64_t kChain = 256;            // so many products are added up one after the other
+constexpr int64_t kChain = 192;            // so many products at most are added up one after the other
 constexpr int64_t kLastKeys = 4;           // so few keys after the last whole vector are multiplied one by one
 constexpr int64_t kBlockBytes = 48 << 10;  // of logits: they share the level-2 cache with a head's keys and values
 
@@ -69,9 +69,10 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
   if (depth <= kChain) {
     add_products<Words>(sum, a, a_stride, b, 0, depth);
   } else {
-    for (int64_t begin = 0; begin < depth; begin += kChain) {
+    const int64_t chains = (depth + kChain - 1) / kChain, chain = (depth + chains - 1) / chains;
+    for (int64_t begin = 0; begin < depth; begin += chain) {
       Vec part[Rows][Columns] = {};
-      add_products<Words>(part, a, a_stride, b, begin, smaller(begin + kChain, depth));
+      add_products<Words>(part, a, a_stride, b, begin, smaller(begin + chain, depth));
 #pragma GCC unroll 6
       for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
@@ -318,12 +319,17 @@ class HeadAttention {
     }
     const float slope = scale * 1.44269504f;  // log2(e)
     Vec sum = {};
-    for (int64_t i = 0; i < padded_tokens_; i += kLanes) {
-      // The difference comes first: rounded products of large logits would be far from 0 at the largest one.
-      const Vec weight = exp2_of_nonpositive((load(x + i) - largest) * slope);
-      sum += weight;
-      store(x + i, weight);
-      if constexpr (Words::kElements == 2) store(reinterpret_cast<bf16*>(pairs_) + row * stride_ + i, weight);
+    for (int64_t begin = 0; begin < padded_tokens_; begin += kChain * kLanes) {
+      const int64_t end = smaller(begin + kChain * kLanes, padded_tokens_);
+      Vec part = {};
+      for (int64_t i = begin; i < end; i += kLanes) {
+        // The difference comes first: rounded products of large logits would be far from 0 at the largest one.
+        const Vec weight = exp2_of_nonpositive((load(x + i) - largest) * slope);
+        part += weight;
+        store(x + i, weight);
+        if constexpr (Words::kElements == 2) store(reinterpret_cast<bf16*>(pairs_) + row * stride_ + i, weight);
+      }
+      sum += part;
     }
     const float total = reduce_sum(sum)[0];
     inverse_[row] = 1.0f / total;
