@@ -82,6 +82,18 @@ def test_weights_can_still_be_saved(make_model, family, tmp_path):
     torch.testing.assert_close(plain(fbank), fast(fbank), rtol=1e-4, atol=1e-5)
 
 
+def test_saved_and_loaded_again(make_model, tmp_path):
+    from pruneattn.data.fbank import FeatureConfig
+
+    fast, fbank = optimize_for_inference(make_model("ast", keep_rate=0.6)), torch.randn(2, 128, 128)
+    features = FeatureConfig(frames=128, mean=0.0, std=1.0)
+    pruneattn.save_pretrained(fast, tmp_path / "m.safetensors", features=features, labels="abcde", multilabel=False)
+    again = pruneattn.load_pretrained(tmp_path / "m.safetensors")
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state.pop(name)) for name, tensor in fast.state_dict().items()) and not state
+    assert torch.equal(optimize_for_inference(again)(fbank), fast(fbank))
+
+
 def test_a_copy_has_its_own_keep_rate(make_model):
     fast = optimize_for_inference(make_model("ast"))
     other = copy.deepcopy(fast)
