@@ -113,7 +113,8 @@ class NinjaBuild(build_ext):
         with open(folder / "build.ninja", "w") as file:
             ninja = Writer(file, width=1000)
             ninja.rule("cxx", f"{cxx} -std=c++17 -O3 {host} {define} -I{folder} -isystem {pybind} "
-                       f"-isystem {sysconfig.get_path('include')} -ffp-contract=fast $flags -MMD -MF $out.d -c $in -o $out",
+                       f"-isystem {sysconfig.get_path('include')} -ffp-contract=fast $flags "
+                       "-MMD -MF $out.d -c $in -o $out",
                        deps="gcc", depfile="$out.d", description="g++ $in")
             objects = NinjaBuild.objects(ninja, folder, "cxx", "*.cpp")
             # exclude-libs: no symbol of the static CUDA runtime may clash with the one that torch brings.

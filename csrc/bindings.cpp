@@ -102,7 +102,8 @@ void cpu_column_mean_attention(const std::string& dtype, int64_t batch, int64_t 
   check_extra_tokens(extra_tokens, tokens);
   check_threads(threads);
   cpu::column_mean_attention({dtype_of(dtype), batch, heads, tokens, tokens, channels, heads_of(q), heads_of(k),
-                              heads_of(v), heads_of(out), reinterpret_cast<float*>(lse), static_cast<float>(scale), nullptr, 0},
+                              heads_of(v), heads_of(out), reinterpret_cast<float*>(lse), static_cast<float>(scale),
+                              nullptr, 0},
                              extra_tokens, reinterpret_cast<float*>(scores), threads);
 }
 

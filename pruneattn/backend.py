@@ -169,8 +169,6 @@ def why_not(name):
         return "no op has a kernel for it yet"
     if name in ("cpu", "cuda") and _C is None:
         return _WHY_NO_C
-    if name == "cpu":
-        _use_isa_of_environment()
     if name == "cuda" and not _C.build_info()["cuda"]:
         return f"pruneattn._C was built without CUDA: {_C.build_info()['cuda_reason']}"
     if DEVICES.get(name) == "cuda" and not torch.cuda.is_available():
@@ -178,15 +176,6 @@ def why_not(name):
     if name == "cuda":
         return _why_not_this_gpu(_C.build_info()["cuda_architectures"].split(";"), torch.cuda.get_device_capability())
     return ""
-
-
-def _use_isa_of_environment():
-    name = os.environ.get(ISA_ENVIRONMENT)
-    try:
-        if name:
-            _C.cpu_use_isa(name)
-    except ValueError as error:
-        raise UserError(f"environment variable {ISA_ENVIRONMENT}: {error}") from None
 
 
 def _why_not_this_gpu(architectures, capability):
@@ -213,8 +202,20 @@ def _resolve(op, device_type, forced):
     functions = _kernels[op]
     for name in _FASTEST_FIRST if forced is None else (forced,):
         if name in functions and DEVICES.get(name) == device_type and not why_not(name):
+            if name == "cpu":
+                _use_isa_of_environment()
             return functions[name]
     return functions["reference"]
+
+
+@functools.cache
+def _use_isa_of_environment():
+    name = os.environ.get(ISA_ENVIRONMENT)
+    try:
+        if name:
+            _C.cpu_use_isa(name)
+    except ValueError as error:
+        raise UserError(f"environment variable {ISA_ENVIRONMENT}: {error}") from None
 
 
 @functools.cache

@@ -208,6 +208,8 @@ def test_instruction_set_from_the_environment():
         pytest.skip(backend.why_not("cpu"))
     code = "import pruneattn; print(pruneattn.backends())"
     assert "cpu: attention kernels for baseline, of " in python(code, PRUNEATTN_CPU_ISA="baseline").stdout
+    inside = "import pruneattn\nwith pruneattn.use_backend('cpu'): " + code.split("; ")[1]
+    assert "cpu: attention kernels for baseline, of " in python(inside, PRUNEATTN_CPU_ISA="baseline").stdout
     refused = python(code, PRUNEATTN_CPU_ISA="mmx").stderr.splitlines()[-1]
     assert "UserError: environment variable PRUNEATTN_CPU_ISA: instruction set 'mmx' is not one of those" in refused
 

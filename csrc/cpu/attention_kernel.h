@@ -297,7 +297,8 @@ class HeadAttention {
     for (int64_t i = 0; i < last_keys_; ++i) {
       Vec sum = {};
       for (int64_t word = 0; word < words_; word += kLanes) {
-        sum = Words::multiply_add(sum, load(queries_ + row * query_stride_ + word), load(last_ + i * query_stride_ + word));
+        const Vec query = load(queries_ + row * query_stride_ + word), key = load(last_ + i * query_stride_ + word);
+        sum = Words::multiply_add(sum, query, key);
       }
       logits[i] = reduce_sum(sum)[0];
     }

@@ -18,7 +18,7 @@ def kept_patches(patches, keep_rate):
 
 
 def attention(q, k, v):
-    """Softmax attention ``[B, H, rows of q, D]`` by the fastest kernel there is, or plainly where that trains faster."""
+    """Softmax attention ``[B, H, rows of q, D]`` by the fastest kernel, or plainly where that trains faster."""
     if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # Forward and backward of PyTorch's fused kernel take 2 to 5 times as long there (257 and 65 tokens), and this
         # keeps the softmax matrix for the backward pass, which ours would compute again.
@@ -166,4 +166,5 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(1, dim, kernel_size=PATCH, stride=PATCH)
 
     def forward(self, image):
-        return self.proj(image.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # [B, 1, height, width] -> [B, P, C]
+        image = image.to(self.proj.weight.dtype)  # [B, 1, height, width]
+        return self.proj(image).flatten(2).transpose(1, 2)  # [B, P, C]

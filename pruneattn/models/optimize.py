@@ -1,4 +1,4 @@
-"""Models made ready for inference on a CPU: weights packed for oneDNN, a linear layer and what follows it in one step."""
+"""Models made ready for inference on a CPU: weights packed for oneDNN, linear layers fused with what follows them."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from .vit import PrunedViT
 
 
 def optimize_for_inference(model, dtype=None):
-    """Make a model as fast as it gets for inference where it is, in place.
+    """Prepare a model for fast inference where it is, in place.
 
     On a CPU the weights of the blocks are packed once for oneDNN, bias, GELU and residual add are fused into the
     matrix products, and attention runs our kernels in every block. Keep-rates can still be changed, and
@@ -28,7 +28,8 @@ def optimize_for_inference(model, dtype=None):
         UserError: not a model of this package, or one that cannot run in this precision here.
     """
     if not isinstance(model, PrunedViT):
-        raise UserError(f"optimize_for_inference: expected a model of pruneattn.create_model, got {type(model).__name__}")
+        given = type(model).__name__
+        raise UserError(f"optimize_for_inference: expected a model of pruneattn.create_model, got {given}")
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise UserError(f"optimize_for_inference: dtype must be torch.float32 or torch.bfloat16, got {dtype}")
     if not any(isinstance(module, PackedLinear) for module in model.modules()):

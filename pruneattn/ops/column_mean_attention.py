@@ -6,11 +6,12 @@ from torch.utils.flop_counter import register_flop_formula
 from ..backend import launch
 from ._checks import check_extra_tokens, check_shape
 from ._registration import LIBRARY, define
-from .attention import CPU_DTYPES, attention_backward, check_qkv, empty_outputs, heads_of, logits, rows_together, scale_of
+from .attention import CPU_DTYPES, attention_backward, check_qkv, empty_outputs
+from .attention import heads_of, logits, rows_together, scale_of
 
 
 def reference(q, k, v, extra_tokens, scale=None):
-    """The definition of :func:`column_mean_attention` in plain PyTorch, with the log-sum-exp that its gradient needs."""
+    """The definition of :func:`column_mean_attention` in plain PyTorch; third, the log-sum-exp for its gradient."""
     rows = logits(q, k, scale)  # [B, H, N, N]
     weights = rows.softmax(-1)
     out = rows_together(weights.to(v.dtype) @ v)  # [B, H, N, D]
