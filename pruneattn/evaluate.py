@@ -3,7 +3,6 @@
 import argparse
 import copy
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from .errors import UserError, run_command
 from .inference import AMP_DTYPES, optimized, predict_dataset
 from .metrics import evaluate_predictions
 from .models.macs import count_macs
-from .opening import add_checkpoint_options, describe, open_checkpoint
+from .opening import add_checkpoint_options, add_data_options, describe, make_folder, open_checkpoint, open_dataset
 from .tables import save_table, table_text
 from .timing import measure_speed
 from .training import distributed
@@ -31,7 +30,7 @@ def main(argv=None):
         keep_rates = list(dict.fromkeys(args.keep_rate))
         for keep_rate in keep_rates:
             model.set_keep_rate(keep_rate)  # refuses what makes no sense, before any work
-        dataset = _open_dataset(args, model)
+        dataset = open_dataset(args, model)
         output = _make_output(args) if distributed.is_main() else None
         scores, failed = score_keep_rates(
             model, dataset, keep_rates, device, amp=args.amp, batch_size=args.batch_size, workers=args.workers
@@ -144,14 +143,7 @@ def _parse(argv):
         "--keep-rate", type=float, nargs="+", default=KEEP_RATES, metavar="R",
         help=f"shares of patches kept at each pruning block, in (0, 1] (default: {' '.join(map(str, KEEP_RATES))})",
     )  # fmt: skip
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, help="as20k, spc2, esc50, voxceleb1, toy, manifest or folder")
-    data.add_argument("--split", default="test", choices=("train", "val", "test"), help="(default: test)")
-    data.add_argument("--data-dir", metavar="DIR", help="where the data is (else the variable PRUNEATTN_DATA)")
-    data.add_argument("--fold", type=int, default=1, help="esc50: the fold that is held out (default: 1)")
-    data.add_argument("--manifest", metavar="JSON", help="manifest: JSON file of the clips")
-    data.add_argument("--label-csv", metavar="CSV", help="manifest: CSV of the labels (index,mid,display_name)")
-    data.add_argument("--workers", type=int, default=0, help="processes that decode clips (default: 0, this one)")
+    add_data_options(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, metavar="DIR", help="where the results go (default: beside the checkpoint)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -166,25 +158,6 @@ def _parse(argv):
     return args
 
 
-def _open_dataset(args, model):
-    """The dataset of the options, whose classes must be the model's."""
-    from .data import load_dataset
-
-    dataset = load_dataset(
-        args.dataset, args.split, data_dir=args.data_dir, fold=args.fold, manifest=args.manifest,
-        label_csv=args.label_csv, frames=model.frames,
-    )  # fmt: skip
-    where = f"{args.checkpoint} and the dataset {args.dataset} do not go together:"
-    if model.num_classes != dataset.num_classes:
-        raise UserError(f"{where} the checkpoint has {model.num_classes} classes, the dataset {dataset.num_classes}")
-    if model.labels is None:
-        model.labels, model.multilabel = dataset.labels, dataset.multilabel
-    for number, (ours, theirs) in enumerate(zip(model.labels, dataset.labels)):
-        if ours != theirs:
-            raise UserError(f"{where} class {number} is {ours!r} in the checkpoint and {theirs!r} in the dataset")
-    return dataset
-
-
 def _make_output(args):
     """The folder for the results, made and seen to be writable before the long work."""
     output = args.output
@@ -193,12 +166,7 @@ def _make_output(args):
         fold = f"-fold{args.fold}" if args.dataset == "esc50" else ""
         folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         output = folder / f"evaluation-{args.dataset}-{args.split}{fold}"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise UserError(f"cannot write into {output}: {error.strerror}; choose another folder with --output") from error
-    return output
+    return make_folder(output)
 
 
 def _metric(name, dataset):

@@ -1,5 +1,6 @@
 """Files that are either written completely or not at all."""
 
+import csv
 import os
 import secrets
 from contextlib import contextmanager, suppress
@@ -54,6 +55,14 @@ def atomic_write(path):
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_csv(path, rows):
+    """Write dicts with the same keys as a CSV file with a header, atomically."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _write_failure(error):

@@ -1,8 +1,10 @@
-"""Opening a checkpoint for evaluation or prediction: ours, which know all about themselves, or other people's."""
+"""What the commands open: a checkpoint (ours, which know all about themselves, or other people's), a data set."""
 
+import tempfile
 from pathlib import Path
 
 from .errors import UserError
+from .models.scores import SCORES
 
 
 def add_checkpoint_options(parser):
@@ -22,8 +24,7 @@ def add_checkpoint_options(parser):
         help="what follows a short clip: 0 (AST, AudioMAE, Hugging Face) or the spectrogram's floor (the paper's own) "
         "(default: zero)",
     )  # fmt: skip
-    scores = ("column_mean", "cls", "intensity", "variation")
-    parser.add_argument("--score", choices=scores, help="what ranks the patches (the checkpoint's)")
+    parser.add_argument("--score", choices=SCORES, help="what ranks the patches (the checkpoint's)")
 
 
 def open_checkpoint(args, dataset):
@@ -56,6 +57,47 @@ def open_checkpoint(args, dataset):
             setattr(other, name, getattr(model, name))
         model = other
     return model.eval()
+
+
+def add_data_options(parser):
+    """The options by which ``open_dataset`` finds the clips."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", required=True, help="as20k, spc2, esc50, voxceleb1, toy, manifest or folder")
+    data.add_argument("--split", default="test", choices=("train", "val", "test"), help="(default: test)")
+    data.add_argument("--data-dir", metavar="DIR", help="where the data is (else the variable PRUNEATTN_DATA)")
+    data.add_argument("--fold", type=int, default=1, help="esc50: the fold that is held out (default: 1)")
+    data.add_argument("--manifest", metavar="JSON", help="manifest: JSON file of the clips")
+    data.add_argument("--label-csv", metavar="CSV", help="manifest: CSV of the labels (index,mid,display_name)")
+    data.add_argument("--workers", type=int, default=0, help="processes that decode clips (default: 0, this one)")
+
+
+def open_dataset(args, model):
+    """The dataset of the options of ``add_data_options``, whose classes must be the model's."""
+    from .data import load_dataset
+
+    dataset = load_dataset(
+        args.dataset, args.split, data_dir=args.data_dir, fold=args.fold, manifest=args.manifest,
+        label_csv=args.label_csv, frames=model.frames,
+    )  # fmt: skip
+    where = f"{args.checkpoint} and the dataset {args.dataset} do not go together:"
+    if model.num_classes != dataset.num_classes:
+        raise UserError(f"{where} the checkpoint has {model.num_classes} classes, the dataset {dataset.num_classes}")
+    if model.labels is None:
+        model.labels, model.multilabel = dataset.labels, dataset.multilabel
+    for number, (ours, theirs) in enumerate(zip(model.labels, dataset.labels)):
+        if ours != theirs:
+            raise UserError(f"{where} class {number} is {ours!r} in the checkpoint and {theirs!r} in the dataset")
+    return dataset
+
+
+def make_folder(path):
+    """A folder for results, made and seen to be writable before the long work."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"cannot write into {path}: {error.strerror}; choose another folder with --output") from error
+    return path
 
 
 def describe(model):

@@ -8,11 +8,11 @@ from .errors import UserError
 from .io import atomic_write
 
 PATCH = 16  # frames and mel bins of one patch
-_HOP = 0.01  # seconds from frame to frame
+HOP_SECONDS = 0.01  # seconds from frame to frame
 _LOW_HZ, _HIGH_HZ, _MEL_BINS = 20.0, 8000.0, 128  # range of the Kaldi filterbank at 16 kHz
 _TICKS_HZ = (125, 500, 1000, 2000, 4000, 8000)
 _DROPPED = np.array([0.945, 0.945, 0.95])
-_INK, _FAINT = "#222222", "#8a8a8a"
+INK, FAINT = "#222222", "#8a8a8a"
 _SIDE_BY_SIDE = 256  # up to so many frames the stages stand beside, not below one another
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -32,12 +32,12 @@ def plot_kept_patches(fbank, kept, *, title, subtitle="", sounding=None, start=0
     Returns:
         matplotlib ``Figure``; it belongs to no window and no global state, so nothing needs closing.
     """
-    Figure = _matplotlib_figure()
+    Figure = matplotlib_figure()
     fbank = np.asarray(fbank, dtype=np.float64)
     frames, sounding = len(fbank), len(fbank) if sounding is None else min(sounding, len(fbank))
     rows, columns = _MEL_BINS // PATCH, frames // PATCH
     panels = [("input", np.ones((rows, columns), dtype=bool)), *kept]
-    colours = _colours(fbank, sounding)
+    colours = log_mel_colours(fbank, sounding)
 
     beside = frames <= _SIDE_BY_SIDE
     width = (1.0 + len(panels) * max(2.2, 2.4 * frames / 128)) if beside else 11.0
@@ -46,17 +46,17 @@ def plot_kept_patches(fbank, kept, *, title, subtitle="", sounding=None, start=0
     figure.get_layout_engine().set(hspace=0.03, h_pad=0.05, w_pad=0.05, rect=(0, 0, 1, 1 - 0.62 / height))
     axes = figure.subplots(*((1, len(panels)) if beside else (len(panels), 1)), sharex=True, sharey=True, squeeze=False)
     for axis, (name, grid) in zip(axes.flat, panels, strict=True):
-        _draw_panel(axis, colours, np.asarray(grid, dtype=bool), start, sounding)
+        draw_patches(axis, colours, np.asarray(grid, dtype=bool), start, sounding)
         count = int(np.sum(grid))
         share = f" of {grid.size} ({100 * count / grid.size:.0f} %)" if count < grid.size else " patches"
-        axis.set_title(f"{name}: {count}{share}", loc="left", fontsize=9, color=_INK, pad=4)
+        axis.set_title(f"{name}: {count}{share}", loc="left", fontsize=9, color=INK, pad=4)
     for axis in axes[-1]:
         axis.set_xlabel("time (s)", fontsize=8)
     for axis in axes[:, 0]:
         axis.set_ylabel("mel band (Hz)", fontsize=8)
     left = 0.12 / width
-    figure.text(left, 1 - 0.12 / height, title, va="top", fontsize=12, fontweight="bold", color=_INK)
-    figure.text(left, 1 - 0.36 / height, subtitle, va="top", fontsize=9, color=_FAINT)
+    figure.text(left, 1 - 0.12 / height, title, va="top", fontsize=12, fontweight="bold", color=INK)
+    figure.text(left, 1 - 0.36 / height, subtitle, va="top", fontsize=9, color=FAINT)
     return figure
 
 
@@ -73,7 +73,7 @@ def plot_tradeoff(rows, metric, title, dense_clips_per_second=None):
     Returns:
         matplotlib ``Figure``.
     """
-    Figure = _matplotlib_figure()
+    Figure = matplotlib_figure()
     rows = sorted(rows, key=lambda row: -row["keep_rate"])
     timed = dense_clips_per_second is not None
     figure = Figure(figsize=(9.5 if timed else 5, 3.8), dpi=150, layout="constrained")
@@ -85,7 +85,7 @@ def plot_tradeoff(rows, metric, title, dense_clips_per_second=None):
     if timed:
         promised = [dense_clips_per_second / (1 - row["theory"]) for row in rows]
         axes[1].set_xlabel("clips per second")
-        axes[1].plot(promised, score, "--o", color=_FAINT, mfc="white", lw=1, ms=5, label="if time followed the MACs")
+        axes[1].plot(promised, score, "--o", color=FAINT, mfc="white", lw=1, ms=5, label="if time followed the MACs")
         _curve(axes[1], [row["clips_per_second"] for row in rows], score, rows, "#c2491d", label="measured")
         axes[1].legend(frameon=False, fontsize=8, loc="lower left")
     for axis in axes:
@@ -108,7 +108,7 @@ def check_plot_path(path):
     """Raise a ``UserError`` if no picture can be written to ``path`` for want of matplotlib or of a known suffix."""
     if not str(path).lower().endswith(_SUFFIXES):
         raise UserError(f"{path}: a picture's name must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
-    _matplotlib_figure()
+    matplotlib_figure()
 
 
 def mel_bin(hertz):
@@ -121,7 +121,8 @@ def mel_bin(hertz):
     return (1127 * math.log(1 + hertz / 700) - low) / ((high - low) / (_MEL_BINS + 1)) - 0.5
 
 
-def _matplotlib_figure():
+def matplotlib_figure():
+    """matplotlib's ``Figure``: figures made of it belong to no window and no global state, so nothing needs closing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -129,7 +130,7 @@ def _matplotlib_figure():
     return Figure
 
 
-def _colours(fbank, sounding):
+def log_mel_colours(fbank, sounding):
     """RGB image ``[128, frames, 3]`` of a log-mel, its contrast taken from the part that sounds."""
     from matplotlib import colormaps
 
@@ -138,11 +139,20 @@ def _colours(fbank, sounding):
     return colormaps["magma"](image.T)[..., :3]
 
 
-def _draw_panel(axis, colours, grid, start, sounding):
+def draw_patches(axis, colours, grid, start, sounding):
+    """Draw the kept patches of a spectrogram, the others blank, and what follows the sound hatched.
+
+    Args:
+        axis: matplotlib ``Axes``.
+        colours: RGB image ``[128, frames, 3]`` of ``log_mel_colours``.
+        grid: bool array ``[8, frames // 16]``, mel row 0 the lowest: True where the patch is kept.
+        start: second at which the picture begins.
+        sounding: frames that hold sound.
+    """
     from matplotlib.patches import Rectangle
 
     frames = colours.shape[1]
-    end = start + frames * _HOP
+    end = start + frames * HOP_SECONDS
     shown = np.kron(grid, np.ones((PATCH, PATCH)))[..., None]
     axis.imshow(
         colours * shown + _DROPPED * (1 - shown),
@@ -150,23 +160,28 @@ def _draw_panel(axis, colours, grid, start, sounding):
     )  # fmt: skip
     if not grid.all():  # borders make single patches countable
         lines = dict(color="white", lw=0.5)
-        axis.vlines(start + np.arange(PATCH, frames, PATCH) * _HOP, 0, _MEL_BINS, **lines)
+        axis.vlines(start + np.arange(PATCH, frames, PATCH) * HOP_SECONDS, 0, _MEL_BINS, **lines)
         axis.hlines(np.arange(PATCH, _MEL_BINS, PATCH), start, end, **lines)
     if sounding < frames:
-        corner = (start + sounding * _HOP, 0)
+        corner = (start + sounding * HOP_SECONDS, 0)
         hatch = dict(fill=False, hatch="////", lw=0, edgecolor="#9a9a9a", alpha=0.55)
         axis.add_patch(Rectangle(corner, end - corner[0], _MEL_BINS, **hatch))
         axis.axvline(corner[0], color="#5ec8ff", lw=1.2)
         narrow = sounding > 0.88 * frames
         axis.text(
             (corner[0] + end) / 2, _MEL_BINS / 2, "padding", ha="center", va="center", rotation=90 if narrow else 0,
-            fontsize=7.5, color=_INK, bbox=dict(boxstyle="round,pad=0.25", fc="white", ec="none", alpha=0.85),
+            fontsize=7.5, color=INK, bbox=dict(boxstyle="round,pad=0.25", fc="white", ec="none", alpha=0.85),
         )  # fmt: skip
+    spectrogram_axis(axis, frames, start)
+
+
+def spectrogram_axis(axis, frames, start=0.0):
+    """Seconds from left to right, mel bands from bottom to top, marked in Hz; ``frames`` of 10 ms from ``start`` s."""
     names = [f"{hertz // 1000}k" if hertz >= 1000 else str(hertz) for hertz in _TICKS_HZ]
     axis.set_yticks([min(mel_bin(hertz), _MEL_BINS) for hertz in _TICKS_HZ], names)
     axis.set_ylim(0, _MEL_BINS)
-    axis.set_xlim(start, end)
-    axis.tick_params(labelsize=7.5, length=2.5, color=_FAINT)
+    axis.set_xlim(start, start + frames * HOP_SECONDS)
+    axis.tick_params(labelsize=7.5, length=2.5, color=FAINT)
     axis.spines[:].set_visible(False)
 
 
@@ -174,6 +189,6 @@ def _curve(axis, x, y, rows, colour, **style):
     axis.plot(x, y, "-o", color=colour, lw=1.6, ms=5, **style)
     for x_, y_, row in zip(x, y, rows, strict=True):
         axis.annotate(
-            f"{row['keep_rate']:g}", (x_, y_), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=_INK,
+            f"{row['keep_rate']:g}", (x_, y_), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK,
             bbox=dict(boxstyle="round,pad=0.1", fc="white", ec="none", alpha=0.7),
         )

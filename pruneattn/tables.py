@@ -1,11 +1,10 @@
 """The table of an evaluation as text, CSV, JSON and Markdown."""
 
-import csv
 import json
 import math
 
 from .errors import UserError
-from .io import atomic_write
+from .io import atomic_write, write_csv
 from .plot import plot_tradeoff, save_figure
 from .timing import VARIANTS
 
@@ -46,10 +45,10 @@ def save_table(output, rows, context, labels, per_class, unread):
     """
     _write(output / "table.md", table_text(rows, context) + "\n")
     _write(output / "table.json", json.dumps(_plain({**context, "rows": rows, "unread": unread}), indent=2) + "\n")
-    _write_csv(output / "table.csv", rows)
+    write_csv(output / "table.csv", rows)
     for row, classes in zip(rows, per_class, strict=True):
         named = [{"label": one["label"], "name": labels[one["label"]], **one} for one in classes]
-        _write_csv(output / f"per_class_{row['keep_rate']:g}.csv", named)
+        write_csv(output / f"per_class_{row['keep_rate']:g}.csv", named)
     # Lists and pictures of an earlier evaluation must not stand beside the new table.
     for name in ("failed_clips.txt", "tradeoff.png"):
         (output / name).unlink(missing_ok=True)
@@ -106,10 +105,3 @@ def _plain(value):
 def _write(path, text):
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _write_csv(path, rows):
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

@@ -59,9 +59,13 @@ def train_batches(count, batch_size, *, seed, epoch, rank=0, world=1):
     return [order[start : start + batch_size] for start in starts]
 
 
-def eval_batches(count, batch_size, *, rank=0, world=1):
-    """The clip numbers of each batch that process ``rank`` evaluates: every clip once over all of them, no padding."""
-    mine = list(range(rank, count, world))
+def eval_batches(count, batch_size, *, rank=0, world=1, limit=None):
+    """The clip numbers of each batch that process ``rank`` evaluates: every clip once over all of them, no padding.
+
+    With ``limit`` only that many clips, spread evenly.
+    """
+    taken = count if limit is None else min(limit, count)
+    mine = [number * count // taken for number in range(rank, taken, world)]
     return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 
@@ -80,7 +84,7 @@ class ClipLoader(DataLoader):
             yield batch
 
 
-def make_loader(dataset, batch_size, *, train, seed=0, epoch=0, rank=0, world=1, workers=0, start_batch=0):
+def make_loader(dataset, batch_size, *, train, seed=0, epoch=0, rank=0, world=1, workers=0, start_batch=0, limit=None):
     """Loader of one pass over a data set.
 
     It keeps no state and leaves the global random state alone: the same arguments give the same batches, with any
@@ -93,6 +97,7 @@ def make_loader(dataset, batch_size, *, train, seed=0, epoch=0, rank=0, world=1,
             same batch. Otherwise in order, process ``rank`` taking clips ``rank::world``, failed clips left out.
         workers: Processes that decode; 0 decodes in this one.
         start_batch: Number of batches of this process to skip.
+        limit: Evaluation only: take no more than this many clips, spread evenly over the data set.
 
     Returns:
         DataLoader of ``Batch``; its length is the number of batches left.
@@ -106,7 +111,7 @@ def make_loader(dataset, batch_size, *, train, seed=0, epoch=0, rank=0, world=1,
                 "use a smaller batch size or more clips"
             )
     else:
-        batches = eval_batches(len(dataset), batch_size, rank=rank, world=world)
+        batches = eval_batches(len(dataset), batch_size, rank=rank, world=world, limit=limit)
     loader = ClipLoader(
         dataset,
         batch_sampler=batches[start_batch:],

@@ -19,7 +19,7 @@ class Pruning:
     """Base of the prunings: how attention runs for kept queries only."""
 
     parts = ("qkv",)  # what is projected together
-    statistic = None  # of the input patches' cells, [.., 256] to [..], for the scores that rank by one
+    statistic = None  # of the input patches' cells, [.., P, 256] to [.., P], for the scores that rank by one
 
     def attention_macs(self, tokens, kept, dim):
         """Multiply-accumulates of the block's attention part on one clip, both products around it included."""
@@ -62,7 +62,7 @@ class ClsPruning(Pruning):
 
 
 class InputPruning(Pruning):
-    """A statistic of the patch's cells in the input, taken once: needs no query of a dropped patch."""
+    """A number of the patch taken once from the input: needs no query of a dropped patch."""
 
     parts = ("q", "kv")
 
@@ -114,16 +114,39 @@ def standard_deviation(cells):
     return mean((cells - mean(cells).unsqueeze(-1)).square()).sqrt()
 
 
+def random_numbers(cells):
+    """Uniform numbers in [0, 1), one per patch ``[.., P, 256]`` to ``[.., P]``: the ranking that knows nothing.
+
+    Hashed from the clip's float32 bits and the patch number, so that a clip keeps the same patches in every run,
+    whatever batch it is in, and any change of the input (gain, noise, mixup in training) draws anew.
+    """
+    bits = cells.float().contiguous().view(torch.int32).long()  # [.., P, 256]
+    clip = bits.sum((-2, -1)).unsqueeze(-1)  # [.., 1]: whole numbers, the same in any order
+    patch = torch.arange(cells.shape[-2], device=cells.device)
+    return (_mix(_mix(clip) + patch) >> 8).float() / 2**24
+
+
+def _mix(x):
+    """The finaliser of MurmurHash3 on the low 32 bits of int64."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 _PRUNINGS = {
     "column_mean": ColumnMeanPruning(),
     "cls": ClsPruning(),
     "intensity": InputPruning(mean),
     "variation": InputPruning(standard_deviation),
+    "random": InputPruning(random_numbers),
 }
+#: Names of the scores, for command lines.
+SCORES = tuple(_PRUNINGS)
 
 
 def make_pruning(score):
-    """The pruning for a score: ``column_mean``, ``cls``, ``intensity``, ``variation``, or a function."""
+    """The pruning for a score: a name in ``SCORES``, or a function."""
     if callable(score):
         return FunctionPruning(score)
     if score not in _PRUNINGS:

@@ -186,7 +186,8 @@ class PrunedViT(nn.Module):
         """
         self._check_input(fbank, patches)
         x = self.embed(fbank)  # [B, P, C]
-        values = self.input_values(fbank)  # [B, P], or None
+        statistic = self.pruning.statistic
+        values = None if statistic is None else self.patch_values(fbank, statistic)  # [B, P]
         if patches is not None:
             x = ops.gather_tokens(x, patches, 0)  # [B, P', C]
             values = values if values is None else values.gather(1, patches)
@@ -211,14 +212,16 @@ class PrunedViT(nn.Module):
         """
         return self.forward_head(self.forward_features(fbank, patches))
 
-    def input_values(self, fbank):
-        """The statistic of each input patch that the score ranks by, float32 ``[B, P]``; None for other scores."""
-        if self.pruning.statistic is None:
-            return None
+    def patch_values(self, fbank, statistic):
+        """A number for each input patch, float32 ``[B, P]`` in token order.
+
+        ``statistic`` takes the patches' cells ``[B, P, 256]`` to ``[B, P]``, such as ``mean`` or
+        ``standard_deviation`` in ``pruneattn.models.scores``.
+        """
         columns, rows = self.grid
         cells = fbank.detach().unflatten(2, (rows, PATCH)).unflatten(1, (columns, PATCH))  # [B, columns, 16, rows, 16]
         cells = cells.transpose(2, 3) if self.time_major else cells.permute(0, 3, 1, 2, 4)
-        return self.pruning.statistic(cells.reshape(len(fbank), -1, PATCH**2)).float()
+        return statistic(cells.reshape(len(fbank), -1, PATCH**2)).float()
 
     def _check_input(self, fbank, patches):
         if fbank.dim() != 3 or fbank.shape[1:] != (self.frames, MEL_BINS):

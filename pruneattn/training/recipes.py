@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, replace
 
+from pruneattn.models.scores import SCORES
+
 
 def option(default, group, text, choices=None, metavar=None):
     """A dataclass field that the command line offers as an option of the same name."""
@@ -56,7 +58,7 @@ class Recipe:
     prune_blocks: tuple[int, ...] = option((3, 6, 9), "pruning", "blocks (from 0) that prune")
     score: str | None = option(
         None, "pruning", "what ranks patches (the paper's for the model)",
-        choices=("column_mean", "cls", "intensity", "variation"),
+        choices=SCORES,
     )  # fmt: skip
 
     # Input

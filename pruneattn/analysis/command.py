@@ -1,0 +1,130 @@
+"""What the scripts in ``python/`` share: options, opening of checkpoint and data, and saving of what they found."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..io import write_csv
+from ..opening import add_checkpoint_options, add_data_options, make_folder, open_checkpoint, open_dataset
+from ..plot import matplotlib_figure, save_figure
+from ..training import distributed
+
+
+class Analysis(NamedTuple):
+    """An opened checkpoint with the data to analyse it on.
+
+    Attributes:
+        model: ``PrunedViT`` on ``device``, in eval mode, with ``features`` and ``labels``.
+        dataset: ``ClipDataset`` with the model's classes.
+        device: ``torch.device``.
+        output: folder for the results.
+        args: the parsed options.
+        failed: list of ``(path, reason)`` of the clips that could not be read so far; they are left out.
+    """
+
+    model: Any
+    dataset: Any
+    device: torch.device
+    output: Path
+    args: argparse.Namespace
+    failed: list
+
+
+class Clips(NamedTuple):
+    """A batch as the model sees it."""
+
+    fbank: torch.Tensor  # float32 [B, frames, 128], normalised, on the model's device
+    sounding: torch.Tensor  # int64 [B]: frames that hold sound; what follows is padding
+    targets: torch.Tensor  # float32 [B, K]
+    index: torch.Tensor  # int64 [B]: numbers in the data set
+
+
+def make_parser(script, description):
+    """Parser of a script that analyses a checkpoint on a data set; the script adds options of its own."""
+    parser = argparse.ArgumentParser(prog=f"python python/{script}.py", description=description)
+    add_checkpoint_options(parser)
+    add_data_options(parser)
+    add_run_options(parser, script)
+    run = parser.add_argument_group("clips")
+    run.add_argument("--batch-size", type=int, default=32, metavar="B", help="clips at once (default: 32)")
+    run.add_argument("--limit", type=int, metavar="N", help="only N clips, spread evenly over the data set")
+    return parser
+
+
+def add_run_options(parser, script):
+    """The options that every script has."""
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--output", type=Path, metavar="DIR", default=Path("results", script),
+        help=f"where the results go (default: results/{script})",
+    )  # fmt: skip
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def open_analysis(args):
+    """Open what the options of ``make_parser`` name, as an `Analysis`; raises ``UserError`` before any long work."""
+    for option in ("batch_size", "limit"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} {value}: must be at least 1")
+    matplotlib_figure()  # all results are drawn: say now if that cannot be
+    device = distributed.start(args.device)
+    model = open_checkpoint(args, args.dataset)
+    dataset = open_dataset(args, model)
+    return Analysis(model.to(device), dataset, device, make_folder(args.output), args, [])
+
+
+def iterate_clips(analysis, text):
+    """The data set as `Clips`, one batch in memory at a time, with a progress bar named ``text``.
+
+    Clips that cannot be read are left out and added to ``analysis.failed``; raises ``UserError`` if none can.
+    """
+    from ..data import FeatureExtractor, make_loader
+    from ..data.fbank import HOP, WINDOW
+
+    model, args = analysis.model, analysis.args
+    features = FeatureExtractor(model.features).to(analysis.device)
+    loader = make_loader(
+        analysis.dataset, args.batch_size, train=False, workers=args.workers, limit=args.limit
+    )
+    failed, good = [], 0
+    for batch in tqdm(loader, desc=text, unit="batch", disable=None, leave=False):
+        failed += batch.failed
+        good += len(batch.index)
+        if len(batch.index):
+            with torch.inference_mode():
+                fbank = features(batch.waves.to(analysis.device, non_blocking=True), batch.lengths)
+            sounding = (1 + (batch.lengths - WINDOW) // HOP).clamp(0, model.frames)
+            yield Clips(fbank, sounding, batch.targets, batch.index)
+    analysis.failed.extend(clip for clip in failed if clip not in analysis.failed)
+    if not good:
+        reason = f"; the first, {failed[0][0]}: {failed[0][1]}" if failed else ""
+        raise UserError(f"not one clip of {analysis.dataset.name} could be read{reason}")
+
+
+def save_result(output, name, rows, figure):
+    """Write ``name.csv`` from a list of dicts and ``name.png`` and ``name.pdf`` from a figure, and say so."""
+    write_csv(output / f"{name}.csv", rows)
+    for suffix in ("png", "pdf"):
+        save_figure(figure, output / f"{name}.{suffix}")
+    print(f"Saved {output / name}.csv, .png and .pdf")
+
+
+def report_failed(analysis):
+    """Say which clips were left out, if any."""
+    if analysis.failed:
+        print(f"{len(analysis.failed)} of {len(analysis.dataset)} clips could not be read and do not count:")
+        for path, reason in analysis.failed[:10]:
+            print(f"  {reason if path in reason else f'{path}: {reason}'}")
+
+
+def describe_data(analysis):
+    """The data in a few words for a figure's title: data set, split, clips."""
+    args, clips = analysis.args, len(analysis.dataset) - len(analysis.failed)
+    fold = f", fold {args.fold}" if args.dataset == "esc50" else ""
+    name = Path(args.manifest).stem if args.manifest else args.dataset
+    return f"{name}, {args.split}{fold}, {min(clips, args.limit or clips)} clips"
