@@ -221,7 +221,7 @@ class PrunedViT(nn.Module):
         columns, rows = self.grid
         cells = fbank.detach().unflatten(2, (rows, PATCH)).unflatten(1, (columns, PATCH))  # [B, columns, 16, rows, 16]
         cells = cells.transpose(2, 3) if self.time_major else cells.permute(0, 3, 1, 2, 4)
-        return statistic(cells.reshape(len(fbank), -1, PATCH**2)).float()
+        return statistic(cells.reshape(fbank.shape[0], -1, PATCH**2)).float()
 
     def _check_input(self, fbank, patches):
         if fbank.dim() != 3 or fbank.shape[1:] != (self.frames, MEL_BINS):

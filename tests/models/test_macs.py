@@ -31,7 +31,7 @@ def test_table_2(frames):
 
 
 @pytest.mark.parametrize("keep_rate", [1.0, 0.6, (0.5, 1.0, 0.01)])
-@pytest.mark.parametrize("score", ["column_mean", "cls", "intensity", "variation", "function"])
+@pytest.mark.parametrize("score", ["column_mean", "cls", "intensity", "variation", "random", "function"])
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
 def test_computed_is_what_runs(make_model, family, score, keep_rate):
     if score == "function":  # without a matrix product of its own, since that is not counted

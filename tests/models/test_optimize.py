@@ -9,7 +9,8 @@ from pruneattn import UserError, optimize_for_inference
 from pruneattn.models.optimize import PackedLinear, can_pack
 
 FAMILIES = ["audiomae", "ast"]
-SCORES = ["column_mean", "cls", "intensity", "variation", lambda q, k, v, extra: k.square().mean((1, 3))[:, extra:]]
+SCORES = ["column_mean", "cls", "intensity", "variation", "random"]
+SCORES.append(lambda q, k, v, extra: k.square().mean((1, 3))[:, extra:])
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(1, 1)), reason="this PyTorch has no oneDNN")
 needs_bf16 = pytest.mark.skipif(

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import pruneattn
-from pruneattn.models.scores import make_pruning, mean, standard_deviation
+from pruneattn.models.scores import make_pruning, mean, random_numbers, standard_deviation
 
 
 def test_statistics_are_those_of_the_cells():
@@ -39,6 +39,44 @@ def test_input_statistics_are_float32_in_half_precision(make_model):
     torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-7)
 
 
+def test_random_numbers_are_uniform_and_unrelated():
+    cells = torch.randn(400, 64, 256)
+    numbers = random_numbers(cells)
+    assert numbers.dtype == torch.float32 and numbers.shape == (400, 64)
+    assert 0 <= numbers.min() and numbers.max() < 1
+    counts = torch.histc(numbers, 16, 0, 1)
+    assert ((counts - 1600).square() / 1600).sum() < 37.7  # chi-squared, 15 degrees: above in 1 of 1000 draws
+    # Neighbouring patches, the same patch of neighbouring clips, and the level of a patch: no relation.
+    flat = numbers - 0.5
+    for other in (flat.roll(1, 1), flat.roll(1, 0), cells.mean(-1)):
+        assert torch.corrcoef(torch.stack([flat.flatten(), other.flatten()]))[0, 1].abs() < 4 / 25600**0.5
+
+
+def test_random_numbers_belong_to_the_clip_and_the_place():
+    cells = torch.randn(5, 64, 256)
+    numbers = random_numbers(cells)
+    assert torch.equal(random_numbers(cells[3:]), numbers[3:])
+    assert numbers.unique().numel() == numbers.numel()
+    changed = cells.clone()
+    changed[0, 0, 0] = torch.nextafter(changed[0, 0, 0], torch.tensor(torch.inf))
+    assert (random_numbers(changed)[0] != numbers[0]).sum() >= 60 and torch.equal(random_numbers(changed)[1:], numbers[1:])
+    silence = random_numbers(torch.full((1, 64, 256), -1.5))  # constant patches do not tie
+    assert silence.unique().numel() == 64
+
+
+@pytest.mark.parametrize("family", ["audiomae", "ast"])
+def test_random_ranking_knows_nothing_of_the_patch(make_model, family):
+    """A loud patch is kept as often as any other; the trace repeats itself."""
+    model = make_model(family, score="random", keep_rate=0.5, depth=2, prune_blocks=(0,))
+    fbank = torch.randn(600, 128, 128)
+    fbank[:, 16:32, 32:48] += 10
+    with torch.inference_mode():
+        kept = pruneattn.trace(model, fbank).kept[0]
+        assert torch.equal(pruneattn.trace(model, fbank[7:9]).kept[0], kept[7:9])
+    loud = model.patches_from_grid((torch.tensor(1), torch.tensor(2)))
+    assert abs((kept == loud).any(1).float().mean() - 0.5) < 4 * (0.25 / 600) ** 0.5
+
+
 def test_random_pruning_by_a_function(make_model):
     def anything(q, k, v, extra_tokens):
         return torch.rand(k.shape[0], k.shape[2] - extra_tokens)
@@ -65,7 +103,7 @@ def test_function_gets_all_heads_and_is_not_differentiated(make_model):
 
 
 def test_bad_scores():
-    with pytest.raises(pruneattn.UserError, match="score.*column_mean, cls, intensity, variation.*'sum'"):
+    with pytest.raises(pruneattn.UserError, match="score.*column_mean, cls, intensity, variation, random.*'sum'"):
         make_pruning("sum")
     model = pruneattn.create_model("ast_tiny", frames=32, keep_rate=0.5, score=lambda q, k, v, extra: k.sum((1, 3)))
     with pytest.raises(ValueError, match=r"score.*\[1, 16\].*\[1, 18\]"):

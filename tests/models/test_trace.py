@@ -45,7 +45,7 @@ def test_kept_are_the_best_scores_of_those_left(make_model, family, score):
     assert [kept.shape[1] for kept in trace.kept] == [45, 45, 18]
 
 
-@pytest.mark.parametrize("score", ["intensity", "variation"])
+@pytest.mark.parametrize("score", ["intensity", "variation", "random"])
 def test_input_scores_stay_with_their_patch(make_model, score):
     trace = pruneattn.trace(make_model("ast", score=score, keep_rate=0.5), torch.randn(2, 128, 128))
     for kept, scores in zip(trace.kept, trace.scores[1:]):

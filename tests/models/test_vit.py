@@ -9,7 +9,7 @@ from pruneattn.models.audiomae import sincos_positions
 from pruneattn.models.blocks import DropPath, PruningBlock, kept_patches
 
 FAMILIES = ("audiomae", "ast")
-SCORES = ("column_mean", "cls", "intensity", "variation")
+SCORES = ("column_mean", "cls", "intensity", "variation", "random")
 
 
 def test_names_and_sizes():
@@ -218,7 +218,7 @@ def test_autocast(make_model, family, score, dtype):
     with torch.autocast("cpu", dtype):
         trace = pruneattn.trace(model, fbank)
     assert trace.logits.dtype == dtype and all(scores.dtype == torch.float32 for scores in trace.scores)
-    if score in ("intensity", "variation"):  # the input is not rounded
+    if score in ("intensity", "variation", "random"):  # the input is not rounded
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(trace.kept, expected.kept))
     same = (trace.kept[0].unsqueeze(2) == expected.kept[0].unsqueeze(1)).any(2).float().mean()
     assert same > 0.9
@@ -257,9 +257,10 @@ def test_a_compiled_model_follows_its_keep_rate(make_model, score):
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2 < (outputs[1] - outputs[2]).abs().max()
 
 
+@pytest.mark.parametrize("score", [None, "variation", "random"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exports_with_any_batch(make_model, family):
-    model = make_model(family, keep_rate=0.6, depth=3, prune_blocks=(0, 2))
+def test_exports_with_any_batch(make_model, family, score):
+    model = make_model(family, keep_rate=0.6, depth=3, prune_blocks=(0, 2), score=score)
     shapes = {"fbank": {0: torch.export.Dim("batch", min=1)}, "patches": None}
     program = torch.export.export(model, (torch.randn(2, 128, 128),), {"patches": None}, dynamic_shapes=shapes)
     for batch in (1, 4):

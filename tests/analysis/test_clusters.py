@@ -1,0 +1,119 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pruneattn.analysis.clusters import Clusters, ValueCounts, cluster_rows, fit_clusters, load_clusters
+from pruneattn.data import FeatureConfig
+from pruneattn.errors import UserError
+
+FEATURES = FeatureConfig(frames=128, mean=-9.0, std=4.0)
+
+
+def lumps(rng, count=20000):
+    """Five overlapping lumps of uneven size, and a spike of equal values as padding makes it."""
+    parts = [rng.normal(centre, 0.08, int(count * share)) for centre, share in
+             ((-0.9, 0.1), (-0.5, 0.3), (-0.1, 0.3), (0.3, 0.2), (0.8, 0.1))]  # fmt: skip
+    return np.concatenate([*parts, np.full(count // 10, -1.25)])
+
+
+def by_hand(**changes):
+    values = dict(
+        statistic="intensity", boundaries=(-0.5, 0.0, 0.5, 1.0), centres=(-1.0, -0.2, 0.2, 0.7, 1.5),
+        shares=(0.2,) * 5, mean=-9.0, std=4.0, clips=3, patches=192, data="three clips",
+    )  # fmt: skip
+    return Clusters(**{**values, **changes})
+
+
+def test_counts_keep_count_sum_and_order_in_bounded_memory():
+    values = lumps(np.random.default_rng(0))
+    counts = ValueCounts()
+    for part in np.array_split(np.random.default_rng(1).permutation(values), 37):
+        counts.add(torch.from_numpy(part).reshape(1, -1))
+    assert counts.counts.sum() == len(values) and len(counts.values) < 3.5 / 1e-4
+    assert (counts.values * counts.counts).sum() == pytest.approx(values.sum())
+    spread = np.repeat(counts.values, counts.counts)
+    assert np.abs(spread - np.sort(values)).max() <= 1e-4
+    assert (np.diff(counts.values) > 0).all()
+
+
+def test_clusters_are_those_of_scikit_learn_on_the_whole_array():
+    cluster = pytest.importorskip("sklearn.cluster")
+    values = lumps(np.random.default_rng(2))
+    counts = ValueCounts()
+    for part in np.array_split(values, 11):
+        counts.add(part)
+    boundaries, centres, shares = fit_clusters(counts)
+    whole = cluster.KMeans(5, n_init=10, random_state=3).fit(values[:, None])
+    expected = np.sort(whole.cluster_centers_[:, 0])
+    np.testing.assert_allclose(centres, expected, atol=1e-3)
+    order = np.argsort(whole.cluster_centers_[:, 0])
+    np.testing.assert_allclose(shares, np.bincount(whole.labels_)[order] / len(values), atol=1e-3)
+    numbers = by_hand(boundaries=boundaries).assign(torch.from_numpy(values)).numpy()
+    assert (numbers == np.argsort(order)[whole.labels_]).mean() > 0.999
+
+
+def test_a_value_on_a_boundary_belongs_below():
+    values = torch.tensor([[-3.0, -0.5, -0.4999], [0.5, 0.51, 9.0]])
+    assert by_hand().assign(values).tolist() == [[0, 0, 1], [2, 3, 4]]
+
+
+def test_too_few_values():
+    pytest.importorskip("sklearn")
+    counts = ValueCounts()
+    counts.add(torch.ones(100))
+    with pytest.raises(UserError, match="1 different patch values do not make 5 clusters"):
+        fit_clusters(counts)
+
+
+def test_saved_and_loaded(tmp_path):
+    by_hand().save(tmp_path / "clusters.json")
+    assert load_clusters(tmp_path / "clusters.json", FEATURES) == by_hand()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file; python/clusters.py makes it"),
+        ("{", "not a clusters.json"),
+        ("[]", "not a clusters.json"),
+        ('{"statistic": "intensity"}', "not a clusters.json"),
+        (json.dumps(vars(by_hand(mean=-4.0))), "units of mean -4 and std 4.*-9 and 4.*with this checkpoint"),
+    ],
+)
+def test_bad_files(tmp_path, content, message):
+    path = tmp_path / "clusters.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=f"clusters.json: .*{message}"):
+        load_clusters(path, FEATURES)
+
+
+def test_script_on_real_shapes(analysis_run, tmp_path):
+    """Shares, boundaries and files of the script against the statistic taken by hand from every clip."""
+    sklearn = pytest.importorskip("sklearn.cluster")
+    run = analysis_run("ast")
+    code = run.script("clusters").main([*run.options(tmp_path / "out"), "--statistic", "variation"])
+    assert code is None
+    saved = load_clusters(tmp_path / "out" / "clusters.json", run.model.features)
+    cells = torch.stack([fbank.view(8, 16, 8, 16).transpose(1, 2).reshape(64, 256) for fbank in run.fbanks()])
+    values = cells.double().std(-1, correction=0).flatten()  # [clips * 64]
+    assert saved.clips == len(cells) and saved.patches == len(values) and saved.statistic == "variation"
+    fitted = sklearn.KMeans(5, n_init=10, random_state=1).fit(values.numpy()[:, None], sample_weight=None)
+    inertia = (values - torch.tensor(saved.centres)[saved.assign(values)]).square().sum()
+    assert inertia <= fitted.inertia_ * 1.02
+    with open(tmp_path / "out" / "clusters.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["cluster"] for row in rows] == ["C1", "C2", "C3", "C4", "C5"]
+    counts = torch.bincount(saved.assign(values), minlength=5) / len(values)
+    assert [float(row["share"]) for row in rows] == pytest.approx(counts.tolist(), abs=2e-3)
+    assert float(rows[0]["up_to"]) == float(rows[1]["above"]) == saved.boundaries[0]
+    for suffix in ("png", "pdf"):
+        assert (tmp_path / "out" / f"clusters.{suffix}").stat().st_size > 10000
+
+
+def test_rows_name_the_ends():
+    rows = cluster_rows(by_hand())
+    assert rows[0]["above"] == -np.inf and rows[4]["up_to"] == np.inf and rows[2]["centre"] == 0.2
