@@ -15,7 +15,7 @@ FEATURES = FeatureConfig(frames=128, mean=-11.0, std=3.0, padding="min")
 
 
 class Run:
-    """A checkpoint of a small model with opinions, a folder of clips, and the scripts of ``python/``."""
+    """A checkpoint of a small model with opinions, and a folder of clips."""
 
     def __init__(self, folder, family, clips):
         self.folder, self.data = folder / family, clips
@@ -48,14 +48,20 @@ class Run:
         data = ["--dataset", "folder", "--data-dir", str(self.data)]
         return [str(self.folder), *data, "--output", str(output), "--device", "cpu", "--batch-size", "3"]
 
-    @staticmethod
-    def script(name):
-        """A script of ``python/`` as a module."""
-        path = Path(__file__).parents[2] / "python" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"script_{name}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+
+def load_script(name):
+    """A script of ``python/`` as a module."""
+    path = Path(__file__).parents[2] / "python" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def analysis_script():
+    """``analysis_script(name)``: that script of ``python/`` as a module."""
+    return load_script
 
 
 @pytest.fixture(scope="session")

@@ -91,11 +91,11 @@ def test_bad_files(tmp_path, content, message):
         load_clusters(path, FEATURES)
 
 
-def test_script_on_real_shapes(analysis_run, tmp_path):
+def test_script_on_real_shapes(analysis_run, analysis_script, tmp_path):
     """Shares, boundaries and files of the script against the statistic taken by hand from every clip."""
     sklearn = pytest.importorskip("sklearn.cluster")
     run = analysis_run("ast")
-    code = run.script("clusters").main([*run.options(tmp_path / "out"), "--statistic", "variation"])
+    code = analysis_script("clusters").main([*run.options(tmp_path / "out"), "--statistic", "variation"])
     assert code is None
     saved = load_clusters(tmp_path / "out" / "clusters.json", run.model.features)
     cells = torch.stack([fbank.view(8, 16, 8, 16).transpose(1, 2).reshape(64, 256) for fbank in run.fbanks()])
