@@ -175,6 +175,13 @@ def draw_patches(axis, colours, grid, start, sounding):
     spectrogram_axis(axis, frames, start)
 
 
+def mark_pauses(axis, pauses):
+    """A blue bar along the bottom of a spectrogram under the frames of ``pauses``, a bool array ``[frames]``."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], pauses, [False]]).astype(np.int8)))
+    runs = [(begin * HOP_SECONDS, (end - begin) * HOP_SECONDS) for begin, end in zip(edges[::2], edges[1::2])]
+    axis.broken_barh(runs, (0, 5), color="#56b4e9", lw=0)
+
+
 def spectrogram_axis(axis, frames, start=0.0):
     """Seconds from left to right, mel bands from bottom to top, marked in Hz; ``frames`` of 10 ms from ``start`` s."""
     names = [f"{hertz // 1000}k" if hertz >= 1000 else str(hertz) for hertz in _TICKS_HZ]

@@ -67,11 +67,8 @@ def draw_clip(model, clip, labels, device, amp="fp32"):
         kept = trace(model, fbank).kept
     stages, counts = [], [model.num_patches]
     for block, index in zip(model.prune_blocks, kept):
-        time, mel = model.patch_position(index[0].cpu())
-        grid = torch.zeros(model.grid[::-1], dtype=torch.bool)  # [mel rows, time columns]
-        grid[mel, time] = True
-        stages.append((f"after block {block + 1}", grid.numpy()))
-        counts.append(len(time))
+        stages.append((f"after block {block + 1}", model.kept_grid(index[0].cpu()).numpy()))
+        counts.append(index.shape[1])
     rates = model.keep_rates
     if all(count == counts[0] for count in counts):
         stages, pruning = [], "keep-rate 1, nothing is pruned (choose another with --keep-rate)"

@@ -10,7 +10,7 @@ from ..errors import UserError
 from ..io import atomic_write
 from ..models.scores import mean, standard_deviation
 from ..plot import INK, PATCH, log_mel_colours, matplotlib_figure, spectrogram_axis
-from .command import iterate_clips
+from .command import example_indices, iterate_clips
 
 #: What patches are grouped by, both on the normalised log-mel.
 STATISTICS = {"intensity": mean, "variation": standard_deviation}
@@ -138,25 +138,25 @@ def find_clusters(analysis, statistic, data, examples=3):
         analysis: `Analysis`; of the model only the input's normalisation and shape matter.
         statistic: a key of ``STATISTICS``.
         data: the data in words.
-        examples: how many clips to keep for the figure.
+        examples: how many clips to show in the figure.
 
     Returns:
         ``(Clusters, ValueCounts, examples)``, the last a list of ``(index, fbank [frames, 128], sounding)``.
     """
-    counts, kept, clips = ValueCounts(), [], 0
-    total = min(len(analysis.dataset), analysis.args.limit or len(analysis.dataset))
+    counts, shown, clips = ValueCounts(), [], 0
+    wanted = example_indices(analysis, examples)
     for batch in iterate_clips(analysis, "patch values"):
         counts.add(analysis.model.patch_values(batch.fbank, STATISTICS[statistic]))
         for row, index in enumerate(batch.index.tolist()):
-            if len(kept) < examples and clips + row >= len(kept) * total // examples:  # spread over the data set
-                kept.append((index, batch.fbank[row].cpu(), int(batch.sounding[row])))
+            if index in wanted:
+                shown.append((index, batch.fbank[row].cpu(), int(batch.sounding[row])))
         clips += len(batch.index)
     boundaries, centres, shares = fit_clusters(counts)
     features = analysis.model.features
     clusters = Clusters(
         statistic, boundaries, centres, shares, features.mean, features.std, clips, int(counts.counts.sum()), data
     )
-    return clusters, counts, kept
+    return clusters, counts, shown
 
 
 def cluster_rows(clusters):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from ..data.loader import eval_batches
 from ..errors import UserError
 from ..io import write_csv
 from ..opening import add_checkpoint_options, add_data_options, make_folder, open_checkpoint, open_dataset
@@ -104,6 +105,22 @@ def iterate_clips(analysis, text):
     if not good:
         reason = f"; the first, {failed[0][0]}: {failed[0][1]}" if failed else ""
         raise UserError(f"not one clip of {analysis.dataset.name} could be read{reason}")
+
+
+def example_indices(analysis, count, match=()):
+    """Numbers of the clips to show: ``count`` spread over the data set, or the first whose path contains a text.
+
+    Raises:
+        UserError: no path contains any of the texts ``match``.
+    """
+    clips, args = analysis.dataset.clips, analysis.args
+    order = [i for batch in eval_batches(len(clips), args.batch_size, limit=args.limit) for i in batch]
+    if match:
+        order = [i for i in order if any(text in str(clips[i].path) for text in match)][:count]
+        if not order:
+            raise UserError(f"--match {' '.join(match)}: no clip of {analysis.dataset.name} has that in its path")
+    count = min(count, len(order))
+    return [order[i * len(order) // count] for i in range(count)]
 
 
 def save_result(output, name, rows, figure):

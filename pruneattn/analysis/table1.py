@@ -12,13 +12,13 @@ from ..data import FeatureExtractor, make_loader
 from ..errors import UserError
 from ..inference import optimized, predict_dataset
 from ..io import atomic_write
-from ..metrics import average_precision
 from ..models.macs import count_macs
 from ..models.pretrained import load_pretrained
 from ..plot import FAINT, INK, matplotlib_figure
 from ..training import distributed, state
 from ..training.build import open_split
 from ..training.options import parse
+from .paired import metric_name, paired_test, unit_scores
 
 #: Name of a ranking -> the option that trains with it; attention is the model's own score.
 RANKINGS = {"attention": [], "random": ["--score", "random"]}
@@ -98,7 +98,8 @@ class Table:
                 with FileLock(self.output / f".{cell.name}.lock", timeout=0):  # let go of even by a kill
                     if self.predictions(cell).exists():
                         continue
-                    if cell.ranking != UNPRUNED and not self._trunk(cell).exists():
+                    trunk = self._trunk(cell)
+                    if trunk and not trunk.exists():
                         continue  # the unpruned run of this seed is not that far
                     code = self._train(cell)
                     if code:
@@ -118,8 +119,8 @@ class Table:
             command.append("--resume")
         else:
             shutil.rmtree(folder, ignore_errors=True)  # stopped before there was anything to go on from
-            if cell.ranking != UNPRUNED:
-                command += ["--branch-from", str(self._trunk(cell))]
+            if trunk := self._trunk(cell):
+                command += ["--branch-from", str(trunk)]
         left = len(self.missing())
         print(f"\n{cell.name} ({len(self.cells) - left} of {len(self.cells)} cells are done)", flush=True)
         return train.main(command)
@@ -130,7 +131,10 @@ class Table:
         return [*self.options, *ranking, *own]
 
     def _trunk(self, cell):
-        """What the unpruned run of the same seed saved before pruning would have begun."""
+        """What the unpruned run of the same seed saves before pruning would begin; None where nothing is in common."""
+        _, recipe = self.settings[cell]
+        if cell.ranking == UNPRUNED or recipe.shrink_start == 0:
+            return None
         return self.output / Cell(UNPRUNED, 1.0, cell.seed).name / state.TRUNK
 
     def _predict(self, cell):
@@ -177,18 +181,6 @@ def wait_for_others(seconds=5.0):
     time.sleep(seconds)
 
 
-def unit_scores(predictions):
-    """Numbers whose mean is the metric: 1 or 0 a clip (top-1), or the average precision of each class (mAP).
-
-    Returns:
-        float64 ``[clips]`` or ``[classes]``; NaN for a class without a positive clip.
-    """
-    logits, targets = predictions["logits"].astype(np.float64), predictions["targets"] > 0.5
-    if predictions["multilabel"]:
-        return average_precision(logits, targets)
-    return targets[np.arange(len(targets)), logits.argmax(1)].astype(np.float64)
-
-
 def compare(runs, unpruned, name):
     """Metric of the runs of one cell, and its paired difference to the unpruned runs of the same seeds.
 
@@ -212,31 +204,24 @@ def compare(runs, unpruned, name):
         "gmacs_paper",
     ))  # fmt: skip
     if done:
-        scores = {seed: unit_scores(predictions) for seed, predictions in done.items()}
+        scores = {seed: _unit_scores(predictions) for seed, predictions in done.items()}
         each = [np.nanmean(one) for one in scores.values()]
         first = next(iter(done.values()))
         row |= {"metric": float(np.mean(each)), "metric_sd": _sd(each), "gmacs_paper": float(first["macs"]) / 1e9}
-        row["metric_name"] = "mAP" if first["multilabel"] else "top-1"
+        row["metric_name"] = metric_name(first["multilabel"])
         row["units"] = int(np.isfinite(next(iter(scores.values()))).sum())
         pairs = [(scores[seed], unpruned[seed]) for seed in done if unpruned.get(seed) is not None]
         if pairs:
             for seed in done:
                 if unpruned.get(seed) is not None and not np.array_equal(done[seed]["index"], unpruned[seed]["index"]):
                     raise UserError(f"{name}, seed {seed}: tested on other clips than unpruned; train it again")
-            by_seed = np.stack([ours - unit_scores(theirs) for ours, theirs in pairs])  # [seeds, units]
-            units = by_seed.mean(0)
-            units = units[np.isfinite(units)]
-            row |= paired_test(units) | {"difference_sd": _sd(np.nanmean(by_seed, axis=1))}
+            by_seed = np.stack([ours - _unit_scores(theirs) for ours, theirs in pairs])  # [seeds, units]
+            row |= paired_test(by_seed.mean(0)) | {"difference_sd": _sd(np.nanmean(by_seed, axis=1))}
     return {"seeds": len(done), **row}
 
 
-def paired_test(differences):
-    """Mean of paired differences, its standard error and the two-sided p-value of Student's t-test that it is 0."""
-    from scipy.stats import ttest_1samp
-
-    mean, se = float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(len(differences)))
-    p = float(ttest_1samp(differences, 0).pvalue) if se > 0 else float(mean == 0)
-    return {"difference": mean, "difference_se": se, "p": p}
+def _unit_scores(predictions):
+    return unit_scores(predictions["logits"], predictions["targets"], predictions["multilabel"])
 
 
 def _sd(values):

@@ -90,6 +90,13 @@ class PrunedViT(nn.Module):
             return index // rows, index % rows
         return index % columns, index // columns
 
+    def kept_grid(self, index):
+        """Where patch numbers (int64 ``[k]``) lie: bool ``[mel rows, time columns]``, row 0 the lowest."""
+        time, mel = self.patch_position(index)
+        grid = torch.zeros(self.grid[::-1], dtype=torch.bool, device=index.device)
+        grid[mel, time] = True
+        return grid
+
     def patches_from_grid(self, grid):
         """Patch numbers of places in the spectrogram, in this model's token order.
 
@@ -179,6 +186,11 @@ class PrunedViT(nn.Module):
         image = fbank if self.time_major else fbank.transpose(1, 2)
         return self.patch_embed(image.unsqueeze(1)) + self.pos_embed[:, self.num_extra_tokens :]
 
+    def prepend_extra_tokens(self, x):
+        """Patch tokens ``[B, P, C]`` with the extra tokens before them, ``[B, extra + P, C]``."""
+        extra = self.extra_tokens() + self.pos_embed[:, : self.num_extra_tokens]
+        return torch.cat([extra.expand(x.shape[0], -1, -1), x], dim=1)
+
     def forward_features(self, fbank, patches=None, record=None):
         """Tokens after the last block, ``[B, extra + kept, C]``.
 
@@ -191,8 +203,7 @@ class PrunedViT(nn.Module):
         if patches is not None:
             x = ops.gather_tokens(x, patches, 0)  # [B, P', C]
             values = values if values is None else values.gather(1, patches)
-        extra = self.extra_tokens() + self.pos_embed[:, : self.num_extra_tokens]
-        x = torch.cat([extra.expand(x.shape[0], -1, -1), x], dim=1)  # [B, N, C]
+        x = self.prepend_extra_tokens(x)  # [B, N, C]
         for block in self.blocks:
             if not isinstance(block, PruningBlock):
                 x = block(x)

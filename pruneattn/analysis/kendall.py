@@ -1,0 +1,123 @@
+"""Agreement of the attention score with a patch statistic, block by block (paper, Fig. 4)."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..models import create_model
+from ..models.trace import trace
+from ..plot import FAINT, INK, matplotlib_figure
+from .command import iterate_clips
+from .means import Means
+
+#: The paper counts ties as agreement, ``(C + ties - D) / pairs``; tau-b leaves them out and divides by what is left.
+VARIANTS = ("paper", "tau_b")
+_PAIRS_AT_ONCE = 2**23  # bounds the working memory
+_STYLES = {"intensity": ("#0072b2", "o"), "variation": ("#d55e00", "s")}
+
+
+class Kendall(NamedTuple):
+    """Kendall's coefficients of each clip, float64 ``[B]``."""
+
+    paper: torch.Tensor
+    tau_b: torch.Tensor  # NaN where one side is constant
+
+
+def kendall(x, y):
+    """Kendall's coefficient between the rows of ``x`` and of ``y``, exact, by looking at every pair.
+
+    Args:
+        x, y: ``[B, P]`` of any dtype on one device, P at least 2.
+
+    Returns:
+        `Kendall`. With C concordant and D discordant pairs, ``paper`` is ``(C + ties - D) / pairs``, where a pair that
+        is tied in x or in y counts as a tie, and ``tau_b`` is ``(C - D) / sqrt((pairs - ties_x) (pairs - ties_y))``.
+    """
+    patches = x.shape[1]
+    pairs = patches * (patches - 1) / 2
+    sums = torch.zeros(4, len(x), dtype=torch.float64, device=x.device)  # C - D, ties, ties in x, ties in y
+    rows = max(1, _PAIRS_AT_ONCE // (len(x) * patches))
+    for start in range(0, patches, rows):  # every pair twice, and each patch with itself as a tie
+        signs_x, signs_y = (torch.sign(v[:, start : start + rows, None] - v[:, None]) for v in (x, y))  # [B, rows, P]
+        tied_x, tied_y = signs_x == 0, signs_y == 0
+        parts = ((signs_x * signs_y), tied_x | tied_y, tied_x, tied_y)
+        sums += torch.stack([part.sum((1, 2), dtype=torch.float64) for part in parts])
+    difference = sums[0] / 2
+    ties, ties_x, ties_y = (sums[1:] - patches) / 2
+    return Kendall((difference + ties) / pairs, difference / ((pairs - ties_x) * (pairs - ties_y)).sqrt())
+
+
+def scoring_twin(model):
+    """The same unpruned model with attention scores in every block, in eval mode on the same device.
+
+    A model that ranks by something else than attention gets its family's attention score.
+    """
+    score = model.score if model.score in ("column_mean", "cls") else model.default_score
+    device = next(model.parameters()).device
+    twin = create_model(
+        **{**model.config, "prune_blocks": tuple(range(len(model.blocks))), "keep_rate": 1.0, "score": score}
+    )
+    twin.load_state_dict(model.state_dict())
+    return twin.to(device).eval()
+
+
+def measure_kendall(analysis, clusters):
+    """Mean coefficient over the clips of a data set, for every block of the unpruned model.
+
+    Args:
+        analysis: `Analysis`.
+        clusters: list of `Clusters`; each patch's value is the number of its cluster.
+
+    Returns:
+        One dict per statistic, block (from 1) and variant: ``coefficient``, its standard error ``se`` over clips, and
+        how many ``clips`` it is the mean of; a clip whose patches are all in one cluster has no tau-b.
+    """
+    model = scoring_twin(analysis.model)
+    depth = len(model.blocks)
+    means = Means()
+    for batch in iterate_clips(analysis, "kendall"):
+        with torch.inference_mode():
+            scores = trace(model, batch.fbank).scores  # per block [B, P]
+        for i, one in enumerate(clusters):
+            numbers = one.assign(one.values(model, batch.fbank))  # [B, P]
+            for block in range(depth):
+                for j, values in enumerate(kendall(scores[block], numbers)):
+                    means.add(values, (i, block, j))
+    rows = []
+    for i, one in enumerate(clusters):
+        for block in range(depth):
+            for j, variant in enumerate(VARIANTS):
+                mean, se, clips = means.of((i, block, j))
+                rows.append({
+                    "statistic": one.statistic, "block": block + 1, "variant": variant, "coefficient": mean, "se": se,
+                    "clips": clips,
+                })  # fmt: skip
+    return rows
+
+
+def plot_kendall(rows, title, prune_blocks=()):
+    """Coefficient by block: a colour per statistic, solid the paper's variant, dashed tau-b; pruning blocks shaded."""
+    Figure = matplotlib_figure()
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axis = figure.subplots()
+    for block in prune_blocks:
+        axis.axvspan(block + 0.6, block + 1.4, color="#eeeeee", lw=0, zorder=0)
+    axis.axhline(0, color=FAINT, lw=0.8)
+    for statistic in dict.fromkeys(row["statistic"] for row in rows):
+        colour, marker = _STYLES[statistic]
+        for variant, line, face, name in (("paper", "-", colour, "paper's"), ("tau_b", "--", "white", "tau-b")):
+            mine = [row for row in rows if row["statistic"] == statistic and row["variant"] == variant]
+            axis.errorbar(
+                [row["block"] for row in mine], [row["coefficient"] for row in mine], [row["se"] for row in mine],
+                color=colour, ls=line, marker=marker, mfc=face, ms=5, lw=1.4, capsize=2.5,
+                label=f"{statistic}, {name}",
+            )  # fmt: skip
+    axis.set_xticks(sorted({row["block"] for row in rows}))
+    axis.set_xlabel("block (pruning blocks shaded)" if prune_blocks else "block")
+    axis.set_ylabel("Kendall's coefficient\nwith the attention score")
+    axis.grid(axis="y", color="#e6e6e6", lw=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
+    return figure
