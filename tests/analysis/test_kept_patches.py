@@ -1,0 +1,110 @@
+import csv
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import pruneattn
+from pruneattn.analysis.kept_patches import Example, example_rows, find_pauses, patch_kinds, plot_page
+from pruneattn.errors import UserError
+from pruneattn.models import create_model
+
+
+def level(decibel):
+    """Log-mel of a frame whose energy is so many dB, and the same in all 128 bins."""
+    return decibel / 10 * np.log(10)
+
+
+def test_pauses_by_construction():
+    """30 dB below the loud frames for at least ten of them; mean 0 and std 1/2 leave the log-mel as it is."""
+    fbank = torch.full((2, 128, 128), level(-20.0))
+    fbank[0, 20:40] = level(-50.5)  # a pause
+    fbank[0, 50:59] = level(-60.0)  # nine frames: too short
+    fbank[0, 60:90] = level(-49.5)  # quiet, but not so quiet
+    fbank[0, 100:] = level(-90.0)  # padding
+    fbank[1, 0:10] = level(-51.0)
+    fbank[1, 118:] = level(-51.0)  # ten frames each, at both ends
+    found = find_pauses(fbank, torch.tensor([100, 128]), std=0.5)
+    assert found[0].nonzero().flatten().tolist() == list(range(20, 40))
+    assert found[1].nonzero().flatten().tolist() == [*range(0, 10), *range(118, 128)]
+    # Another normalisation, the same pauses; loudness does not matter.
+    torch.testing.assert_close(find_pauses((fbank + 3) / 8, torch.tensor([100, 128]), std=4.0), found)
+
+
+@pytest.mark.parametrize("family", ["audiomae", "ast"])
+def test_kind_of_a_patch_is_that_of_most_of_its_frames(family):
+    model = create_model(f"{family}_tiny", embed_dim=24, depth=1, num_heads=1, prune_blocks=(0,), frames=64)
+    pauses = torch.zeros(1, 64, dtype=torch.bool)
+    pauses[0, 9:24] = True  # 7 frames of the first column, 8 of the second
+    kinds = patch_kinds(model, pauses, torch.tensor([41]))[0]  # the third column has 9 frames of sound, 7 of padding
+    time, _ = model.patch_position(torch.arange(32))
+    assert [set(kinds[time == column].tolist()) for column in range(4)] == [{0}, {1}, {0}, {2}]
+
+
+@pytest.mark.parametrize("family", ["audiomae", "ast"])
+def test_a_trace_drawn_by_hand(family):
+    """Patches named by their place in the spectrogram are drawn there, whatever the model's token order."""
+    pytest.importorskip("matplotlib")
+    model = create_model(f"{family}_tiny", embed_dim=24, depth=2, num_heads=1, prune_blocks=(0, 1), frames=64)
+    places = [(0, 7), (2, 0), (3, 3)]  # time column, mel row
+    order = {"audiomae": lambda time, mel: 8 * time + mel, "ast": lambda time, mel: 4 * mel + time}[family]
+    grid = model.kept_grid(torch.tensor(sorted(order(*place) for place in places)))
+    assert {(int(time), int(mel)) for mel, time in grid.nonzero()} == set(places)
+    fbank = torch.randn(64, 128)
+    clip = SimpleNamespace(path=SimpleNamespace(stem="x"), labels=(1,))
+    dataset = SimpleNamespace(clips=[clip], labels=["dog", "cat"])
+    pauses = torch.zeros(64, dtype=torch.bool)
+    pauses[10:30] = True
+    example = Example(0, fbank, 48, pauses, [torch.ones(8, 4, dtype=torch.bool), grid], predicted=0)
+    figure = plot_page(model, dataset, [example], "t")
+    whole, _, last = (np.asarray(axis.images[0].get_array()) for axis in figure.axes)
+    shown = (last == whole).all(-1)  # [mel bin, frame], lowest bin first
+    expected = np.zeros((128, 64), dtype=bool)
+    for time, mel in places:
+        expected[16 * mel : 16 * mel + 16, 16 * time : 16 * time + 16] = True
+    assert np.array_equal(shown, expected)
+    assert figure.axes[0].get_title("left") == "cat (taken for dog)"
+    assert figure.axes[2].get_title("left") == "after block 2: 3 of 32"
+    (bars,) = [item for item in figure.axes[0].collections if hasattr(item, "get_paths")]
+    corners = np.concatenate([path.vertices for path in bars.get_paths()])
+    assert corners[:, 0].min() == pytest.approx(0.1) and corners[:, 0].max() == pytest.approx(0.3)
+    (line,) = [line for line in figure.axes[0].lines if line.get_xdata()[0] == pytest.approx(0.48)]  # padding begins
+    clip.path = "x.wav"
+    rows = example_rows(model, dataset, [example])
+    assert [row["patches"] for row in rows] == [32, 32, 3]
+    assert rows[0] == {"clip": "x.wav", "stage": "input", "patches": 32, "sound": 0.5, "pause": 0.25, "padding": 0.25}
+    assert (rows[2]["sound"], rows[2]["pause"], rows[2]["padding"]) == pytest.approx((2 / 3, 0, 1 / 3))
+
+
+@pytest.mark.parametrize("family", ["audiomae", "ast"])
+def test_script(analysis_run, analysis_script, tmp_path, family):
+    run = analysis_run(family)
+    command = [*run.options(tmp_path / "out"), "--keep-rate", "0.5", "--clips", "2", "--match", "siren", "tone"]
+    analysis_script("kept_patches").main(command)
+    run.model.set_keep_rate(0.5)
+    columns = []  # by hand: seconds of the patches kept at the end, clip by clip
+    for fbank in run.fbanks():
+        kept = pruneattn.trace(run.model, fbank[None]).kept[-1][0]
+        columns.append(kept // 8 if family == "audiomae" else kept % 8)
+    sounding = torch.tensor([1 + (len(pruneattn.data.load_audio(path)) - 400) // 160 for path in run.paths]).clamp(max=128)
+    shares = []
+    for column, frames in zip(columns, sounding):
+        padding = torch.stack([(torch.arange(16) + 16 * c >= frames).float().mean() >= 0.5 for c in column])
+        shares.append(padding.double().mean())
+    shares = torch.stack(shares)
+    with open(tmp_path / "out" / "kept_shares.csv", newline="") as file:
+        rows = {(row["stage"], row["kind"]): row for row in csv.DictReader(file)}
+    assert len(rows) == 4 * 3 and int(rows["after block 3", "sound"]["patches"]) == 8
+    row = rows["after block 3", "padding"]
+    assert float(row["share"]) == pytest.approx(shares.mean().item()) and int(row["clips"]) == 7
+    assert float(row["se"]) == pytest.approx((shares.std() / 7**0.5).item(), abs=1e-9)
+    for stage in ("input", "after block 1"):
+        assert sum(float(rows[stage, kind]["share"]) for kind in ("sound", "pause", "padding")) == pytest.approx(1)
+    with open(tmp_path / "out" / "kept_patches.csv", newline="") as file:
+        shown = [row["clip"] for row in csv.DictReader(file)]
+    assert len(shown) == 2 * 4 and all("siren" in clip or "tone" in clip for clip in shown)
+    assert (tmp_path / "out" / "kept_patches.png").stat().st_size > 20000
+    for wrong, message in ((["--match", "bark"], "--match bark: no clip"), (["--clips", "0"], "--clips 0")):
+        with pytest.raises(UserError, match=message):
+            analysis_script("kept_patches").main([*run.options(tmp_path / "out"), *wrong])
