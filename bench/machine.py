@@ -32,14 +32,6 @@ def version(package):
         return None
 
 
-def cpu_model():
-    """Name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (*names, platform.processor(), platform.machine())[0]
-
-
 def describe_machine():
     """What every result file says first."""
     build = output(sys.executable, "-c", "from pruneattn import _C; import json; print(json.dumps(_C.build_info()))")
@@ -47,7 +39,7 @@ def describe_machine():
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": output("git", "rev-parse", "HEAD"),
         "changed_files": output("git", "status", "--porcelain", "--untracked-files=no") not in ("", "unknown"),
-        "cpu": cpu_model(),
+        "cpu": output(sys.executable, "-c", "from pruneattn.timing import cpu_model; print(cpu_model())"),
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -7,6 +7,14 @@ class UserError(ValueError):
     """Something the user gave cannot be used. The message names the thing and the remedy."""
 
 
+def check_least(args, **least):
+    """Raise a ``UserError`` if a parsed option is below its least value; one that was not given (None) is not."""
+    for name, value in least.items():
+        given = getattr(args, name)
+        if given is not None and given < value:
+            raise UserError(f"--{name.replace('_', '-')} {given}: must be at least {value}")
+
+
 def run_command(main):
     """Run a command line entry point and leave with the exit code it returns.
 

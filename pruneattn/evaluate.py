@@ -2,20 +2,19 @@
 
 import argparse
 import copy
-import os
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .errors import UserError, run_command
-from .inference import AMP_DTYPES, optimized, predict_dataset
+from .errors import check_least, run_command
+from .inference import optimized, predict_dataset
 from .metrics import evaluate_predictions
 from .models.macs import count_macs
 from .opening import add_checkpoint_options, add_data_options, describe, make_folder, open_checkpoint, open_dataset
 from .tables import save_table, table_text
-from .timing import measure_speed
+from .timing import add_speed_options, describe_device, measure_speed
 from .training import distributed
 
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -50,7 +49,7 @@ def main(argv=None):
             "metric": _metric(args.dataset, dataset),
             "amp": args.amp,
             "batch_size": args.batch_size,
-            "device": _device_name(device),
+            "device": describe_device(device),
             "torch": torch.__version__,
         }
         rows = [_row(model, keep_rate, score, context["metric"]) for keep_rate, score in zip(keep_rates, scores)]
@@ -147,14 +146,9 @@ def _parse(argv):
     run = parser.add_argument_group("run")
     run.add_argument("--output", type=Path, metavar="DIR", help="where the results go (default: beside the checkpoint)")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    run.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
-    run.add_argument("--batch-size", type=int, default=32, metavar="B", help="clips at once, timing too (default: 32)")
-    run.add_argument("--rounds", type=int, default=9, help="rounds of timing; 0 leaves it out (default: 9)")
-    run.add_argument("--compile", action="store_true", help="measure the speed with torch.compile as well")
+    add_speed_options(run, batch_size=32)
     args = parser.parse_args(argv)
-    for option, least in (("batch_size", 1), ("rounds", 0), ("workers", 0)):
-        if getattr(args, option) < least:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {least}")
+    check_least(args, batch_size=1, rounds=0, workers=0)
     return args
 
 
@@ -173,12 +167,6 @@ def _metric(name, dataset):
     from .data import DATASETS
 
     return DATASETS[name].metric or ("map" if dataset.multilabel else "top1")
-
-
-def _device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
 if __name__ == "__main__":

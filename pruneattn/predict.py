@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .errors import UserError, run_command
+from .errors import UserError, check_least, run_command
 from .inference import AMP_DTYPES, autocast, optimized
 from .io import atomic_write
 from .opening import add_checkpoint_options, describe, open_checkpoint
@@ -199,10 +199,7 @@ def _parse(argv):
     parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="windows at once (default: 16)")
     args = parser.parse_args(argv)
-    if args.top_k < 1:
-        raise UserError(f"--top-k {args.top_k}: must be at least 1")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    check_least(args, top_k=1, batch_size=1)
     if not 0 <= args.overlap < 1:
         raise UserError(f"--overlap {args.overlap}: must be at least 0 and below 1")
     if args.plot is not None:

@@ -73,7 +73,7 @@ def _markdown(rows, metric):
     for name in (metric, *others):
         share = name in _SHARES
         columns.append((METRIC_NAMES[name], name, "{:.2%}".format if share else "{:.3f}".format))
-    columns += [("GMACs paper", "gmacs_paper", _gmacs), ("GMACs computed", "gmacs_computed", _gmacs)]
+    columns += [("GMACs paper", "gmacs_paper", gmacs_text), ("GMACs computed", "gmacs_computed", gmacs_text)]
     if "clips_per_second" in rows[0]:
         columns.append(("clips/s", "clips_per_second", "{:.1f}".format))
         for name in VARIANTS:
@@ -82,14 +82,29 @@ def _markdown(rows, metric):
         columns.append(("saving", "saving", "{:.1%}".format))
     columns.append(("theory", "theory", "{:.1%}".format))
     if "clips_per_second" in rows[0]:
-        columns.append(("realised", "realised", lambda share: "-" if share is None else f"{share:.0%}"))
-    cells = [[head for head, _, _ in columns]] + [[show(row[key]) for _, key, show in columns] for row in rows]
+        columns.append(("realised", "realised", "{:.0%}".format))
+    return markdown_lines(columns, rows)
+
+
+def markdown_lines(columns, rows):
+    """A Markdown table that also reads well in a terminal, as a list of lines.
+
+    Args:
+        columns: list of ``(head, key, show)``, where ``show`` makes text of a value; None becomes a dash.
+        rows: list of dicts.
+    """
+
+    def cell(value, show):
+        return "-" if value is None else show(value)
+
+    cells = [[head for head, _, _ in columns]] + [[cell(row[key], show) for _, key, show in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     text = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
     return [text[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *text[1:]]
 
 
-def _gmacs(value):
+def gmacs_text(value):
+    """GMACs to three digits or so."""
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
 

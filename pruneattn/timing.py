@@ -3,17 +3,22 @@
 import copy
 import itertools
 import math
+import os
+import platform
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
-from .inference import autocast, can_optimize, optimized
+from .inference import AMP_DTYPES, autocast, can_optimize, optimized
 
 #: Ways to run a model at any keep-rate: as it is, by ``optimize_for_inference`` (on a CPU), by ``torch.compile``.
 VARIANTS = ("eager", "optimized", "compiled")
@@ -22,17 +27,29 @@ VARIANTS = ("eager", "optimized", "compiled")
 _SHORTEST_ROUND = 0.05  # seconds
 
 
-class Speed(NamedTuple):
+@dataclass(frozen=True)
+class Speed:
     """Measured speed of a model.
 
     Attributes:
-        clips_per_second: dict of keep-rate -> dict of variant (`VARIANTS`, and for the dense model others) -> clips per
-            second.
-        dense: the fastest variant without pruning.
+        seconds: dict of keep-rate -> dict of variant (`VARIANTS`, and for the dense model others) -> list of seconds a
+            clip, one per round. Variants were timed side by side, so those of one round belong together.
     """
 
-    clips_per_second: dict
-    dense: str
+    seconds: dict
+
+    @property
+    def clips_per_second(self):
+        """Dict of keep-rate -> dict of variant -> clips per second, by the median round."""
+        return {
+            keep_rate: {name: 1 / median(rounds) for name, rounds in variants.items()}
+            for keep_rate, variants in self.seconds.items()
+        }
+
+    @property
+    def dense(self):
+        """The fastest variant without pruning."""
+        return self._fastest(1.0)
 
     @property
     def dense_clips_per_second(self):
@@ -51,6 +68,45 @@ class Speed(NamedTuple):
         each = each if len(each) > 1 else {}
         return {"clips_per_second": fastest, **each, "saving": saving, "realised": saving / theory if theory else None}
 
+    def spread(self, keep_rate):
+        """Milliseconds a clip of the fastest variant at a keep-rate: ``ms_per_clip``, the median of the rounds, and
+        ``ms_per_clip_p20`` and ``ms_per_clip_p80``, between which three fifths of them lie.
+        """
+        rounds = self.seconds[keep_rate][self._fastest(keep_rate)]
+        p20, p50, p80 = np.percentile(1000 * np.array(rounds), (20, 50, 80)).tolist()
+        return {"ms_per_clip": p50, "ms_per_clip_p20": p20, "ms_per_clip_p80": p80}
+
+    def _fastest(self, keep_rate):
+        variants = self.seconds[keep_rate]
+        return min(variants, key=lambda name: median(variants[name]))
+
+
+def add_speed_options(parser, batch_size):
+    """The options of ``measure_speed``."""
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="B",
+        help=f"clips at once, timing too (default: {batch_size})",
+    )  # fmt: skip
+    parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of timing; 0 leaves it out (default: 9)")
+    parser.add_argument("--compile", action="store_true", help="measure the speed with torch.compile as well")
+
+
+def describe_device(device):
+    """Name of the GPU, or of the CPU with the threads that PyTorch uses of it."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_model()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def cpu_model():
+    """Name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, (*names, platform.processor(), platform.machine())), "unknown CPU")
+
 
 def measure_speed(model, keep_rates, device, *, amp="fp32", batch_size=32, rounds=9, compiled=False):
     """Time the forward pass of a model at each of the keep-rates, and without pruning even if 1 is not among them.
@@ -65,11 +121,11 @@ def measure_speed(model, keep_rates, device, *, amp="fp32", batch_size=32, round
         device: where to run.
         amp: "fp32", "bf16" or "fp16".
         batch_size: clips per call.
-        rounds: see ``time_side_by_side``.
+        rounds: see ``rounds_side_by_side``.
         compiled: time each with ``torch.compile`` too.
 
     Returns:
-        ``Speed``.
+        `Speed`.
     """
     fbank = torch.randn(batch_size, model.frames, 128, device=device)
     fast, fast_amp = optimized(copy.deepcopy(model), device, amp)
@@ -91,11 +147,11 @@ def measure_speed(model, keep_rates, device, *, amp="fp32", batch_size=32, round
         variants[1.0, "eager, SDPA"] = partial(call, with_sdpa(_at_keep_rate(model, 1.0)))
     # Each keep-rate is a program of its own, but all count against the limit of one forward function.
     with torch._dynamo.config.patch(recompile_limit=2 * len(variants) + 8) if compiled else nullcontext():
-        seconds = time_side_by_side(variants, device, rounds)
-    clips_per_second = {}
-    for (keep_rate, name), value in seconds.items():
-        clips_per_second.setdefault(keep_rate, {})[name] = batch_size / value
-    return Speed(clips_per_second, dense=max(clips_per_second[1.0], key=clips_per_second[1.0].get))
+        times = rounds_side_by_side(variants, device, rounds)
+    seconds = {}
+    for (keep_rate, name), values in times.items():
+        seconds.setdefault(keep_rate, {})[name] = [value / batch_size for value in values]
+    return Speed(seconds)
 
 
 def _at_keep_rate(model, keep_rate):
@@ -125,11 +181,6 @@ def _attention_kernels(call):
     return variants
 
 
-def time_side_by_side(variants, device, rounds=9):
-    """Median seconds per call of every variant: dict of name -> seconds. See ``rounds_side_by_side``."""
-    return {name: median(values) for name, values in rounds_side_by_side(variants, device, rounds).items()}
-
-
 def rounds_side_by_side(variants, device, rounds=9):
     """Seconds per call of every variant in each of several rounds, in which they take turns.
 
@@ -150,7 +201,7 @@ def rounds_side_by_side(variants, device, rounds=9):
         _round(function, 1, device)  # compiles, allocates, picks kernels
         calls[name] = math.ceil(_SHORTEST_ROUND / max(_round(function, 1, device), 1e-6))
     seconds = {name: [] for name in variants}
-    for turn in range(rounds):
+    for turn in tqdm(range(rounds), desc="timing", unit="round", disable=None, leave=False):
         for name in list(variants) if turn % 2 == 0 else reversed(variants):
             seconds[name].append(_round(variants[name], calls[name], device) / calls[name])
     return seconds

@@ -8,7 +8,7 @@ of what is left is sound, pause and padding.
 
 from pruneattn.analysis.command import describe_data, make_parser, open_analysis, report_failed, save_result
 from pruneattn.analysis.kept_patches import example_rows, measure_kept, plot_page
-from pruneattn.errors import UserError, run_command
+from pruneattn.errors import check_least, run_command
 from pruneattn.io import write_csv
 
 
@@ -18,8 +18,7 @@ def main(argv=None):
     parser.add_argument("--clips", type=int, default=4, metavar="N", help="clips to show (default: 4)")
     parser.add_argument("--match", nargs="+", default=(), metavar="TEXT", help="show clips whose path contains a text")
     args = parser.parse_args(argv)
-    if args.clips < 1:
-        raise UserError(f"--clips {args.clips}: must be at least 1")
+    check_least(args, clips=1)
     analysis = open_analysis(args)
     model = analysis.model
     model.set_keep_rate(args.keep_rate)

@@ -1,8 +1,9 @@
 import errno
+from argparse import Namespace
 
 import pytest
 
-from pruneattn.errors import UserError, run_command
+from pruneattn.errors import UserError, check_least, run_command
 
 
 def leave(main):
@@ -30,3 +31,12 @@ def test_errors_become_one_line():
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)
+
+
+def test_options_below_their_least_value():
+    args = Namespace(batch_size=1, rounds=-1, limit=None)
+    check_least(args, batch_size=1, limit=1)
+    with pytest.raises(UserError, match=r"^--rounds -1: must be at least 0$"):
+        check_least(args, batch_size=1, rounds=0)
+    with pytest.raises(UserError, match=r"--batch-size 1: must be at least 2"):
+        check_least(args, batch_size=2)

@@ -239,9 +239,9 @@ def test_speed_is_held_against_the_fastest_dense_variant(monkeypatch):
         for function in variants.values():
             function()
         seconds = {"optimized": 2.0, "compiled": 1.0, "eager, SDPA": 3.0}
-        return {(rate, name): seconds[name] * rate for rate, name in variants}
+        return {(rate, name): [seconds[name] * rate] * 3 for rate, name in variants}
 
-    monkeypatch.setattr(timing, "time_side_by_side", fake)
+    monkeypatch.setattr(timing, "rounds_side_by_side", fake)
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     speed = measure_speed(make_model(), [0.5], "cpu", batch_size=2, compiled=True)
     pruned = [(0.5, "optimized"), (0.5, "compiled")]
@@ -260,9 +260,9 @@ def test_speed_in_half_precision_runs_as_asked(monkeypatch):
 
     def fake(variants, device, rounds):
         seen.update({name: function().dtype for name, function in variants.items()})
-        return dict.fromkeys(variants, 1.0)
+        return dict.fromkeys(variants, [1.0])
 
-    monkeypatch.setattr(timing, "time_side_by_side", fake)
+    monkeypatch.setattr(timing, "rounds_side_by_side", fake)
     model = make_model()
     measure_speed(model, [0.5], "cpu", amp="fp16", batch_size=2)
     assert seen == dict.fromkeys([(1.0, "eager"), (0.5, "eager"), (1.0, "eager, SDPA")], torch.float16)

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from ..data.loader import eval_batches
-from ..errors import UserError
+from ..errors import UserError, check_least
 from ..io import write_csv
 from ..opening import add_checkpoint_options, add_data_options, make_folder, open_checkpoint, open_dataset
 from ..plot import matplotlib_figure, save_figure
@@ -68,10 +68,7 @@ def add_run_options(parser, script):
 
 def open_analysis(args):
     """Open what the options of ``make_parser`` name, as an `Analysis`; raises ``UserError`` before any long work."""
-    for option in ("batch_size", "limit"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise UserError(f"--{option.replace('_', '-')} {value}: must be at least 1")
+    check_least(args, batch_size=1, limit=1)
     matplotlib_figure()  # all results are drawn: say now if that cannot be
     device = distributed.start(args.device)
     model = open_checkpoint(args, args.dataset)
