@@ -21,6 +21,7 @@ class Kendall(NamedTuple):
 
     paper: torch.Tensor
     tau_b: torch.Tensor  # NaN where one side is constant
+    tied: torch.Tensor  # share of the pairs that are tied: the paper's coefficient of rankings that are unrelated
 
 
 def kendall(x, y):
@@ -44,7 +45,8 @@ def kendall(x, y):
         sums += torch.stack([part.sum((1, 2), dtype=torch.float64) for part in parts])
     difference = sums[0] / 2
     ties, ties_x, ties_y = (sums[1:] - patches) / 2
-    return Kendall((difference + ties) / pairs, difference / ((pairs - ties_x) * (pairs - ties_y)).sqrt())
+    tau_b = difference / ((pairs - ties_x) * (pairs - ties_y)).sqrt()
+    return Kendall((difference + ties) / pairs, tau_b, ties / pairs)
 
 
 def scoring_twin(model):
@@ -69,8 +71,10 @@ def measure_kendall(analysis, clusters):
         clusters: list of `Clusters`; each patch's value is the number of its cluster.
 
     Returns:
-        One dict per statistic, block (from 1) and variant: ``coefficient``, its standard error ``se`` over clips, and
-        how many ``clips`` it is the mean of; a clip whose patches are all in one cluster has no tau-b.
+        One dict per statistic, block (from 1) and variant: ``coefficient``, its standard error ``se`` over clips, how
+        many ``clips`` it is the mean of (one whose patches are all in one cluster has no tau-b), and ``unrelated``: what
+        the coefficient would be of rankings that have nothing to do with each other, in the paper's variant the share
+        of tied pairs.
     """
     model = scoring_twin(analysis.model)
     depth = len(model.blocks)
@@ -81,22 +85,25 @@ def measure_kendall(analysis, clusters):
         for i, one in enumerate(clusters):
             numbers = one.assign(one.values(model, batch.fbank))  # [B, P]
             for block in range(depth):
-                for j, values in enumerate(kendall(scores[block], numbers)):
-                    means.add(values, (i, block, j))
+                for name, values in kendall(scores[block], numbers)._asdict().items():
+                    means.add(values, (i, block, name))
     rows = []
     for i, one in enumerate(clusters):
         for block in range(depth):
-            for j, variant in enumerate(VARIANTS):
-                mean, se, clips = means.of((i, block, j))
+            for variant in VARIANTS:
+                mean, se, clips = means.of((i, block, variant))
                 rows.append({
                     "statistic": one.statistic, "block": block + 1, "variant": variant, "coefficient": mean, "se": se,
-                    "clips": clips,
+                    "clips": clips, "unrelated": means.of((i, block, "tied"))[0] if variant == "paper" else 0.0,
                 })  # fmt: skip
     return rows
 
 
 def plot_kendall(rows, title, prune_blocks=()):
-    """Coefficient by block: a colour per statistic, solid the paper's variant, dashed tau-b; pruning blocks shaded."""
+    """Coefficient by block: a colour per statistic, solid the paper's variant, dashed tau-b; pruning blocks shaded.
+
+    Dotted: the paper's variant for unrelated rankings, which are at 0 in tau-b.
+    """
     Figure = matplotlib_figure()
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axis = figure.subplots()
@@ -112,8 +119,11 @@ def plot_kendall(rows, title, prune_blocks=()):
                 color=colour, ls=line, marker=marker, mfc=face, ms=5, lw=1.4, capsize=2.5,
                 label=f"{statistic}, {name}",
             )  # fmt: skip
+            if variant == "paper":
+                axis.plot([row["block"] for row in mine], [row["unrelated"] for row in mine], ":", color=colour, lw=1)
     axis.set_xticks(sorted({row["block"] for row in rows}))
-    axis.set_xlabel("block (pruning blocks shaded)" if prune_blocks else "block")
+    shaded = "pruning blocks shaded; " if prune_blocks else ""
+    axis.set_xlabel(f"block ({shaded}dotted: the paper's coefficient of unrelated rankings)")
     axis.set_ylabel("Kendall's coefficient\nwith the attention score")
     axis.grid(axis="y", color="#e6e6e6", lw=0.6)
     axis.set_axisbelow(True)

@@ -30,7 +30,7 @@ def by_definition(x, y):
 def test_one_pair_of_each_kind():
     x, y = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]), torch.tensor([[2, 3], [3, 2], [2, 3], [1, 1]])
     found = kendall(x, y)
-    assert found.paper.tolist() == [1, -1, 1, 1]
+    assert found.paper.tolist() == [1, -1, 1, 1] and found.tied.tolist() == [0, 0, 1, 1]
     assert found.tau_b[:2].tolist() == [1, -1] and found.tau_b[2:].isnan().all()
 
 
@@ -48,6 +48,9 @@ def test_against_the_definition_and_scipy(monkeypatch, levels, rows_at_once):
     for row in range(6):
         paper, tau_b = by_definition(x[row].tolist(), y[row].tolist())
         assert found.paper[row].item() == pytest.approx(paper, abs=1e-12)
+        pairs = [(i, j) for i in range(33) for j in range(i)]
+        tied = sum(bool(x[row, i] == x[row, j] or y[row, i] == y[row, j]) for i, j in pairs)
+        assert found.tied[row].item() == pytest.approx(tied / len(pairs), abs=1e-12)
         assert found.tau_b[row].item() == pytest.approx(tau_b, abs=1e-12)
         assert found.tau_b[row].item() == pytest.approx(stats.kendalltau(x[row], y[row]).statistic, abs=1e-12)
 
