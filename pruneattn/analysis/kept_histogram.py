@@ -6,6 +6,7 @@ import math
 import numpy as np
 import torch
 
+from ..data.fbank import LOG_FLOOR
 from ..errors import UserError
 from ..models.trace import trace
 from ..opening import open_checkpoint
@@ -15,29 +16,46 @@ from .command import iterate_clips
 from .kept_patches import stage_names
 from .means import Means
 
-# Bins of the normalised log-mel; what lies outside counts in the outermost. Kaldi's floor is near -1.3 on AudioSet.
-_MEAN_EDGES = np.linspace(-1.5, 1.5, 91)
-_DEVIATION_EDGES = np.linspace(0, 0.9, 61)
+# Range of a patch before normalisation: from Kaldi's floor to above what sound within full scale reaches. What lies
+# beyond counts in the outermost bin.
+_MEAN_EDGES = np.linspace(LOG_FLOOR, 10, 91)
+_DEVIATION_EDGES = np.linspace(0, 12, 81)
 _LOW = 2  # C1 and C2
 
 
-def open_second(analysis, checkpoint):
+def bin_edges(features):
+    """Edges of the bins of mean and deviation in units of the normalised log-mel, float64 arrays."""
+    return (_MEAN_EDGES - features.mean) / (2 * features.std), _DEVIATION_EDGES / (2 * features.std)
+
+
+def open_second(analysis, checkpoint, model=None):
     """Another checkpoint to hold against ``analysis.model`` on the same clips, on the same device.
+
+    Args:
+        analysis: `Analysis`.
+        checkpoint: path of the second.
+        model: name of its model if it is of another project (AST, AudioMAE, Hugging Face, timm): it does not say what
+            it reads, and is given what ``analysis.model`` reads.
 
     Raises:
         UserError: it reads another input (frames, normalisation or padding).
     """
     args = copy.copy(analysis.args)
-    args.checkpoint = checkpoint
-    model = open_checkpoint(args, args.dataset).to(analysis.device)
-    ours, theirs = analysis.model.features.to_dict(), model.features.to_dict()
+    args.checkpoint, args.model = checkpoint, model
+    args.num_classes = args.frames = args.mean = args.std = None
+    features = analysis.model.features
+    if model is not None:
+        args.num_classes = analysis.model.num_classes
+        args.frames, args.mean, args.std, args.padding = features.frames, features.mean, features.std, features.padding
+    second = open_checkpoint(args, args.dataset).to(analysis.device)
+    ours, theirs = features.to_dict(), second.features.to_dict()
     different = [f"{name} {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
     if different:
         raise UserError(
             f"--against {checkpoint}: the two checkpoints read different input ({', '.join(different)}); "
             "compare models that were trained on the same features"
         )
-    return model
+    return second
 
 
 def measure_histograms(analysis, models, clusters):
@@ -49,27 +67,31 @@ def measure_histograms(analysis, models, clusters):
         clusters: `Clusters` by intensity.
 
     Returns:
-        ``(histograms, rows, ratio)``: counts int64 ``[1 + models, mean bins, deviation bins]`` of the input and of
-        what each model's last stage leaves; a dict per model, stage and cluster with the mean ``share`` over ``clips``
-        and its standard error ``se``; and, for two models, ``(ratio, se)`` of the C1 and C2 patches that the first
-        keeps to those that the second keeps (standard error by the delta method, paired over clips).
+        ``(histograms, rows, ratio)``: counts int64 ``[1 + models, 90, 80]`` (bins of ``bin_edges``) of the input and
+        of what each model's last stage leaves; a dict per model, stage and cluster with the mean ``share`` of the
+        ``patches`` left of a clip over ``clips`` and its standard error ``se``; and, for two models, a dict of the C1
+        and C2 patches that each keeps of a clip, their ``ratio`` and its standard error ``se``.
     """
-    bins = (len(_MEAN_EDGES) - 1, len(_DEVIATION_EDGES) - 1)
+    edges = bin_edges(models[0].features)
+    bins = [len(edge) - 1 for edge in edges]
     histograms, means, pairs = np.zeros((1 + len(models), *bins), dtype=np.int64), Means(), []
+    counts = {}  # patches of a clip by model and stage
     for batch in iterate_clips(analysis, "histograms"):
         low = []
         for number, model in enumerate(models):
             values = [model.patch_values(batch.fbank, statistic) for statistic in STATISTICS.values()]  # [B, P] each
             cluster = clusters.assign(clusters.values(model, batch.fbank))
+            if number == 0:
+                histograms[0] += _histogram(values, edges)
             with torch.inference_mode():
                 kept = trace(model, batch.fbank).kept
-            if number == 0:
-                histograms[0] += _histogram(*values)
-            histograms[1 + number] += _histogram(*(value.gather(1, kept[-1]) for value in values))
-            for stage, index in enumerate([None, *kept]):
-                left = cluster if index is None else cluster.gather(1, index)  # [B, k]
+            everything = torch.arange(model.num_patches, device=analysis.device).expand_as(cluster)
+            for stage, index in enumerate([everything, *kept]):
+                left = cluster.gather(1, index)  # [B, k]
+                counts[number, stage] = left.shape[1]
                 for i in range(len(clusters.centres)):
                     means.add((left == i).float().mean(1), (number, stage, i))
+            histograms[1 + number] += _histogram([value.gather(1, index) for value in values], edges)
             low.append((left < _LOW).sum(1).double().cpu())
         pairs.append(torch.stack(low, 1))  # [B, models]
     rows = []
@@ -78,33 +100,50 @@ def measure_histograms(analysis, models, clusters):
             for i in range(len(clusters.centres)):
                 share, se, clips = means.of((number, stage, i))
                 rows.append({
-                    "number": number + 1, "model": model.name, "stage": name, "cluster": f"C{i + 1}", "share": share,
-                    "se": se, "clips": clips,
+                    "number": number + 1, "model": model.name, "stage": name, "patches": counts[number, stage],
+                    "cluster": f"C{i + 1}", "share": share, "se": se, "clips": clips,
                 })  # fmt: skip
-    return histograms, rows, ratio_of_means(torch.cat(pairs)) if len(models) == 2 else None
+    return histograms, rows, _ratio_row(models, torch.cat(pairs)) if len(models) == 2 else None
 
 
-def _histogram(mean, deviation):
-    counts, _, _ = np.histogram2d(
-        np.clip(mean.cpu().numpy().ravel(), _MEAN_EDGES[0], _MEAN_EDGES[-1]),
-        np.clip(deviation.cpu().numpy().ravel(), _DEVIATION_EDGES[0], _DEVIATION_EDGES[-1]),
-        (_MEAN_EDGES, _DEVIATION_EDGES),
-    )
-    return counts.astype(np.int64)
+def _ratio_row(models, pairs):
+    ratio, se = ratio_of_means(pairs)
+    first, second = pairs.mean(0).tolist()
+    return {
+        "clusters": "C1 + C2", "first": models[0].name, "kept_by_first": first, "second": models[1].name,
+        "kept_by_second": second, "ratio": ratio, "se": se, "clips": len(pairs),
+    }  # fmt: skip
+
+
+def _histogram(values, edges):
+    inside = [np.clip(value.cpu().numpy().ravel(), edge[0], edge[-1]) for value, edge in zip(values, edges)]
+    return np.histogram2d(*inside, edges)[0].astype(np.int64)
 
 
 def ratio_of_means(pairs):
-    """Ratio of the means of two columns ``[N, 2]`` of paired counts, and its standard error by the delta method."""
+    """Ratio of the means of two columns ``[N, 2]`` of paired counts, and its standard error by the delta method.
+
+    Clips, not patches, are the sample: a clip that is quiet for one model is so for the other, which the pairs keep.
+    Infinite or NaN, with a NaN error, where the second column is 0; a NaN error for one clip.
+    """
     first, second = pairs.double().unbind(1)
     if second.sum() == 0:
         return math.inf if first.sum() > 0 else math.nan, math.nan
     ratio = first.mean() / second.mean()
-    se = (first - ratio * second).std() / (second.mean() * len(pairs) ** 0.5)
-    return float(ratio), float(se)
+    variance = (first - ratio * second).square().sum() / (len(pairs) - 1) if len(pairs) > 1 else math.nan
+    return float(ratio), float((variance / len(pairs)) ** 0.5 / second.mean())
 
 
-def plot_histograms(histograms, rows, clusters, names, title):
-    """The patches of the input and of what each model leaves: mean across, deviation up, logarithmic colours."""
+def plot_histograms(histograms, rows, clusters, edges, names, title):
+    """The patches of the input and of what each model leaves: mean across, deviation up, logarithmic colours.
+
+    Args:
+        histograms, rows: of ``measure_histograms``.
+        clusters: `Clusters` by intensity, whose boundaries are drawn.
+        edges: of ``bin_edges``.
+        names: title of each model's panel.
+        title: over the whole figure.
+    """
     from matplotlib.colors import LogNorm
 
     Figure = matplotlib_figure()
@@ -113,24 +152,28 @@ def plot_histograms(histograms, rows, clusters, names, title):
     axes = figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
     shares = histograms / histograms.sum((1, 2), keepdims=True)
     norm = LogNorm(shares[shares > 0].min(), shares.max())
-    used = shares.sum(0) > 0
+    used = shares.sum(0) > 0  # [mean bins, deviation bins]
+    across, up = edges
+    left, right, top = across[:-1][used.any(1)][0], across[1:][used.any(1)][-1], 1.18 * up[1:][used.any(0)][-1]
+    columns = (min(left, clusters.boundaries[0]), *clusters.boundaries, max(right, clusters.boundaries[-1]))
     for number, (axis, share, name) in enumerate(zip(axes, shares, ["input", *names])):
-        mesh = axis.pcolormesh(_MEAN_EDGES, _DEVIATION_EDGES, np.where(share > 0, share, np.nan).T, norm=norm)
+        visible = np.where(share > 0, share, np.nan)
+        mesh = axis.pcolormesh(across, up, visible.T, norm=norm)
         for boundary in clusters.boundaries:
             axis.axvline(boundary, color=INK, lw=0.7, ls=":")
-        stage = "input" if number == 0 else rows[-1]["stage"]
-        of = [row for row in rows if row["number"] == max(1, number) and row["stage"] == stage]
-        edges = (_MEAN_EDGES[:-1][used.any(1)][0], *clusters.boundaries, _MEAN_EDGES[1:][used.any(1)][-1])
-        for row, left, right in zip(of, edges, edges[1:]):
+        of = [row for row in rows if row["number"] == max(1, number)]
+        stage = of[0 if number == 0 else -1]["stage"]
+        of = [row for row in of if row["stage"] == stage]
+        for row, begin, end in zip(of, columns, columns[1:]):
             axis.annotate(
-                f"{row['cluster']}\n{row['share']:.0%}", ((left + right) / 2, 0.98), xycoords=("data", "axes fraction"),
+                f"{row['cluster']}\n{row['share']:.0%}", ((begin + end) / 2, 0.98), xycoords=("data", "axes fraction"),
                 ha="center", va="top", fontsize=7.5, color=INK,
             )  # fmt: skip
         axis.set_title(name, fontsize=9, loc="left", color=INK)
         axis.set_xlabel("mean of a patch (intensity)")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_xlim(edges[0], edges[-1])
-    axes[0].set_ylim(0, 1.18 * _DEVIATION_EDGES[1:][used.any(0)][-1])
+    axes[0].set_xlim(columns[0], columns[-1])
+    axes[0].set_ylim(0, top)
     axes[0].set_ylabel("standard deviation (variation)")
     figure.colorbar(mesh, ax=list(axes), label="share of the patches", pad=0.01)
     figure.suptitle(title, fontsize=10.5, fontweight="bold", color=INK)
