@@ -167,19 +167,20 @@ def draw_patches(axis, colours, grid, start, sounding):
         hatch = dict(fill=False, hatch="////", lw=0, edgecolor="#9a9a9a", alpha=0.55)
         axis.add_patch(Rectangle(corner, end - corner[0], _MEL_BINS, **hatch))
         axis.axvline(corner[0], color="#5ec8ff", lw=1.2)
-        narrow = sounding > 0.88 * frames
-        axis.text(
-            (corner[0] + end) / 2, _MEL_BINS / 2, "padding", ha="center", va="center", rotation=90 if narrow else 0,
-            fontsize=7.5, color=INK, bbox=dict(boxstyle="round,pad=0.25", fc="white", ec="none", alpha=0.85),
-        )  # fmt: skip
+        if grid.all():  # elsewhere the word would hide which patches of the padding are kept
+            narrow = sounding > 0.88 * frames
+            axis.text(
+                (corner[0] + end) / 2, _MEL_BINS / 2, "padding", ha="center", va="center", rotation=90 if narrow else 0,
+                fontsize=7.5, color=INK, bbox=dict(boxstyle="round,pad=0.25", fc="white", ec="none", alpha=0.85),
+            )  # fmt: skip
     spectrogram_axis(axis, frames, start)
 
 
 def mark_pauses(axis, pauses):
-    """A blue bar along the bottom of a spectrogram under the frames of ``pauses``, a bool array ``[frames]``."""
+    """A bar below a spectrogram, under the frames of ``pauses``, a bool array ``[frames]``."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], pauses, [False]]).astype(np.int8)))
     runs = [(begin * HOP_SECONDS, (end - begin) * HOP_SECONDS) for begin, end in zip(edges[::2], edges[1::2])]
-    axis.broken_barh(runs, (0, 5), color="#56b4e9", lw=0)
+    axis.broken_barh(runs, (-0.045, 0.03), color="#d55e00", lw=0, transform=axis.get_xaxis_transform(), clip_on=False)
 
 
 def spectrogram_axis(axis, frames, start=0.0):

@@ -16,7 +16,7 @@ def main(argv=None):
     parser = make_parser("kept_patches", __doc__.splitlines()[0])
     parser.add_argument("--keep-rate", type=float, default=0.5, metavar="R", help="(default: 0.5)")
     parser.add_argument("--clips", type=int, default=4, metavar="N", help="clips to show (default: 4)")
-    parser.add_argument("--match", nargs="+", default=(), metavar="TEXT", help="show clips whose path contains a text")
+    parser.add_argument("--match", nargs="+", default=(), metavar="TEXT", help="only clips whose path contains a text")
     args = parser.parse_args(argv)
     check_least(args, clips=1)
     analysis = open_analysis(args)

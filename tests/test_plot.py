@@ -55,6 +55,11 @@ def test_axes_are_seconds_and_hertz():
     hatched = [patch for patch in axis.patches if patch.get_hatch()]
     assert len(hatched) == 1 and hatched[0].get_x() == pytest.approx(10.0)  # where the sound ends
     assert [text.get_text() for text in axis.texts] == ["padding"]
+    pruned = np.ones((8, 32), dtype=bool)
+    pruned[:, 20:-1] = False  # a column of the padding is kept: no word may hide which
+    two = plot_kept_patches(np.random.rand(512, 128), [("after block 4", pruned)], title="", sounding=300)
+    assert [len(axis.texts) for axis in two.axes] == [1, 0]
+    assert all([patch.get_hatch() for patch in axis.patches] == ["////"] for axis in two.axes)
     full = plot_kept_patches(np.random.rand(512, 128), [], title="")
     assert not full.axes[0].patches and not full.axes[0].texts
 

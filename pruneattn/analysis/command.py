@@ -105,7 +105,9 @@ def iterate_clips(analysis, text):
 
 
 def example_indices(analysis, count, match=()):
-    """Numbers of the clips to show: ``count`` spread over the data set, or the first whose path contains a text.
+    """Numbers of the clips to show: ``count`` spread over the data set, or over those whose path contains a text.
+
+    Of each stretch the first clip whose classes have not been shown yet, if there is one.
 
     Raises:
         UserError: no path contains any of the texts ``match``.
@@ -113,11 +115,15 @@ def example_indices(analysis, count, match=()):
     clips, args = analysis.dataset.clips, analysis.args
     order = [i for batch in eval_batches(len(clips), args.batch_size, limit=args.limit) for i in batch]
     if match:
-        order = [i for i in order if any(text in str(clips[i].path) for text in match)][:count]
+        order = [i for i in order if any(text in str(clips[i].path) for text in match)]
         if not order:
             raise UserError(f"--match {' '.join(match)}: no clip of {analysis.dataset.name} has that in its path")
-    count = min(count, len(order))
-    return [order[i * len(order) // count] for i in range(count)]
+    count, shown, seen = min(count, len(order)), [], set()
+    for i in range(count):
+        stretch = order[i * len(order) // count : (i + 1) * len(order) // count]
+        shown.append(next((clip for clip in stretch if seen.isdisjoint(clips[clip].labels)), stretch[0]))
+        seen.update(clips[shown[-1]].labels)
+    return shown
 
 
 def save_result(output, name, rows, figure):

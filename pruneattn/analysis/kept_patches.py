@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..errors import UserError
 from ..models.blocks import PATCH
 from ..models.trace import trace
 from ..plot import INK, draw_patches, log_mel_colours, mark_pauses, matplotlib_figure
@@ -71,6 +72,9 @@ def measure_kept(analysis, count, match=()):
     Returns:
         ``(rows, examples)``: a dict per stage (``input``, ``after block 4``, ...) and kind with the mean ``share``, its
         standard error ``se`` over ``clips`` and the ``patches`` left of a clip; a list of `Example`.
+
+    Raises:
+        UserError: none of the clips to show could be read, or no clip at all.
     """
     model, means, examples = analysis.model, Means(), []
     wanted = example_indices(analysis, count, match)
@@ -90,6 +94,9 @@ def measure_kept(analysis, count, match=()):
                 examples.append(
                     Example(index, batch.fbank[row].cpu(), sounding, pauses[row].cpu(), grids, predicted)
                 )
+    if not examples:
+        path = analysis.dataset.clips[wanted[0]].path
+        raise UserError(f"{path}: could not be read, nor any other clip to show; choose others with --match or --clips")
     rows = []
     patches = [model.num_patches, *(kept.shape[1] for kept in found.kept)]
     for stage, (name, left) in enumerate(zip(stage_names(model), patches)):
@@ -123,8 +130,9 @@ def plot_page(model, dataset, examples, title):
     Figure = matplotlib_figure()
     names = stage_names(model)
     wide = model.frames > 256
-    width, height = (3.4 if wide else 2.4) * len(names) + 0.6, 1.75 * len(examples) + 0.9
+    width, height = (3.4 if wide else 2.4) * len(names) + 0.6, 1.8 * len(examples) + 0.9
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08)  # room for the bars
     axes = figure.subplots(len(examples), len(names), sharex=True, sharey=True, squeeze=False)
     for line, example in zip(axes, examples):
         clip = dataset.clips[example.index]
@@ -143,5 +151,6 @@ def plot_page(model, dataset, examples, title):
     for axis in axes[-1]:
         axis.set_xlabel("time (s)", fontsize=8)
     figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
-    figure.supxlabel("hatched: padding; blue bar: pause (30 dB below the loud frames for 0.1 s or more)", fontsize=8)
+    rule = f"{_PAUSE_DB:g} dB below the loud frames for {_PAUSE_FRAMES / 100:g} s or more"
+    figure.supxlabel(f"hatched: padding; orange bar below: pause ({rule})", fontsize=8)
     return figure

@@ -1,4 +1,6 @@
 import csv
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +34,15 @@ def test_pauses_by_construction():
     torch.testing.assert_close(find_pauses((fbank + 3) / 8, torch.tensor([100, 128]), std=4.0), found)
 
 
+def test_clips_without_pauses():
+    fbank = torch.full((4, 64, 128), -1.3)  # silence all over: nothing is quieter than the rest
+    fbank[1, 3:] = -1.0
+    fbank[1, 3] = 5.0  # a click of one frame is not what is loud in this clip
+    fbank[2, :9] = 5.0  # less than 0.1 s of sound, with padding after it
+    found = find_pauses(fbank, torch.tensor([64, 64, 9, 0]), std=2.0)  # the last is padding alone
+    assert found.shape == (4, 64) and not found.any()
+
+
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
 def test_kind_of_a_patch_is_that_of_most_of_its_frames(family):
     model = create_model(f"{family}_tiny", embed_dim=24, depth=1, num_heads=1, prune_blocks=(0,), frames=64)
@@ -45,7 +56,7 @@ def test_kind_of_a_patch_is_that_of_most_of_its_frames(family):
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
 def test_a_trace_drawn_by_hand(family):
     """Patches named by their place in the spectrogram are drawn there, whatever the model's token order."""
-    pytest.importorskip("matplotlib")
+    collections = pytest.importorskip("matplotlib.collections")
     model = create_model(f"{family}_tiny", embed_dim=24, depth=2, num_heads=1, prune_blocks=(0, 1), frames=64)
     places = [(0, 7), (2, 0), (3, 3)]  # time column, mel row
     order = {"audiomae": lambda time, mel: 8 * time + mel, "ast": lambda time, mel: 4 * mel + time}[family]
@@ -58,6 +69,7 @@ def test_a_trace_drawn_by_hand(family):
     pauses[10:30] = True
     example = Example(0, fbank, 48, pauses, [torch.ones(8, 4, dtype=torch.bool), grid], predicted=0)
     figure = plot_page(model, dataset, [example], "t")
+    assert [[text.get_text() for text in axis.texts] for axis in figure.axes] == [["padding"], ["padding"], []]
     whole, _, last = (np.asarray(axis.images[0].get_array()) for axis in figure.axes)
     shown = (last == whole).all(-1)  # [mel bin, frame], lowest bin first
     expected = np.zeros((128, 64), dtype=bool)
@@ -66,9 +78,11 @@ def test_a_trace_drawn_by_hand(family):
     assert np.array_equal(shown, expected)
     assert figure.axes[0].get_title("left") == "cat (taken for dog)"
     assert figure.axes[2].get_title("left") == "after block 2: 3 of 32"
-    (bars,) = [item for item in figure.axes[0].collections if hasattr(item, "get_paths")]
-    corners = np.concatenate([path.vertices for path in bars.get_paths()])
-    assert corners[:, 0].min() == pytest.approx(0.1) and corners[:, 0].max() == pytest.approx(0.3)
+    for axis in figure.axes:
+        (bars,) = [item for item in axis.collections if isinstance(item, collections.PolyCollection)]
+        corners = np.concatenate([path.vertices for path in bars.get_paths()])
+        assert corners[:, 0].min() == pytest.approx(0.1) and corners[:, 0].max() == pytest.approx(0.3)
+        assert corners[:, 1].max() < 0  # below the spectrogram, hiding nothing
     (line,) = [line for line in figure.axes[0].lines if line.get_xdata()[0] == pytest.approx(0.48)]  # padding begins
     clip.path = "x.wav"
     rows = example_rows(model, dataset, [example])
@@ -87,9 +101,9 @@ def test_script(analysis_run, analysis_script, tmp_path, family):
     for fbank in run.fbanks():
         kept = pruneattn.trace(run.model, fbank[None]).kept[-1][0]
         columns.append(kept // 8 if family == "audiomae" else kept % 8)
-    sounding = torch.tensor([1 + (len(pruneattn.data.load_audio(path)) - 400) // 160 for path in run.paths]).clamp(max=128)
     shares = []
-    for column, frames in zip(columns, sounding):
+    for column, path in zip(columns, run.paths):
+        frames = 1 + (len(pruneattn.data.load_audio(path)) - 400) // 160
         padding = torch.stack([(torch.arange(16) + 16 * c >= frames).float().mean() >= 0.5 for c in column])
         shares.append(padding.double().mean())
     shares = torch.stack(shares)
@@ -105,6 +119,34 @@ def test_script(analysis_run, analysis_script, tmp_path, family):
         shown = [row["clip"] for row in csv.DictReader(file)]
     assert len(shown) == 2 * 4 and all("siren" in clip or "tone" in clip for clip in shown)
     assert (tmp_path / "out" / "kept_patches.png").stat().st_size > 20000
+    assert {Path(clip).parent.name for clip in shown} == {"siren", "tone"}  # one of each, though the first two are one
     for wrong, message in ((["--match", "bark"], "--match bark: no clip"), (["--clips", "0"], "--clips 0")):
         with pytest.raises(UserError, match=message):
             analysis_script("kept_patches").main([*run.options(tmp_path / "out"), *wrong])
+
+
+def test_the_ranking_can_be_another(analysis_run, analysis_script, tmp_path, capsys):
+    run = analysis_run("ast")
+    command = [*run.options(tmp_path / "out"), "--keep-rate", "0.25", "--clips", "1", "--score", "intensity"]
+    analysis_script("kept_patches").main(command)
+    with open(tmp_path / "out" / "kept_patches.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert last["stage"] == "after block 3" and last["patches"] == "1"
+    values = [fbank.unfold(0, 16, 16).unfold(1, 16, 16).mean((2, 3)).max(1).values.argmax() for fbank in run.fbanks()]
+    frames = [1 + (len(pruneattn.data.load_audio(path)) - 400) // 160 for path in run.paths]
+    clip = [str(path) for path in run.paths].index(last["clip"])
+    assert 16 * values[clip] + 8 < frames[clip] and float(last["sound"]) == 1  # the loudest patch is all that is left
+
+
+def test_unreadable_clips(analysis_run, analysis_script, tmp_path, capsys):
+    run = analysis_run("audiomae")
+    shutil.copytree(run.data, tmp_path / "data")
+    run.data = tmp_path / "data"
+    (run.data / "test" / "tone" / "broken.wav").write_bytes(b"no sound")
+    command = [*run.options(tmp_path / "out"), "--clips", "9", "--match"]
+    analysis_script("kept_patches").main([*command, "tone"])  # three good ones, and the broken one
+    assert "1 of 8 clips could not be read" in capsys.readouterr().out
+    with open(tmp_path / "out" / "kept_patches.csv", newline="") as file:
+        assert len({row["clip"] for row in csv.DictReader(file)}) == 3
+    with pytest.raises(UserError, match="broken.wav: could not be read, nor any other clip to show"):
+        analysis_script("kept_patches").main([*command, "broken"])
