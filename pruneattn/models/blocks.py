@@ -1,12 +1,14 @@
 """The parts of the vision transformer, and the block that prunes."""
 
 import math
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from ..errors import UserError
 
 PATCH = 16
 MLP_RATIO = 4
@@ -15,6 +17,27 @@ MLP_RATIO = 4
 def kept_patches(patches, keep_rate):
     """``ceil(keep_rate * patches)``, at least 1. A product that is whole but for float noise is not rounded up."""
     return max(1, math.ceil(keep_rate * patches - 1e-6))
+
+
+def spread_keep_rate(keep_rate, blocks):
+    """A keep-rate for each of so many pruning blocks: list of floats in (0, 1], from one number or one per block."""
+    rates = [keep_rate] * max(1, blocks) if isinstance(keep_rate, Real) else list(keep_rate)
+    for rate in rates:
+        if not isinstance(rate, Real) or not 0 < rate <= 1:
+            raise UserError(f"keep_rate: must be above 0 and at most 1, got {rate!r}")
+    if blocks == 0 and any(rate < 1 for rate in rates):
+        raise UserError(f"keep_rate: {keep_rate} needs pruning blocks, and prune_blocks is empty")
+    if blocks and len(rates) != blocks:
+        raise UserError(f"keep_rate: {len(rates)} values for {blocks} pruning blocks")
+    return [float(rate) for rate in rates]
+
+
+def check_prune_blocks(name, prune_blocks, depth):
+    """Raise unless these are numbers of blocks, ascending; ``name`` is the argument's."""
+    if not all(isinstance(i, int) and 0 <= i < depth for i in prune_blocks):
+        raise UserError(f"{name}: {prune_blocks} must lie within depth {depth} (blocks 0 to {depth - 1})")
+    if list(prune_blocks) != sorted(set(prune_blocks)):
+        raise UserError(f"{name}: must ascend without repeats, got {prune_blocks}")
 
 
 def attention(q, k, v):
@@ -65,24 +88,14 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention whose parts can run on all rows or on some."""
-
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.kernel = attention
-        self.qkv = QKV(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
-
-    def project(self, x, parts):
-        """Some of ``"q"``, ``"k"``, ``"v"`` (neighbours) for the rows ``x`` alone, one view ``[B, H, N, D]`` each."""
-        return [view for packed in self.qkv.project(x, parts) for view in self.split_heads(packed)]
+class MultiHead:
+    """Rows cut into heads and put together again, around an attention ``kernel(q, k, v)`` of ``num_heads`` heads of
+    ``head_dim`` channels.
+    """
 
     def split_heads(self, packed):
         """``[B, N, parts * C]`` to one view ``[B, H, N, D]`` per part."""
-        channels = self.proj.in_features // self.num_heads
-        heads = packed.unflatten(-1, (-1, self.num_heads, channels))  # [B, N, parts, H, D]
+        heads = packed.unflatten(-1, (-1, self.num_heads, self.head_dim))  # [B, N, parts, H, D]
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
     @staticmethod
@@ -93,6 +106,21 @@ class Attention(nn.Module):
     def attend(self, q, k, v):
         """Attention output before the projection, ``[B, rows of q, C]``."""
         return self.merge_heads(self.kernel(q, k, v))
+
+
+class Attention(MultiHead, nn.Module):
+    """Multi-head self-attention whose parts can run on all rows or on some."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.kernel = attention
+        self.qkv = QKV(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def project(self, x, parts):
+        """Some of ``"q"``, ``"k"``, ``"v"`` (neighbours) for the rows ``x`` alone, one view ``[B, H, N, D]`` each."""
+        return [view for packed in self.qkv.project(x, parts) for view in self.split_heads(packed)]
 
     def forward(self, x):
         """Attention output of all rows before the projection, ``[B, N, C]``."""

@@ -1,13 +1,11 @@
 """The pruned vision transformer on spectrograms. AudioMAE and AST (the two files beside) are small variations of it."""
 
-from numbers import Real
-
 import torch
 from torch import nn
 
 from .. import ops
 from ..errors import UserError
-from .blocks import PATCH, Block, PatchEmbed, PruningBlock
+from .blocks import PATCH, Block, PatchEmbed, PruningBlock, check_prune_blocks, spread_keep_rate
 from .scores import make_pruning
 
 MEL_BINS = 128
@@ -124,17 +122,9 @@ class PrunedViT(nn.Module):
 
     def set_keep_rate(self, keep_rate):
         """Share of the patches that each pruning block keeps, in (0, 1]: one number, or one per pruning block."""
-        blocks = len(self.prune_blocks)
-        rates = [keep_rate] * max(1, blocks) if isinstance(keep_rate, Real) else list(keep_rate)
-        for rate in rates:
-            if not 0 < rate <= 1:
-                raise UserError(f"keep_rate: must be above 0 and at most 1, got {rate}")
-        if blocks == 0 and any(rate < 1 for rate in rates):
-            raise UserError(f"keep_rate: {keep_rate} needs pruning blocks, and prune_blocks is empty")
-        if blocks and len(rates) != blocks:
-            raise UserError(f"keep_rate: {len(rates)} values for {blocks} pruning blocks")
+        rates = spread_keep_rate(keep_rate, len(self.prune_blocks))
         for i, rate in zip(self.prune_blocks, rates):
-            self.blocks[i].keep_rate = float(rate)
+            self.blocks[i].keep_rate = rate
 
     @property
     def keep_rates(self):
@@ -260,9 +250,6 @@ def _check_arguments(embed_dim, depth, num_heads, num_classes, frames, prune_blo
         raise UserError(f"frames: must be a multiple of {PATCH}, got {frames}")
     if embed_dim % num_heads:
         raise UserError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
-    if not all(isinstance(i, int) and 0 <= i < depth for i in prune_blocks):
-        raise UserError(f"prune_blocks: {prune_blocks} must lie within depth {depth} (blocks 0 to {depth - 1})")
-    if list(prune_blocks) != sorted(set(prune_blocks)):
-        raise UserError(f"prune_blocks: must ascend without repeats, got {prune_blocks}")
+    check_prune_blocks("prune_blocks", prune_blocks, depth)
     if not 0 <= drop_path < 1:
         raise UserError(f"drop_path: must be at least 0 and below 1, got {drop_path!r}")

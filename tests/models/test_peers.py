@@ -29,6 +29,18 @@ def test_audiomae_is_timm_vit(make_model):
         torch.testing.assert_close(ours(fbank), theirs(fbank), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("score", ["column_mean", "cls"])
+@pytest.mark.parametrize("family", ["audiomae", "ast"])
+def test_theirs_pruned_are_ours(make_model, family, score):
+    pytest.importorskip(*{"audiomae": ("timm",), "ast": ("transformers", "5")}[family])
+    ours = make_model(family, keep_rate=0.6, score=score).double()
+    theirs = {"audiomae": peers.timm_vit, "ast": peers.huggingface_ast}[family](ours)
+    fbank = torch.randn(2, 128, 128, dtype=torch.float64)
+    pruneattn.prune(theirs.model, 0.6, score=score)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(fbank), ours(fbank), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("keep_rate", [1.0, 0.7, 0.5])
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
 def test_the_papers_way(make_model, family, keep_rate):

@@ -1,0 +1,106 @@
+"""timm's VisionTransformer and what is made of the same blocks."""
+
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import UserError
+from .block import BlockView
+from .checks import expect_heads, expect_linear, expect_parts
+from .trunk import Trunk
+
+_GRID_METHODS = ("forward_intermediates", "get_intermediate_layers")
+
+
+def find(model):
+    """The model's Trunk, None if it has no ``blocks``."""
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
+        return None
+    extra_tokens = getattr(model, "num_prefix_tokens", None)
+    if not isinstance(extra_tokens, int):
+        raise UserError(
+            f"{type(model).__name__} has blocks, but no 'num_prefix_tokens' that says how many tokens are not patches: "
+            "it is not one of timm's vision transformers"
+        )
+    class_token = getattr(model, "cls_token", None) is not None
+
+    def guard():
+        # On the object, where they hide the class's.
+        vars(model).update(dict.fromkeys(_GRID_METHODS, _refuse_grid))
+
+    def unguard():
+        for name in _GRID_METHODS:
+            vars(model).pop(name, None)
+
+    return Trunk(blocks, "blocks", TimmBlock, extra_tokens, class_token, guard, unguard)
+
+
+def _refuse_grid(*args, **kwargs):
+    raise UserError(
+        "a pruned model has no grid of patches that intermediate layers could be given on: use forward_features, or "
+        "pruneattn.unprune first"
+    )
+
+
+class TimmBlock(BlockView):
+    """Pre-norm block with packed queries, keys and values; layer scale and norms within attention as they come."""
+
+    arguments = ("attn_mask", "is_causal")
+
+    @classmethod
+    def check(cls, block, path):
+        optional = ("ls1", "drop_path1", "ls2", "drop_path2")
+        expect_parts(block, path, ("norm1", "attn", "norm2", "mlp"), optional)
+        attn, path = block.attn, f"{path}.attn"
+        expect_parts(attn, path, ("qkv", "proj"), ("q_norm", "k_norm", "attn_drop", "norm", "proj_drop"))
+        heads = expect_heads(attn, path, "num_heads")
+        dim, inner = getattr(attn.qkv, "in_features", None), getattr(attn.proj, "in_features", None)
+        expect_linear(attn.proj, f"{path}.proj", inner, dim)
+        expect_linear(attn.qkv, f"{path}.qkv", dim, 3 * inner)
+        if inner % heads:
+            raise UserError(f"{path}.num_heads: {heads} does not divide the {inner} channels of {path}.proj")
+
+    @property
+    def dim(self):
+        return self.block.attn.proj.out_features
+
+    @property
+    def num_heads(self):
+        return self.block.attn.num_heads
+
+    @property
+    def head_dim(self):
+        return self.block.attn.proj.in_features // self.num_heads
+
+    @property
+    def dropout(self):
+        drop = getattr(self.block.attn, "attn_drop", None)
+        return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+
+    def norm(self, x):
+        return self.block.norm1(x)
+
+    def project(self, x, parts):
+        attn, qkv, inner = self.block.attn, self.block.attn.qkv, self.block.attn.proj.in_features
+        start = "qkv".index(parts) * inner
+        rows = slice(start, start + len(parts) * inner)
+        plain = type(qkv) is nn.Linear and not qkv._forward_pre_hooks and not qkv._forward_hooks
+        if plain and parts != "qkv":
+            packed = F.linear(x, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
+        else:  # a layer that somebody wrapped (LoRA) or hooked is more than its weight
+            packed = qkv(x)[..., rows]
+        norms = {"q": "q_norm", "k": "k_norm"}
+        return [_apply(attn, norms.get(part), view) for part, view in zip(parts, self.split_heads(packed))]
+
+    def finish(self, x, attended):
+        block, attn = self.block, self.block.attn
+        y = _apply(attn, "proj_drop", attn.proj(_apply(attn, "norm", attended)))
+        x = x + _apply(block, "drop_path1", _apply(block, "ls1", y))
+        y = block.mlp(block.norm2(x))
+        return x + _apply(block, "drop_path2", _apply(block, "ls2", y))
+
+
+def _apply(module, name, x):
+    """``x`` after a part that a module may lack."""
+    part = None if name is None else getattr(module, name, None)
+    return x if part is None else part(x)

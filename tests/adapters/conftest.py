@@ -1,0 +1,137 @@
+import copy
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from pruneattn import ops
+
+
+@pytest.fixture(scope="session")
+def eager():
+    """The eager model beside this file."""
+    spec = importlib.util.spec_from_file_location("eager", Path(__file__).with_name("eager.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stir(model, seed=0):
+    """Random weights large enough that attention is far from uniform; the model in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            random = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            if parameter.dim() == 1:
+                parameter.add_(random, alpha=0.2)
+            else:
+                parameter.copy_(random if name.endswith(("token", "embed", "embeddings")) else 0.3 * random)
+    return model.eval()
+
+
+@pytest.fixture
+def random_weights():
+    return stir
+
+
+@pytest.fixture
+def record_kept(monkeypatch):
+    """List that gets the kept patches of every pruning block that runs."""
+    kept, prune_tokens = [], ops.prune_tokens
+
+    def recording(*arguments):
+        out = prune_tokens(*arguments)
+        kept.append(out[0])
+        return out
+
+    monkeypatch.setattr(ops, "prune_tokens", recording)
+    return kept
+
+
+@pytest.fixture
+def entering():
+    """``entering(block, run)``: the tokens that enter a block when ``run()`` runs, the state of the random numbers at
+    that moment, and what ``run()`` returns.
+    """
+
+    def capture(block, run):
+        seen = SimpleNamespace()
+
+        def note(module, args):
+            seen.tokens, seen.random = args[0].detach(), torch.get_rng_state()
+
+        handle = block.register_forward_pre_hook(note)
+        try:
+            seen.out = run()
+        finally:
+            handle.remove()
+        return seen
+
+    return capture
+
+
+class PlainAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.num_heads, self.scale = heads, (dim // heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = PlainAttention(dim, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PlainViT(nn.Module):
+    """The least that has timm's names; takes tokens ``[B, N, C]``. It needs no library."""
+
+    num_prefix_tokens = 1
+
+    def __init__(self, dim=24, heads=3, depth=4, block=PlainBlock):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.blocks = nn.ModuleList([block(dim, heads) for _ in range(depth)])
+
+    def forward(self, x):
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.fixture
+def plain():
+    """The classes above, to make models of and to spoil."""
+    return SimpleNamespace(Attention=PlainAttention, Block=PlainBlock, ViT=PlainViT)
+
+
+@pytest.fixture
+def plain_vit():
+    return stir(PlainViT())
+
+
+@pytest.fixture
+def gradients():
+    """``gradients(model, run)``: gradients of the sum of the squares of ``run()`` by name of the parameter."""
+
+    def compute(model, run):
+        model.zero_grad()
+        run().square().sum().backward()
+        return {name: copy.copy(p.grad) for name, p in model.named_parameters()}
+
+    return compute

@@ -1,0 +1,129 @@
+"""A pruned ViT of others written straight down, to check the package against: every row is finished, the whole softmax
+matrix is there, patches go after the attention's residual add. Shares no code with the package; meant for float64.
+
+A model's weights come as a list of blocks, each a dictionary with the names below.
+"""
+
+import math
+import re
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+
+# Our name of a part: what timm, transformers 5 (later ones) and transformers 4 call it within a block.
+TIMM = {"norm1": "norm1", "proj": "attn.proj", "norm2": "norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+LAYERS = {
+    "norm1": "layernorm_before",
+    "q": "attention.q_proj",
+    "k": "attention.k_proj",
+    "v": "attention.v_proj",
+    "proj": "attention.o_proj",
+    "norm2": "layernorm_after",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+}
+ENCODER = {
+    "norm1": "layernorm_before",
+    "q": "attention.attention.query",
+    "k": "attention.attention.key",
+    "v": "attention.attention.value",
+    "proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+
+
+def blocks_of(model):
+    """List of dictionaries of the parameters of a model's blocks, ``"q.weight"`` and so on; ``ls1`` and ``ls2`` have
+    1 where the model has no layer scale, ``q_norm.weight`` is absent where queries are not normalised.
+    """
+    parameters = dict(model.named_parameters())
+    found = [re.match(r"(.*?(blocks|layers|layer))\.(\d+)\.", name) for name in parameters]
+    prefix = next(match[1] for match in found if match)
+    depth = 1 + max(int(match[3]) for match in found if match)
+    names = {"blocks": TIMM, "layers": LAYERS, "layer": ENCODER}[prefix.split(".")[-1]]
+    blocks = []
+    for i in range(depth):
+        own = {name.removeprefix(f"{prefix}.{i}."): p for name, p in parameters.items() if f"{prefix}.{i}." in name}
+        block = {}
+        for kind in ("weight", "bias"):
+            block |= {f"{ours}.{kind}": own[f"{theirs}.{kind}"] for ours, theirs in names.items()}
+            if names is TIMM:
+                for part, rows in zip("qkv", own[f"attn.qkv.{kind}"].chunk(3)):
+                    block[f"{part}.{kind}"] = rows
+                for part in "qk":
+                    if f"attn.{part}_norm.{kind}" in own:
+                        block[f"{part}_norm.{kind}"] = own[f"attn.{part}_norm.{kind}"]
+        block["ls1"], block["ls2"] = own.get("ls1.gamma", 1.0), own.get("ls2.gamma", 1.0)
+        blocks.append(block)
+    return blocks
+
+
+def layer_norm(x, weights, name, eps):
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).pow(2).mean(-1, keepdim=True)
+    return (x - mean) / (variance + eps).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def linear(x, weights, name):
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def drop_path(x, rate):
+    return x if rate == 0 else x * x.new_empty(len(x), 1, 1).bernoulli_(1 - rate) / (1 - rate)
+
+
+def best(scores, keep):
+    """Places of the ``keep`` best scores of each row, ascending; equal scores go to the lower place."""
+    rows = []
+    for row in scores.tolist():
+        order = sorted(range(len(row)), key=lambda place: (-row[place], place))
+        rows.append(sorted(order[:keep]))
+    return torch.tensor(rows)
+
+
+def take(x, index):
+    return torch.stack([row[places] for row, places in zip(x, index)])
+
+
+def run(x, blocks, *, heads, extra, score, rates, eps, attn_drop=0.0, drop=0.0, hidden_drop=0.0, drop_paths=None):
+    """Tokens after each block (the first of the list: before any), and the kept places per pruning block.
+
+    ``x``: tokens that enter the first block. ``rates``: keep-rate by block. The rates of dropout are those of training:
+    on the softmax matrix, on the outputs of attention and MLP, within the MLP; drop_paths by block.
+    """
+    tokens, kept = [x], []
+    for i, block in enumerate(blocks):
+        path = 0.0 if drop_paths is None else drop_paths[i]
+        y = layer_norm(x, block, "norm1", eps)
+        q, k, v = (torch.stack(linear(y, block, part).chunk(heads, -1), 1) for part in "qkv")  # [B, H, N, D]
+        if "q_norm.weight" in block:
+            q, k = layer_norm(q, block, "q_norm", eps), layer_norm(k, block, "k_norm", eps)
+        weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)  # [B, H, N, N]
+        if i in rates:
+            if score == "column_mean":
+                scores = weights.mean(1)[:, extra:, extra:].mean(1)
+            elif score == "cls":
+                scores = weights.mean(1)[:, 0, extra:]
+            else:
+                scores = score(q, k, v, extra)
+            index = best(scores, math.ceil(Fraction(str(rates[i])) * (x.shape[1] - extra)))
+            kept.append(index)
+            rows = torch.cat([torch.arange(extra).expand(len(x), -1), index + extra], 1)
+            x = take(x, rows)
+            weights = take(weights.transpose(1, 2), rows).transpose(1, 2)
+        weights = F.dropout(weights.contiguous(), attn_drop)
+        out = torch.cat((weights @ v).unbind(1), -1)
+        y = F.dropout(linear(out, block, "proj"), drop)
+        x = x + drop_path(y * block["ls1"], path)
+        y = F.dropout(gelu(linear(layer_norm(x, block, "norm2", eps), block, "fc1")), hidden_drop)
+        y = F.dropout(linear(y, block, "fc2"), drop)
+        x = x + drop_path(y * block["ls2"], path)
+        tokens.append(x)
+    return tokens, kept
