@@ -185,14 +185,15 @@ def test_masks_are_refused(make, spectrograms):
     assert torch.equal(model(spectrograms, **{name: None}).pooler_output, expected)
 
 
-def test_masks_that_hide_nothing_are_left_out(make, spectrograms):
+@pytest.mark.parametrize("by_name", [True, False])
+def test_masks_that_hide_nothing_are_left_out(make, spectrograms, by_name):
     """transformers makes such masks itself, in torch.compile and for some attention backends."""
     model = pruneattn.prune(make(), 0.5, (1,))
     name = mask_name(type(layers_of(model)[0]).forward)
     mask = torch.ones(1, HEADS, 14, 14, dtype=torch.float64)
 
     def give_mask(layer, args, kwargs):
-        return args[:1], kwargs | {name: mask}
+        return (args[:1], kwargs | {name: mask}) if by_name else ((args[0], mask), kwargs)
 
     for layer in layers_of(model):
         # Before the hooks of pruning, as what the model itself gives comes before any.
