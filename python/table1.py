@@ -9,11 +9,12 @@ table1.csv, .md, .png and .pdf with what is there so far; --report does only tha
 """
 
 import sys
+import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from pruneattn.analysis.command import save_result
-from pruneattn.analysis.table1 import RANKINGS, Table, make_cells, plot_table1, table_lines, wait_for_others
+from pruneattn.analysis.table1 import RANKINGS, Table, make_cells, plot_table1, table_lines
 from pruneattn.errors import UserError, run_command
 from pruneattn.io import atomic_write
 from pruneattn.opening import make_folder
@@ -32,7 +33,7 @@ def main(argv=None):
     while not args.report:
         outcome = table.train_next()
         if outcome == "wait":
-            wait_for_others()
+            time.sleep(5)  # until other processes are further
         elif outcome != "trained":
             code = outcome if isinstance(outcome, int) else 0
             break

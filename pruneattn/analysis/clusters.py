@@ -160,12 +160,15 @@ def find_clusters(analysis, statistic, data, examples=3):
 
 
 def cluster_rows(clusters):
-    """One dict per cluster: name, share, centre and range."""
+    """One dict per cluster: name, share, centre, range, and the patches and clips of the whole."""
     edges = (-np.inf, *clusters.boundaries, np.inf)
     return [
-        {"cluster": f"C{i + 1}", "share": share, "centre": centre, "above": edges[i], "up_to": edges[i + 1]}
+        {
+            "cluster": f"C{i + 1}", "share": share, "centre": centre, "above": edges[i], "up_to": edges[i + 1],
+            "patches": clusters.patches, "clips": clusters.clips,
+        }
         for i, (share, centre) in enumerate(zip(clusters.shares, clusters.centres))
-    ]
+    ]  # fmt: skip
 
 
 def plot_clusters(model, dataset, clusters, counts, examples):

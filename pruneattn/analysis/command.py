@@ -86,10 +86,8 @@ def iterate_clips(analysis, text):
 
     model, args = analysis.model, analysis.args
     features = FeatureExtractor(model.features).to(analysis.device)
-    loader = make_loader(
-        analysis.dataset, args.batch_size, train=False, workers=args.workers, limit=args.limit
-    )
-    failed, good = [], 0
+    loader = make_loader(analysis.dataset, args.batch_size, train=False, workers=args.workers, limit=args.limit)
+    failed, good = analysis.failed, 0
     for batch in tqdm(loader, desc=text, unit="batch", disable=None, leave=False):
         failed += batch.failed
         good += len(batch.index)
@@ -98,7 +96,6 @@ def iterate_clips(analysis, text):
                 fbank = features(batch.waves.to(analysis.device, non_blocking=True), batch.lengths)
             sounding = (1 + (batch.lengths - WINDOW) // HOP).clamp(0, model.frames)
             yield Clips(fbank, sounding, batch.targets, batch.index)
-    analysis.failed.extend(clip for clip in failed if clip not in analysis.failed)
     if not good:
         reason = f"; the first, {failed[0][0]}: {failed[0][1]}" if failed else ""
         raise UserError(f"not one clip of {analysis.dataset.name} could be read{reason}")
@@ -144,7 +141,8 @@ def report_failed(analysis):
 
 def describe_data(analysis):
     """The data in a few words for a figure's title: data set, split, clips."""
-    args, clips = analysis.args, len(analysis.dataset) - len(analysis.failed)
+    args = analysis.args
+    clips = min(len(analysis.dataset), args.limit or len(analysis.dataset)) - len(analysis.failed)
     fold = f", fold {args.fold}" if args.dataset == "esc50" else ""
     name = Path(args.manifest).stem if args.manifest else args.dataset
-    return f"{name}, {args.split}{fold}, {min(clips, args.limit or clips)} clips"
+    return f"{name}, {args.split}{fold}, {clips} clips"

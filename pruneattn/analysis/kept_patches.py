@@ -1,5 +1,6 @@
 """What each pruning stage leaves of a clip (paper, Fig. 1 and 3), and how much of it is sound, pause or padding."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ def find_pauses(fbank, sounding, std):
         bool ``[B, frames]``.
     """
     # Energy of a frame in dB, but for a constant: log-mel is the natural logarithm of power.
-    level = 10 / torch.tensor(10.0).log() * (fbank * 2 * std).logsumexp(2)  # [B, frames]
+    level = 10 / math.log(10) * (fbank * 2 * std).logsumexp(2)  # [B, frames]
     sounds = torch.arange(fbank.shape[1], device=fbank.device) < sounding.to(fbank.device).unsqueeze(1)
     loud = level.masked_fill(~sounds, torch.nan).nanquantile(0.95, dim=1, keepdim=True)
     quiet = (level < loud - _PAUSE_DB) & sounds

@@ -1,11 +1,10 @@
 """The metric by keep-rate and ranking (paper, Table I): which cells to train, and what they say against unpruned."""
 
+import json
 import shutil
-import time
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from .. import train
 from ..data import FeatureExtractor, make_loader
@@ -17,14 +16,14 @@ from ..models.pretrained import load_pretrained
 from ..plot import FAINT, INK, matplotlib_figure
 from ..training import distributed, state
 from ..training.build import open_split
-from ..training.options import parse
+from ..training.options import describe, differences, parse
 from .paired import metric_name, paired_test, unit_scores
 
 #: Name of a ranking -> the option that trains with it; attention is the model's own score.
-RANKINGS = {"attention": [], "random": ["--score", "random"]}
-RANKINGS |= {name: ["--score", name] for name in ("intensity", "variation")}
+RANKINGS = {"attention": []} | {name: ["--score", name] for name in ("intensity", "variation", "random")}
 UNPRUNED = "unpruned"
 _OWN_OPTIONS = ("--output", "--seed", "--keep-rate", "--score", "--resume", "--branch-from")
+_OF_A_CELL = ("seed", "keep_rate", "score")  # may differ within a table
 _STYLES = {  # Okabe-Ito colours, each with a marker of its own
     "attention": ("#0072b2", "o"), "intensity": ("#d55e00", "s"), "variation": ("#009e73", "^"),
     "random": ("#555555", "D"),
@@ -49,12 +48,8 @@ def make_cells(rankings, keep_rates, seeds):
     for rate in keep_rates:
         if not 0 < rate < 1:
             raise UserError(f"--keep-rates {rate:g}: must be above 0 and below 1; unpruned is trained in any case")
-    pruned = [Cell(*cell) for cell in _product(keep_rates, rankings, seeds)]
+    pruned = [Cell(ranking, rate, seed) for seed in seeds for rate in keep_rates for ranking in rankings]
     return [Cell(UNPRUNED, 1.0, seed) for seed in seeds] + pruned
-
-
-def _product(keep_rates, rankings, seeds):
-    return [(ranking, rate, seed) for seed in seeds for rate in keep_rates for ranking in rankings]
 
 
 class Table:
@@ -66,7 +61,8 @@ class Table:
         options: options of ``pruneattn.train`` that all cells have, as a list of words.
 
     Raises:
-        UserError: the options are not train's, or set what belongs to a cell.
+        UserError: the options are not train's, set what belongs to a cell, or are not those that the folder's runs
+            were trained with.
     """
 
     def __init__(self, output, cells, options):
@@ -75,6 +71,18 @@ class Table:
             raise UserError(f"{taken[0]}: every cell of the table has its own; leave it out after --")
         self.output, self.cells, self.options = output, cells, list(options)
         self.settings = {cell: parse(self._command(cell)) for cell in cells}  # wrong options end here, not in an hour
+        self._check_options(output / "options.json")
+
+    def _check_options(self, path):
+        """Runs of different options must not stand in one table."""
+        ours = describe(*self.settings[self.cells[0]])
+        if path.exists():
+            changed = differences(json.loads(path.read_text(encoding="utf-8")), ours, ignore=_OF_A_CELL)
+            if changed:
+                raise UserError(f"{path}: this table was begun with other options ({'; '.join(changed)}): "
+                                "give the same, or another --output")  # fmt: skip
+        else:
+            state.write_json(path, ours)
 
     def predictions(self, cell):
         """File with the cell's predictions on the test clips; once it is there, the cell is done."""
@@ -100,6 +108,9 @@ class Table:
                         continue
                     trunk = self._trunk(cell)
                     if trunk and not trunk.exists():
+                        if (trunk.parent / state.RESULT).exists():
+                            raise UserError(f"{trunk} is gone, from which {cell.name} would branch: delete the folder "
+                                            f"{trunk.parent} to have it trained again")  # fmt: skip
                         continue  # the unpruned run of this seed is not that far
                     code = self._train(cell)
                     if code:
@@ -174,11 +185,6 @@ class Table:
             return None
         with np.load(path) as saved:
             return {name: saved[name] for name in saved.files}
-
-
-def wait_for_others(seconds=5.0):
-    """A pause until others may have finished."""
-    time.sleep(seconds)
 
 
 def compare(runs, unpruned, name):

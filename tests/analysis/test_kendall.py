@@ -6,6 +6,7 @@ import torch
 
 import pruneattn
 from pruneattn.analysis import kendall as module
+from pruneattn.analysis.clusters import load_clusters
 from pruneattn.analysis.kendall import kendall, scoring_twin
 from pruneattn.errors import UserError
 
@@ -91,7 +92,7 @@ def test_script(analysis_run, analysis_script, tmp_path):
     with open(tmp_path / "out" / "kendall.csv", newline="") as file:
         rows = {(row["statistic"], int(row["block"]), row["variant"]): row for row in csv.DictReader(file)}
     assert len(rows) == 2 * 4 * 2
-    twin, clusters = scoring_twin(run.model), module_clusters(files[1], run.model.features)
+    twin, clusters = scoring_twin(run.model), load_clusters(files[1], run.model.features)
     expected = []
     for fbank in run.fbanks():
         with torch.no_grad():
@@ -107,9 +108,3 @@ def test_script(analysis_run, analysis_script, tmp_path):
     assert (tmp_path / "out" / "kendall.png").stat().st_size > 10000 and (tmp_path / "out" / "kendall.pdf").exists()
     with pytest.raises(UserError, match="two files cluster by intensity"):
         analysis_script("kendall").main([*run.options(tmp_path / "out"), "--clusters", files[0], files[0]])
-
-
-def module_clusters(path, features):
-    from pruneattn.analysis.clusters import load_clusters
-
-    return load_clusters(path, features)

@@ -129,6 +129,22 @@ def test_cells_are_shared_and_wait_for_their_trunk(tmp_path, options, monkeypatc
     assert begun == ["random-0.5-seed0", "unpruned-seed0", "attention-0.5-seed0"]
 
 
+def test_runs_of_other_options_do_not_share_a_table(tmp_path, options):
+    Table(tmp_path, make_cells(("random",), (0.5,), (0,)), options)
+    Table(tmp_path, make_cells(("attention",), (0.3,), (4,)), [*options, "--workers", "1"])  # no matter for the result
+    with pytest.raises(UserError, match=r"options.json.*lr: 0.003 -> 0.1\): give the same, or another --output"):
+        Table(tmp_path, make_cells(("random",), (0.5,), (0,)), [*options, "--lr", "0.1"])
+
+
+def test_a_trunk_that_is_gone_is_not_waited_for(tmp_path, options):
+    table = Table(tmp_path, make_cells(("random",), (0.5,), (0,)), options)
+    (tmp_path / "unpruned-seed0").mkdir()
+    for name in ("predictions.npz", "result.json"):
+        (tmp_path / "unpruned-seed0" / name).touch()
+    with pytest.raises(UserError, match="trunk.pt is gone, from which random-0.5-seed0"):
+        table.train_next()
+
+
 def test_paired_comparison_by_hand():
     stats = pytest.importorskip("scipy.stats")
     unpruned = {0: predictions([1, 1, 1, 0, 1, 0]), 1: predictions([1, 0, 1, 0, 1, 1]), 2: None}
