@@ -13,7 +13,7 @@ from .inference import optimized, predict_dataset
 from .metrics import evaluate_predictions
 from .models.macs import count_macs
 from .opening import add_checkpoint_options, add_data_options, describe, make_folder, open_checkpoint, open_dataset
-from .tables import save_table, table_text
+from .tables import FAILED, save_table, say_failed, table_text
 from .timing import add_speed_options, describe_device, measure_speed
 from .training import distributed
 
@@ -65,12 +65,7 @@ def main(argv=None):
         print(table_text(rows, context))
         unread = [*failed, *((str(path), "listed, but the file is not there") for path in dataset.missing)]
         save_table(output, rows, context, dataset.labels, [score["per_class"] for score in scores], unread)
-        if failed:
-            print(f"\n{len(failed)} of {len(dataset)} clips could not be read and do not count:")
-            for path, reason in failed[:10]:
-                print(f"  {reason if path in reason else f'{path}: {reason}'}")
-            if len(failed) > 10:
-                print(f"  and {len(failed) - 10} more, all in {output / 'failed_clips.txt'}")
+        say_failed(failed, len(dataset), output / FAILED)
         print(f"\nSaved in {output}")
         return 0
     finally:

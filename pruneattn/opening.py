@@ -39,8 +39,6 @@ def open_checkpoint(args, dataset):
         A ``PrunedViT`` with ``features`` (``FeatureConfig``), ``labels`` (list of names; None where unknown) and
         ``multilabel``.
     """
-    from .models import create_model
-
     if args.model is None:
         from .models.pretrained import load_pretrained
 
@@ -51,12 +49,19 @@ def open_checkpoint(args, dataset):
     else:
         model = _open_foreign(args, dataset)
     if args.score is not None and args.score != model.score:
-        other = create_model(**{**model.config, "score": args.score})
-        other.load_state_dict(model.state_dict())
-        for name in ("features", "labels", "multilabel"):
-            setattr(other, name, getattr(model, name))
-        model = other
+        model = reconfigured(model, score=args.score)
     return model.eval()
+
+
+def reconfigured(model, **changes):
+    """An opened checkpoint's weights in a model of another ``score``, ``prune_blocks`` or ``keep_rate``, in eval mode."""
+    from .models import create_model
+
+    other = create_model(**{**model.config, **changes})
+    other.load_state_dict(model.state_dict())
+    for name in ("features", "labels", "multilabel"):
+        setattr(other, name, getattr(model, name, None))
+    return other.to(next(model.parameters()).device).eval()
 
 
 def add_data_options(parser):

@@ -8,6 +8,7 @@ from .io import atomic_write, write_csv
 from .plot import plot_tradeoff, save_figure
 from .timing import VARIANTS
 
+FAILED = "failed_clips.txt"
 METRIC_NAMES = {"map": "mAP", "mauc": "mAUC", "dprime": "d'", "top1": "top-1", "top5": "top-5"}
 _SHARES = ("map", "top1", "top5")  # printed in percent
 
@@ -50,16 +51,33 @@ def save_table(output, rows, context, labels, per_class, unread):
         named = [{"label": one["label"], "name": labels[one["label"]], **one} for one in classes]
         write_csv(output / f"per_class_{row['keep_rate']:g}.csv", named)
     # Lists and pictures of an earlier evaluation must not stand beside the new table.
-    for name in ("failed_clips.txt", "tradeoff.png"):
-        (output / name).unlink(missing_ok=True)
-    if unread:
-        _write(output / "failed_clips.txt", "".join(f"{path}\t{' '.join(reason.split())}\n" for path, reason in unread))
+    (output / "tradeoff.png").unlink(missing_ok=True)
+    save_failed(output, unread)
     try:
         title = f"{context['model'].split(',')[0]} on {_where(context)} ({context['clips']} clips)"
         figure = plot_tradeoff(rows, METRIC_NAMES[context["metric"]], title, context.get("dense_clips_per_second"))
         save_figure(figure, output / "tradeoff.png")
     except UserError:  # without matplotlib the table has to do
         pass
+
+
+def save_failed(output, failed):
+    """Write the list of the clips that were left out, ``(path, reason)`` each, and return its path; no list if none."""
+    path = output / FAILED
+    path.unlink(missing_ok=True)
+    if failed:
+        _write(path, "".join(f"{clip}\t{' '.join(reason.split())}\n" for clip, reason in failed))
+    return path
+
+
+def say_failed(failed, clips, path):
+    """Print which of so many clips were left out, if any; ``path`` lists them all."""
+    if failed:
+        print(f"\n{len(failed)} of {clips} clips could not be read and do not count:")
+        for clip, reason in failed[:10]:
+            print(f"  {reason if clip in reason else f'{clip}: {reason}'}")
+        if len(failed) > 10:
+            print(f"  and {len(failed) - 10} more, all in {path}")
 
 
 def _where(context):

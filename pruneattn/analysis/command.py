@@ -12,6 +12,7 @@ from ..errors import UserError, check_least
 from ..io import write_csv
 from ..opening import add_checkpoint_options, add_data_options, make_folder, open_checkpoint, open_dataset
 from ..plot import matplotlib_figure, save_figure
+from ..tables import save_failed, say_failed
 from ..training import distributed
 
 
@@ -132,11 +133,9 @@ def save_result(output, name, rows, figure):
 
 
 def report_failed(analysis):
-    """Say which clips were left out, if any."""
-    if analysis.failed:
-        print(f"{len(analysis.failed)} of {len(analysis.dataset)} clips could not be read and do not count:")
-        for path, reason in analysis.failed[:10]:
-            print(f"  {reason if path in reason else f'{path}: {reason}'}")
+    """Say which clips were left out, if any, and list them all in ``failed_clips.txt``."""
+    path = save_failed(analysis.output, analysis.failed)
+    say_failed(analysis.failed, len(analysis.dataset), path)
 
 
 def describe_data(analysis):

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..models import create_model
 from ..models.trace import trace
+from ..opening import reconfigured
 from ..plot import FAINT, INK, matplotlib_figure
 from .command import iterate_clips
 from .means import Means
@@ -55,12 +55,7 @@ def scoring_twin(model):
     A model that ranks by something else than attention gets its family's attention score.
     """
     score = model.score if model.score in ("column_mean", "cls") else model.default_score
-    device = next(model.parameters()).device
-    twin = create_model(
-        **{**model.config, "prune_blocks": tuple(range(len(model.blocks))), "keep_rate": 1.0, "score": score}
-    )
-    twin.load_state_dict(model.state_dict())
-    return twin.to(device).eval()
+    return reconfigured(model, prune_blocks=tuple(range(len(model.blocks))), keep_rate=1.0, score=score)
 
 
 def measure_kendall(analysis, clusters):

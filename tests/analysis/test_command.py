@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,3 +31,18 @@ def test_examples_by_name():
     assert example_indices(analysis, 2, ["class1", "class2"]) == [2, 4]
     with pytest.raises(UserError, match="--match dog cat: no clip of toy has that in its path"):
         example_indices(analysis, 2, ["dog", "cat"])
+
+
+def test_clips_that_cannot_be_read_are_said_and_listed(analysis_run, analysis_script, analysis_clips, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    run, data = analysis_run("ast"), tmp_path / "clips"
+    shutil.copytree(analysis_clips, data)
+    (data / "test" / "buzz" / "broken.wav").write_text("no sound")
+    run.data = data
+    analysis_script("clusters").main(run.options(tmp_path / "out"))
+    text = capsys.readouterr().out
+    assert "1 of 8 clips could not be read" in text and text.count("broken.wav") == 1
+    assert "broken.wav" in (tmp_path / "out" / "failed_clips.txt").read_text()
+    run.data = analysis_clips
+    analysis_script("clusters").main(run.options(tmp_path / "out"))
+    assert not (tmp_path / "out" / "failed_clips.txt").exists() and "could not" not in capsys.readouterr().out
