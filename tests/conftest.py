@@ -1,4 +1,5 @@
 import contextlib
+import importlib.util
 import os
 from pathlib import Path
 
@@ -13,6 +14,19 @@ def real_audio():
         if folder and (Path(folder) / "esc10").is_dir():
             return Path(folder)
     pytest.skip("no real audio: set PRUNEATTN_DATA to the folder that holds esc10/ and speech_commands_ar/")
+
+
+@pytest.fixture(scope="session")
+def load_file():
+    """``load_file(path)``: a Python file that is in no package, as a module."""
+
+    def load(path):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

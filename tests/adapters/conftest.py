@@ -1,5 +1,4 @@
 import copy
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +10,9 @@ from pruneattn import ops
 
 
 @pytest.fixture(scope="session")
-def eager():
+def eager(load_file):
     """The eager model beside this file."""
-    spec = importlib.util.spec_from_file_location("eager", Path(__file__).with_name("eager.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(Path(__file__).with_name("eager.py"))
 
 
 def stir(model, seed=0):

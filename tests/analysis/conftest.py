@@ -1,4 +1,3 @@
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -49,19 +48,10 @@ class Run:
         return [str(self.folder), *data, "--output", str(output), "--device", "cpu", "--batch-size", "3"]
 
 
-def load_script(name):
-    """A script of ``python/`` as a module."""
-    path = Path(__file__).parents[2] / "python" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def analysis_script():
+def analysis_script(load_file):
     """``analysis_script(name)``: that script of ``python/`` as a module."""
-    return load_script
+    return lambda name: load_file(Path(__file__).parents[2] / "python" / f"{name}.py")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,3 @@
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,12 +7,9 @@ from pruneattn.models import create_model
 
 
 @pytest.fixture(scope="session")
-def eager():
+def eager(load_file):
     """The eager model beside this file."""
-    spec = importlib.util.spec_from_file_location("eager", Path(__file__).with_name("eager.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(Path(__file__).with_name("eager.py"))
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 import contextlib
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -59,9 +58,6 @@ def seeded():
 
 
 @pytest.fixture(scope="session")
-def cases():
+def cases(load_file):
     """Inputs and exact results for the attention ops: attention_cases.py beside this file."""
-    spec = importlib.util.spec_from_file_location("attention_cases", Path(__file__).with_name("attention_cases.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(Path(__file__).with_name("attention_cases.py"))
