@@ -89,9 +89,7 @@ def plot_tradeoff(rows, metric, title, dense_clips_per_second=None):
         _curve(axes[1], [row["clips_per_second"] for row in rows], score, rows, "#c2491d", label="measured")
         axes[1].legend(frameon=False, fontsize=8, loc="lower left")
     for axis in axes:
-        axis.grid(color="#e6e6e6", lw=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        plain_axis(axis)
         axis.margins(x=0.1, y=0.18)
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.02, ha="left")
     return figure
@@ -181,6 +179,13 @@ def mark_pauses(axis, pauses):
     edges = np.flatnonzero(np.diff(np.concatenate([[False], pauses, [False]]).astype(np.int8)))
     runs = [(begin * HOP_SECONDS, (end - begin) * HOP_SECONDS) for begin, end in zip(edges[::2], edges[1::2])]
     axis.broken_barh(runs, (-0.045, 0.03), color="#d55e00", lw=0, transform=axis.get_xaxis_transform(), clip_on=False)
+
+
+def plain_axis(axis):
+    """Faint grid lines behind the curves, no frame above and to the right."""
+    axis.grid(color="#e6e6e6", lw=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def spectrogram_axis(axis, frames, start=0.0):

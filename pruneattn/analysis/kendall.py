@@ -6,7 +6,7 @@ import torch
 
 from ..models.trace import trace
 from ..opening import reconfigured
-from ..plot import FAINT, INK, matplotlib_figure
+from ..plot import FAINT, INK, matplotlib_figure, plain_axis
 from .command import iterate_clips
 from .means import Means
 
@@ -120,9 +120,7 @@ def plot_kendall(rows, title, prune_blocks=()):
     shaded = "pruning blocks shaded; " if prune_blocks else ""
     axis.set_xlabel(f"block ({shaded}dotted: the paper's coefficient of unrelated rankings)")
     axis.set_ylabel("Kendall's coefficient\nwith the attention score")
-    axis.grid(axis="y", color="#e6e6e6", lw=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    plain_axis(axis)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
     return figure

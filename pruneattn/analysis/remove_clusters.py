@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
-from ..plot import FAINT, INK, matplotlib_figure
+from ..plot import FAINT, INK, matplotlib_figure, plain_axis
 from .command import iterate_clips
 from .paired import metric_name, paired_test, unit_scores
 
@@ -143,9 +143,7 @@ def plot_removal(rows, title):
     axis.set_xticks([row["after_block"] for row in rows])
     axis.set_xlabel("removed after block (0: before the first)")
     axis.set_ylabel(f"{rows[0]['metric_name']} (%)")
-    axis.grid(axis="y", color="#e6e6e6", lw=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    plain_axis(axis)
     axis.legend(frameon=False, fontsize=8.5)
     axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
     return figure

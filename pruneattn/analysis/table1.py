@@ -13,7 +13,7 @@ from ..inference import optimized, predict_dataset
 from ..io import atomic_write
 from ..models.macs import count_macs
 from ..models.pretrained import load_pretrained
-from ..plot import FAINT, INK, matplotlib_figure
+from ..plot import FAINT, INK, matplotlib_figure, plain_axis
 from ..training import distributed, state
 from ..training.build import open_split
 from ..training.options import describe, differences, parse
@@ -285,8 +285,7 @@ def plot_table1(rows, rankings, title):
     axis.set_xlabel("keep-rate")
     metric = next((row["metric_name"] for row in rows if row["metric_name"]), "metric")
     axis.set_ylabel(f"{metric} (%)")
-    axis.grid(color="#e6e6e6", lw=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+    plain_axis(axis)
     axis.legend(frameon=False, fontsize=8.5)
     axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
     return figure

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..io import atomic_write
 from ..models import create_model
 from ..models.macs import count_macs
-from ..plot import FAINT, INK, matplotlib_figure
+from ..plot import FAINT, INK, matplotlib_figure, plain_axis
 from ..tables import gmacs_text, markdown_lines
 from ..timing import Speed, measure_speed
 
@@ -200,9 +200,7 @@ def plot_table2(rows):
     if timed:
         axes[-1, 1].set_xlabel("work saved, by the paper's count (%)")
     for axis in axes.flat:
-        axis.grid(color="#e6e6e6", lw=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        plain_axis(axis)
     _draw_legends(axes[0], styles, any(row["gmacs_printed"] is not None for row in rows))
     title = "Work and time of one clip by keep-rate" if timed else "Work of one clip by keep-rate"
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.02, ha="left", color=INK)

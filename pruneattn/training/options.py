@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import types
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Union, get_args, get_origin, get_type_hints
 
 from pruneattn.errors import UserError
