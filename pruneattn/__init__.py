@@ -8,8 +8,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "create_model": "models",
     "list_models": "models",
+    "Pruning": "models.scores",
     "trace": "models.trace",
     "optimize_for_inference": "models.optimize",
+    "export_model": "models.export",
     "count_macs": "models.macs",
     "load_checkpoint": "models.checkpoints",
     "load_pretrained": "models.pretrained",
@@ -21,7 +23,7 @@ _PUBLIC = {
     "use_backend": "backend",
     "UserError": "errors",
 }
-_SUBMODULES = ("ops", "models", "data")
+_SUBMODULES = ("ops", "models", "data", "adapters")
 
 __all__ = [*_PUBLIC, *_SUBMODULES]
 

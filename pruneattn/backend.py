@@ -55,6 +55,12 @@ def choose(op, device_type):
     return _resolve(op, device_type, _forced or _from_environment())
 
 
+def references():
+    """Dict of every op's overload (``torch.ops.pruneattn.NAME.default``) and its reference in plain PyTorch."""
+    _load_ops()
+    return {getattr(torch.ops.pruneattn, op).default: functions["reference"] for op, functions in _kernels.items()}
+
+
 def launch(kernel, tensor, *args):
     """Call a compiled kernel where ``tensor`` is: on the GPU's current stream, or on as many CPU threads as PyTorch."""
     if tensor.is_cuda:

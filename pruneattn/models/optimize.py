@@ -32,7 +32,7 @@ def optimize_for_inference(model, dtype=None):
         raise UserError(f"optimize_for_inference: expected a model of pruneattn.create_model, got {given}")
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise UserError(f"optimize_for_inference: dtype must be torch.float32 or torch.bfloat16, got {dtype}")
-    if not any(isinstance(module, PackedLinear) for module in model.modules()):
+    if not is_optimized(model):
         model.to(dtype=dtype)
     elif dtype not in (None, model.head.weight.dtype):
         raise UserError(f"optimize_for_inference: the model is packed in {model.head.weight.dtype} already")
@@ -45,6 +45,11 @@ def optimize_for_inference(model, dtype=None):
             block.mlp.fc1 = PackedLinear.of(block.mlp.fc1)
             block.mlp.fc2 = PackedLinear.of(block.mlp.fc2)
     return model
+
+
+def is_optimized(model):
+    """Whether the model's weights are packed by :func:`optimize_for_inference`."""
+    return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def can_pack(weight):

@@ -1,0 +1,235 @@
+"""Files of `export_model` compute what the model does, where nothing of this package is."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import pruneattn
+from pruneattn import UserError
+from pruneattn.data import FeatureConfig, FeatureExtractor
+from pruneattn.data.fbank import WINDOW, samples_for
+from pruneattn.models import export
+from pruneattn.models.export import DESCRIPTION_FILE, KEY, export_model
+
+SMALL = {"depth": 3, "prune_blocks": (0, 2), "keep_rate": 0.6}
+
+
+@pytest.fixture
+def onnxruntime():
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    return pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture
+def model(make_model):
+    model = make_model("ast", **SMALL)
+    model.features = FeatureConfig(frames=128, mean=-8.74, std=4.28)
+    model.labels, model.multilabel = list("abcde"), False
+    return model
+
+
+def run_onnx(onnxruntime, path, *inputs):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    (logits,) = session.run(["logits"], {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+    return torch.from_numpy(logits), names, session.get_modelmeta().custom_metadata_map
+
+
+def close(actual, expected, tolerance=1e-3):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family, score", [("ast", "cls"), ("audiomae", "column_mean"), ("audiomae", "variation")])
+@torch.no_grad()
+def test_onnx(make_model, onnxruntime, tmp_path, family, score):
+    model, path = make_model(family, score=score, **SMALL), tmp_path / "model.onnx"
+    assert export_model(model, path, "onnx") < 1e-3
+    for batch in (1, 5):
+        fbank = torch.randn(batch, 128, 128)
+        logits, names, _ = run_onnx(onnxruntime, path, fbank)
+        close(logits, model(fbank))
+    assert names == ["fbank"] and logits.std() > 0.1
+    # Patches of equal score, as padding has them: the lower numbers stay.
+    fbank[:, 20:] = 0
+    close(run_onnx(onnxruntime, path, fbank)[0], model(fbank))
+
+
+@torch.no_grad()
+def test_onnx_takes_sound_and_says_what_it_is(model, onnxruntime, tmp_path):
+    path = tmp_path / "model.onnx"
+    export_model(model, path, "onnx", waveform=True)
+    samples = samples_for(128)
+    waves, lengths = 0.1 * torch.randn(4, samples), torch.tensor([samples, WINDOW, 9000, 4242])
+    logits, names, metadata = run_onnx(onnxruntime, path, waves, lengths)
+    close(logits, model(FeatureExtractor(model.features)(waves, lengths)))
+    about = json.loads(metadata[KEY])
+    assert names == about["inputs"] == ["waves", "lengths"]
+    assert about["labels"] == model.labels and about["keep_rates"] == [0.6, 0.6]
+    assert FeatureConfig(**about["features"]) == model.features
+
+
+@torch.no_grad()
+def test_a_program_of_torch_needs_nothing_of_this_package(model, tmp_path):
+    path = tmp_path / "model.pt2"
+    export_model(model, path, "torch")
+    files = {DESCRIPTION_FILE: ""}
+    program = torch.export.load(path, extra_files=files)
+    assert json.loads(files[DESCRIPTION_FILE])["labels"] == model.labels
+    used = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in used if "pruneattn" in name]
+    assert not [name for name in used if "logsumexp" in name]  # which only a gradient needs
+    fbank = torch.randn(4, 128, 128)
+    close(program.module()(fbank), model(fbank))
+    elsewhere = "import sys; sys.modules['pruneattn'] = None; import torch; torch.export.load(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", elsewhere, path], check=True)
+
+
+@torch.no_grad()
+def test_kernels_stay_where_that_is_wanted(model, tmp_path):
+    path = tmp_path / "model.pt2"
+    assert export_model(model, path, "torch", kernels=True) == 0
+    used = {str(node.target) for node in torch.export.load(path).graph.nodes}
+    assert {"pruneattn.cls_scores.default", "pruneattn.prune_tokens.default"} <= used
+    elsewhere = "import sys; sys.modules['pruneattn'] = None; import torch; torch.export.load(sys.argv[1])"
+    assert subprocess.run([sys.executable, "-c", elsewhere, path], capture_output=True).returncode
+
+
+@torch.no_grad()
+def test_aoti(make_model, tmp_path):
+    model, path = make_model("audiomae", **SMALL), tmp_path / "model.pt2"
+    export_model(model, path, "aoti")
+    compiled = torch._inductor.aoti_load_package(path)
+    assert json.loads(compiled.loader.get_metadata()[KEY])["model"] == "audiomae_tiny"
+    for batch in (1, 5):
+        fbank = torch.randn(batch, 128, 128)
+        close(compiled(fbank), model(fbank))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(model, tmp_path, dtype):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export_model(model, tmp_path / "model.pt2", "torch", dtype=dtype)
+    program, fbank = torch.export.load(tmp_path / "model.pt2"), torch.randn(4, 128, 128)
+    logits, expected = program.module()(fbank), model(fbank)
+    assert logits.dtype == torch.float32 and program.state_dict["model.head.weight"].dtype == dtype
+    assert (logits - expected).norm() < 0.2 * expected.norm()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype
+
+
+@torch.no_grad()
+def test_models_of_others(onnxruntime, tmp_path):
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=24, num_classes=7)
+    config = transformers.ASTConfig(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, max_length=128,
+        frequency_stride=16, time_stride=16, num_labels=7,
+    )  # fmt: skip
+    for model, shape in (
+        (vit, (3, 64, 64)),
+        (transformers.ASTForAudioClassification(config), (128, 128)),
+    ):
+        pruneattn.prune(model.eval(), keep_rate=0.5, blocks=(1,))
+        head = model.head if hasattr(model, "head") else model.classifier.dense
+        torch.nn.init.normal_(head.weight)
+        export_model(model, tmp_path / "theirs.onnx", "onnx", example=torch.zeros(1, *shape))
+        x = torch.randn(5, *shape)
+        logits, names, _ = run_onnx(onnxruntime, tmp_path / "theirs.onnx", x)
+        expected = model(x)
+        close(logits, getattr(expected, "logits", expected))
+        assert names == ["input"]
+        pruneattn.unprune(model)
+        unpruned = model(x)
+        assert (getattr(unpruned, "logits", unpruned) - logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("model.onnx", {"format": "tflite"}, "format: expected onnx, torch, aoti, got 'tflite'"),
+        ("model.bin", {"format": "onnx"}, "must end in .onnx"),
+        ("model.onnx", {"format": "aoti"}, "must end in .pt2"),
+        ("nowhere/model.pt2", {"format": "torch"}, "there is no folder"),
+        ("model.onnx", {"format": "onnx", "kernels": True}, "ONNX has no place for this package's operators"),
+        ("model.pt2", {"format": "torch", "example": torch.zeros(1, 3)}, "example: needed for a model that is not of"),
+    ],
+)
+def test_what_cannot_be_used(model, tmp_path, name, arguments, message):
+    with pytest.raises(UserError, match=message):
+        export_model(model, tmp_path / name, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_cannot_be_exported(model, tmp_path):
+    with pytest.raises(UserError, match="example: needed"):
+        export_model(torch.nn.Linear(3, 3), tmp_path / "model.pt2", "torch")
+    model.features = None
+    with pytest.raises(UserError, match="waveform: the model does not say how its input is made"):
+        export_model(model, tmp_path / "model.pt2", "torch", waveform=True)
+    if torch.backends.mkldnn.is_available():
+        pruneattn.optimize_for_inference(model)
+        with pytest.raises(UserError, match="optimized for inference"):
+            export_model(model, tmp_path / "model.pt2", "torch")
+
+    class Reads(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * float(x.sum())
+
+    with pytest.raises(UserError, match="Reads cannot be exported as torch"):
+        export_model(Reads(3, 3), tmp_path / "model.pt2", "torch", example=torch.zeros(1, 3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_onnx(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnx", type(sys)("onnx"))
+    monkeypatch.setitem(sys.modules, "onnxscript", type(sys)("onnxscript"))
+    with pytest.raises(UserError, match=r"needs onnxruntime: pip install 'pruneattn\[export\]'"):
+        export_model(model, tmp_path / "model.onnx", "onnx")
+
+
+def test_a_wrong_file_is_not_kept(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
+    path.write_text("what was there before")
+
+    def write_another(program, file, *_):
+        model.set_keep_rate(0.5)
+        other = export._program(export._Exported(model, False, None), (torch.zeros(2, 128, 128),), "torch", False)
+        torch.export.save(other, file)
+
+    def write_damaged(program, file, *_):
+        file.write_text("nothing")
+
+    messages = {write_another: "does not compute what the model does", write_damaged: "does not run by itself"}
+    for write, message in messages.items():
+        monkeypatch.setitem(export._WRITERS, "torch", write)
+        with pytest.raises(UserError, match=message):
+            export_model(model, path, "torch")
+        assert path.read_text() == "what was there before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_command(model, tmp_path, monkeypatch, capsys):
+    from pruneattn.export import main
+
+    pruneattn.save_pretrained(
+        model, tmp_path / "best.safetensors", features=model.features, labels=model.labels, multilabel=False
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main([str(tmp_path), "--format", "torch", "--keep-rate", "0.3", "--waveform", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "ast_tiny.pt2: ast_tiny, 128 frames (64 patches), 5 classes, keep-rate 0.3" in printed
+    assert "logits within" in printed
+    model.set_keep_rate(0.3)
+    waves, lengths = 0.1 * torch.randn(2, samples_for(128)), torch.tensor([7000, 8000])
+    with torch.no_grad():
+        close(
+            torch.export.load("ast_tiny.pt2").module()(waves, lengths),
+            model(FeatureExtractor(model.features)(waves, lengths)),
+        )
