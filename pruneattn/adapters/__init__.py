@@ -1,7 +1,8 @@
-"""Token pruning for models of others: Hugging Face's AST and timm's vision transformers, where they are.
+"""Token pruning for models of others: Hugging Face's AST and timm's vision transformers, where they are, and more.
 
 Neither library is imported: a model is known by its parts (``timm.py`` and ``huggingface.py`` here), and before a block
 is changed, it is run beside its pruning form on random weights (``checks.py``). ``block.py`` has the block that prunes.
+Other families come by :func:`register_family`; ``python/prune_own_backbone.py`` is an example of one.
 """
 
 from ..errors import UserError
@@ -9,8 +10,29 @@ from ..models.blocks import check_prune_blocks, spread_keep_rate
 from ..models.scores import make_pruning
 from ..models.vit import PrunedViT
 from . import huggingface, timm
-from .block import BlockPruning, PrunedBlock, start_pruning, stop_pruning
+from .block import BlockPruning, BlockView, PrunedBlock, start_pruning, stop_pruning
 from .checks import check_block
+from .trunk import Trunk
+
+__all__ = ["BlockView", "Trunk", "prune", "register_family", "set_keep_rate", "unprune"]
+
+_families = [timm.find, huggingface.find]
+
+
+def register_family(find):
+    """Make a family of models known to :func:`prune` and :func:`unprune`.
+
+    Args:
+        find: function that takes a model and returns its :class:`Trunk`, or None if it is of another family. It should
+            raise a ``UserError`` if the model is of the family, but has something that pruning cannot follow. The
+            family that was registered last is asked first, timm's and Hugging Face's come at the end.
+
+    Returns:
+        ``find``, so that this can be a decorator.
+    """
+    if find not in _families:
+        _families.insert(0, find)
+    return find
 
 
 def prune(model, keep_rate=0.7, blocks=(3, 6, 9), score=None):
@@ -29,12 +51,13 @@ def prune(model, keep_rate=0.7, blocks=(3, 6, 9), score=None):
 
     Args:
         model: ``ASTModel`` or ``ASTForAudioClassification`` of transformers 4 or 5, or a ``VisionTransformer`` of timm
-            (distilled, with register tokens, with or without a class token), or another model made of the same parts.
+            (distilled, with register tokens, with or without a class token), another model made of the same parts, or
+            one of a family that :func:`register_family` made known.
         keep_rate: share of the patches that each pruning block keeps, in (0, 1]: one number, or one per block.
         blocks: numbers of the blocks that prune, from 0, ascending.
-        score: what ranks the patches: "cls" (default where there is a class token), "column_mean" (default elsewhere)
-            or a function ``score(q, k, v, extra_tokens)`` of queries, keys and values ``[B, H, N, D]`` that returns
-            ``[B, N - extra_tokens]``.
+        score: what ranks the patches: "cls" (default where there is a class token), "column_mean" (default elsewhere),
+            a function ``score(q, k, v, extra_tokens)`` of queries, keys and values ``[B, H, N, D]`` that returns
+            ``[B, N - extra_tokens]``, or a :class:`~pruneattn.Pruning`.
 
     Returns:
         The model.
@@ -100,12 +123,14 @@ def _trunk_of(caller, model):
     """The part of a model that has the blocks, as ``timm.py`` or ``huggingface.py`` describes it."""
     # Hugging Face's models with a head name their trunk base_model; a trunk is its own.
     for candidate in (model, getattr(model, "base_model", None)):
-        trunk = timm.find(candidate) or huggingface.find(candidate)
-        if trunk is not None:
-            return trunk
+        for find in _families:
+            trunk = find(candidate)
+            if trunk is not None:
+                return trunk
     raise UserError(
         f"{caller}: {type(model).__name__} has no list of blocks that is known: looked for 'blocks' (timm), 'layers' "
-        "and 'encoder.layer' (Hugging Face) in it and its 'base_model'. Give the model itself, not a wrapper around it"
+        "and 'encoder.layer' (Hugging Face) in it and its 'base_model'. Give the model itself, not a wrapper around it, "
+        "or make its family known with pruneattn.adapters.register_family"
     )
 
 

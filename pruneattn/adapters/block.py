@@ -11,40 +11,68 @@ from ..errors import UserError
 from ..models.blocks import MultiHead, attention, kept_patches
 from ..models.scores import ColumnMeanPruning, FunctionPruning, Pruning
 
-# Arguments of a block that pruning cannot follow: a mask fits all tokens, not those that are left.
-_REFUSED = ("attention_mask", "attn_mask", "is_causal")
-
 
 class BlockView(MultiHead):
-    """The parts of a block under one name for all families, as the prunings of ``models/scores.py`` want them.
+    """Base of what a family's blocks are made of: the parts of a block under the names that the prunings use.
 
-    A family says what its blocks are made of: ``check`` raises a UserError where a part is missing or unknown,
-    ``norm``, ``project`` and ``finish`` run the parts, ``dropout`` is the rate on the softmax matrix, in training.
+    A derived class runs the parts of ``self.block``, a transformer block that takes and returns tokens ``[B, N, C]``
+    (or returns them first in a tuple) and acts on each row by itself in everything but attention. Before a block is
+    changed, a copy of it with random weights is run beside what the view makes of it, so that a wrong view is refused.
+
+    Attributes:
+        block: the block.
+        arguments: names of the arguments of the block's forward, beside the tokens, that are known. They are passed on
+            while every patch is kept; in a pruned block any that is neither None nor False is refused.
     """
 
-    arguments = ()  # of the block's forward, beside the tokens, that are known
+    arguments = ()
 
     def __init__(self, block):
         self.block = block
 
     @classmethod
     def check(cls, block, path):
-        raise NotImplementedError
+        """Raise a ``UserError`` where a part of the block is missing or unknown; ``path`` is its name in the model.
 
-    def norm(self, x):
-        """The tokens as attention reads them."""
-        raise NotImplementedError
-
-    def project(self, x, parts):
-        """List of some of ``"q"``, ``"k"``, ``"v"`` (neighbours) for the rows ``x`` alone, ``[B, H, N, D]`` each."""
-        raise NotImplementedError
-
-    def finish(self, x, attended):
-        """What the block returns for these rows, of its input and of the attention output before the projection."""
+        ``checks.py`` beside has ``expect_parts``, ``expect_linear`` and ``expect_heads`` for it.
+        """
         raise NotImplementedError
 
     @property
+    def dim(self):
+        """Channels of a token, C."""
+        raise NotImplementedError
+
+    @property
+    def num_heads(self):
+        """Heads of the attention, H."""
+        raise NotImplementedError
+
+    @property
+    def head_dim(self):
+        """Channels of a head, D; H * D need not be C."""
+        return self.dim // self.num_heads
+
+    @property
     def dropout(self):
+        """Rate of dropout on the softmax matrix that is in force; 0 outside training."""
+        return 0.0
+
+    def norm(self, x):
+        """The tokens ``[B, N, C]`` as attention reads them; ``x`` itself where the norm comes after attention."""
+        raise NotImplementedError
+
+    def project(self, x, parts):
+        """List of some of ``"q"``, ``"k"``, ``"v"`` (neighbours) for the rows ``x`` alone, ``[B, H, N, D]`` each.
+
+        ``self.split_heads(packed)`` cuts ``[B, N, parts * H * D]`` into these.
+        """
+        raise NotImplementedError
+
+    def finish(self, x, attended):
+        """What the block returns for these rows, of its input ``[B, M, C]`` and of the attention output before the
+        projection ``[B, M, H * D]``.
+        """
         raise NotImplementedError
 
     def kernel(self, q, k, v):
@@ -77,7 +105,7 @@ class PrunedBlock:
         keep = kept_patches(patches, mine.keep_rate)
         if keep >= patches:
             return super().forward(x, *args, **kwargs)
-        _check_arguments(mine.path, args, kwargs)
+        _check_arguments(mine, args, kwargs)
         return self.forward_pruned(x, keep)
 
     def forward_pruned(self, x, keep):
@@ -147,11 +175,12 @@ def _column_mean(q, k, v, extra_tokens):
     return ops.column_mean_attention(q, k, v, extra_tokens)[1]
 
 
-def _check_arguments(path, args, kwargs):
+def _check_arguments(mine, args, kwargs):
+    # A mask fits all tokens, not those that are left.
     given = [f"argument {place}" for place, value in enumerate(args, 1) if value is not None and value is not False]
-    given += [name for name in _REFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
+    given += [name for name in mine.view.arguments if kwargs.get(name) is not None and kwargs[name] is not False]
     if given:
         raise UserError(
-            f"{path}: a pruned model takes no attention mask, and was given {', '.join(given)}: leave it out, or use "
-            "pruneattn.unprune first"
+            f"{mine.path}: a pruned model takes no attention mask, and was given {', '.join(given)}: leave it out, or "
+            "use pruneattn.unprune first"
         )

@@ -13,10 +13,10 @@ class Trunk:
     Attributes:
         blocks: in the order in which they run.
         path: their name in the model, for messages.
-        view: the BlockView that knows them.
+        view: the class derived from :class:`~pruneattn.adapters.BlockView` that knows them.
         extra_tokens: how many tokens at the front are not patches.
         class_token: whether the first of these is a class token.
-        guard, unguard: refuse, and allow again, what the model cannot do while it is pruned.
+        guard, unguard: functions that refuse, and allow again, what the model cannot do while it is pruned.
     """
 
     blocks: Sequence[nn.Module]
@@ -24,5 +24,5 @@ class Trunk:
     view: type
     extra_tokens: int
     class_token: bool
-    guard: Callable
-    unguard: Callable
+    guard: Callable = lambda: None
+    unguard: Callable = lambda: None

@@ -43,9 +43,9 @@ def create_model(
         keep_rate: share of the patches that each pruning block keeps, in (0, 1]: one number or one per pruning block.
             ``model.set_keep_rate`` changes it at any time.
         prune_blocks: blocks, counted from 0, that drop patches after their attention.
-        score: ``"column_mean"``, ``"cls"``, ``"intensity"``, ``"variation"``, ``"random"``, or a function
+        score: ``"column_mean"``, ``"cls"``, ``"intensity"``, ``"variation"``, ``"random"``, a function
             ``score(q, k, v, extra_tokens)`` of ``[B, H, N, D]`` each that returns ``[B, N - extra_tokens]``, the
-            higher the more worth keeping. None: the paper's for that model.
+            higher the more worth keeping, or a :class:`~pruneattn.Pruning`. None: the paper's for that model.
         drop_path: stochastic depth of the last block, growing linearly from 0 in the first.
         embed_dim, depth, num_heads: override the named size.
 

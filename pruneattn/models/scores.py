@@ -2,11 +2,6 @@
 
 Pruning follows attention, and everything else acts row by row, so a row that will be dropped need never be finished:
 what a score does not read of it is not computed. The cost of each order of work stands beside it.
-
-A pruning is called as ``pruning(attn, x, y, keep, extra, values)`` with the block's attention, its tokens ``x``
-``[B, N, C]``, the normalised tokens ``y`` and the patches' input statistics ``values`` ``[B, N - extra]`` (or None).
-It returns the kept patches ``[B, keep]``, the scores float32 ``[B, N - extra]``, and the rows
-``[B, extra + keep, C]`` of ``x`` and of the attention output (before the projection) that stay.
 """
 
 import torch
@@ -16,17 +11,51 @@ from ..errors import UserError
 
 
 class Pruning:
-    """Base of the prunings: how attention runs for kept queries only."""
+    """Base of the scores: what a pruning block does from its norm to the rows that go on.
 
-    parts = ("qkv",)  # what is projected together
-    statistic = None  # of the input patches' cells, [.., P, 256] to [.., P], for the scores that rank by one
+    For a score of your own derive from this and give an object of it as ``score``, to ``create_model`` or ``prune``. (A
+    function of queries, keys and values will do where the score reads those of every patch.) ``attn`` has
+    ``project(y, parts)``, which gives views ``[B, H, N, D]`` for neighbouring parts of "qkv" and for the rows of ``y``
+    alone, ``attend(q, k, v)``, ``split_heads`` and ``merge_heads``.
+
+    Attributes:
+        parts: what is projected together, such as ("q", "kv"): ``optimize_for_inference`` packs the weights so.
+        statistic: function of the input patches' cells, ``[.., P, 256]`` to ``[.., P]``, for a score that ranks by a
+            number of the spectrogram; None for the others. (Only models of ``create_model`` look at the spectrogram.)
+    """
+
+    parts = ("qkv",)
+    statistic = None
+
+    def __call__(self, attn, x, y, keep, extra, values):
+        """Score the patches, and run attention for what stays.
+
+        Args:
+            attn: the block's attention.
+            x: the block's tokens ``[B, N, C]``, the first ``extra`` of which are no patches.
+            y: the normalised tokens ``[B, N, C]``.
+            keep: how many patches stay.
+            extra: how many extra tokens there are.
+            values: ``statistic`` of the patches that are left, float32 ``[B, N - extra]``; None without one.
+
+        Returns:
+            The kept patches int64 ``[B, keep]``, ascending; the scores float32 ``[B, N - extra]``; and the rows
+            ``[B, extra + keep, ..]`` that stay of ``x`` and of the attention output (before the projection).
+        """
+        raise NotImplementedError
 
     def attention_macs(self, tokens, kept, dim):
-        """Multiply-accumulates of the block's attention part on one clip, both products around it included."""
-        raise NotImplementedError
+        """Multiply-accumulates of the block's attention part on one clip, both products around it included.
+
+        Args:
+            tokens, kept: rows that enter and that stay, extra tokens included.
+            dim: channels.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it costs: give it attention_macs")
 
     @staticmethod
     def select_then_query(attn, x, y, scores, k, v, keep, extra):
+        """What ``__call__`` returns, where the scores are known before any query: kept rows alone are queried."""
         index, x, y = ops.prune_tokens(scores, x, y, keep, extra)
         (q,) = attn.project(y, "q")  # [B, H, extra + keep, D]
         return index, scores, x, attn.attend(q, k, v)
@@ -146,9 +175,11 @@ SCORES = tuple(_PRUNINGS)
 
 
 def make_pruning(score):
-    """The pruning for a score: a name in ``SCORES``, or a function."""
+    """The pruning for a score: a name in ``SCORES``, a function, or a :class:`Pruning`."""
+    if isinstance(score, Pruning):
+        return score
     if callable(score):
         return FunctionPruning(score)
     if score not in _PRUNINGS:
-        raise UserError(f"score: expected a function or one of {', '.join(_PRUNINGS)}, got {score!r}")
+        raise UserError(f"score: expected a function, a Pruning or one of {', '.join(_PRUNINGS)}, got {score!r}")
     return _PRUNINGS[score]

@@ -126,7 +126,7 @@ def test_parameters_replaced_after_pruning_are_used(plain, plain_vit, random_wei
         ({"score": "intensity"}, "score: 'intensity' ranks by the spectrogram"),
         ({"score": "variation"}, "score: 'variation' ranks by the spectrogram"),
         ({"score": "random"}, "score: 'random' ranks by the spectrogram"),
-        ({"score": "best"}, "score: expected a function or one of"),
+        ({"score": "best"}, "score: expected a function, a Pruning or one of"),
     ],
 )
 @pytest.mark.parametrize("pruned", [False, True])

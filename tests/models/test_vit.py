@@ -44,7 +44,7 @@ def test_names_and_sizes():
         ({"keep_rate": float("nan")}, "keep_rate"),
         ({"keep_rate": (0.5, 0.5)}, "keep_rate: 2 values for 3 pruning blocks"),
         ({"keep_rate": 0.5, "prune_blocks": ()}, "keep_rate: 0.5 needs pruning blocks"),
-        ({"score": "sum"}, "score: expected a function or one of column_mean"),
+        ({"score": "sum"}, "score: expected a function, a Pruning or one of column_mean"),
         ({"drop_path": 1.0}, "drop_path"),
         ({"embed_dim": 6, "num_heads": 3}, "embed_dim: .*multiple of 4, got 6"),
     ],
