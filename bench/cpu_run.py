@@ -11,6 +11,7 @@ import sys
 import peers
 import torch
 from cpu_block import run_block, run_memory
+from cpu_exported import run_exported
 from cpu_models import run_models, run_peers
 from cpu_ops import run_ops, run_threads
 from machine import RESULTS, describe_machine, version, write_result
@@ -23,6 +24,7 @@ SECTIONS = {
     "threads": run_threads,
     "models": run_models,
     "peers": run_peers,
+    "exported": run_exported,
     "block": run_block,
     "memory": run_memory,
 }
@@ -39,6 +41,7 @@ def run(sections, settings, folder=RESULTS):
         **describe_machine(),
         "timm": version("timm"),
         "transformers": version("transformers"),
+        "onnxruntime": version("onnxruntime"),
         "instruction_set": _C.cpu_isa(),
         "instruction_sets": _C.cpu_isas(),
         "threads": torch.get_num_threads(),

@@ -4,6 +4,7 @@ import json
 import sys
 
 import cpu_block
+import cpu_exported
 import cpu_models
 import cpu_run
 import peers
@@ -93,6 +94,18 @@ def test_a_wrong_peer_is_an_error(not_compiled, monkeypatch):
     monkeypatch.setattr(peers.PapersViT, "forward", lambda self, fbank: 1.1 * self.run(fbank)[0])
     with pytest.raises(peers.WrongResult, match="the paper's way"):
         tables("peers")
+
+
+def test_exported(not_compiled, monkeypatch):
+    files = {what: how for what, how in cpu_exported.FILES.items() if how[0] != "aoti"}  # a minute of compiling each
+    monkeypatch.setattr(cpu_exported, "FILES", files)
+    monkeypatch.setattr(cpu_exported, "FAMILIES", ("ast",))
+    (rows,) = tables("exported")
+    names = ["eager", "compiled", "optimised", *files]
+    if cpu_exported.version("onnxruntime") is None:
+        names.remove("ONNX Runtime")
+    assert [(row["what"], row["keep_rate"]) for row in rows] == [(name, rate) for rate in (1.0, 0.5) for name in names]
+    assert [row["saving"] for row in rows[: len(names)]] == [0] * len(names)
 
 
 def test_compiled_with_frozen_weights():
