@@ -1,5 +1,6 @@
 # make test    a virtual environment with the tested versions (constraints.txt), then all tests
 # make demo    train, evaluate and predict on synthetic sounds, in the same environment
+# make docs    the documentation as a web site, in build/site
 # make bench   benchmarks of the ops on this machine
 # make bench-cpu   ops, models and their peers on this CPU, side by side; writes bench/results/
 # make test-core   the tests again on a newer torch, without torchaudio and the other optional packages
@@ -17,7 +18,7 @@ SANITIZE := build/sanitize
 SANITIZE_FLAGS := -O1 -g -w -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZE_LIBRARIES = $(foreach name,asan stdc++,$(shell g++ -print-file-name=lib$(name).so))
 
-.PHONY: test test-core demo bench bench-cpu sanitize gpu clean
+.PHONY: test test-core demo docs bench bench-cpu sanitize gpu clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python $(PYTEST)
@@ -27,6 +28,9 @@ test-core: $(CORE_VENV)/installed
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python python/demo.py
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m pytest bench --benchmark-only
@@ -52,6 +56,10 @@ gpu:
 $(VENV)/installed: $(BUILD_INPUTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 $(CORE_VENV)/installed: $(BUILD_INPUTS)

@@ -1,0 +1,40 @@
+"""What pages are given when the site is built: sections of the README and the commands' help, so none is copied.
+
+A line ``<!-- readme: Heading -->`` becomes that section of the README without its heading, and a line
+``<!-- help: COMMAND -->`` what ``python -m COMMAND --help`` says.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+
+
+def on_page_markdown(markdown, page, **_):
+    """Fill in a page; links into the README lead to the page that shows its measurements."""
+    markdown = re.sub(r"^<!-- readme: (.+) -->$", lambda found: readme_section(found[1]), markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^<!-- help: (.+) -->$", lambda found: help_of(found[1]), markdown, flags=re.MULTILINE)
+    return markdown.replace("](../README.md#", "](performance.md#")
+
+
+def readme_section(heading):
+    """The text under a heading of the README, up to the next of its level or above."""
+    _, marks, text = re.split(rf"^(#+) {re.escape(heading)}$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    lines, in_code = [], False
+    for line in text.splitlines():
+        in_code ^= line.startswith("```")
+        if not in_code and re.match(rf"#{{1,{len(marks)}}} ", line):
+            break
+        lines.append(line)
+    return "\n".join(lines).strip()
+
+
+def help_of(command):
+    environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    run = [sys.executable, "-m", *command.split(), "--help"]
+    text = subprocess.run(run, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return f"```text\n{text.rstrip()}\n```"
