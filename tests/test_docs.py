@@ -56,7 +56,7 @@ def assert_same(expected, printed):
 @pytest.mark.parametrize("name", [name for name in TEXTS if name.startswith("docs/") and examples_of(name)])
 def test_examples(name, tmp_path, monkeypatch, request):
     code = "".join(code for code, _ in examples_of(name))
-    for package in ("timm", "transformers"):
+    for package in ("timm", "transformers", "onnxruntime"):
         if f"import {package}" in code or f"from {package}" in code:
             pytest.importorskip(package)
     if "esc10/" in code or '"words"' in code:
