@@ -5,7 +5,7 @@ from functools import partial
 
 import peers
 import torch
-from report import dtype_name, label_text, measure, progress
+from report import dtype_name, label_text, measure, progress, saving_rows
 
 import pruneattn
 from pruneattn.models import create_model
@@ -98,16 +98,8 @@ def _saving_rows(settings, subject):
         **{("optimised", rate): subject.ours(rate) for rate in settings.keep_rates if rate < 1},
     }
     times = measure(label_text(subject.label), variants, settings.rounds)
-    dense = min(time["p50_ms"] for (_, keep_rate), time in times.items() if keep_rate == 1)
-    rows = []
-    for (name, keep_rate), time in times.items():
-        saving, theory = 1 - time["p50_ms"] / dense, 1 - _macs(subject, keep_rate) / _macs(subject, 1.0)
-        realised = saving / theory if theory else None
-        rows.append(
-            {**subject.label, "batch": settings.batch, "what": name, "keep_rate": keep_rate,
-             "gmacs": _macs(subject, keep_rate) / 1e9, **time, "saving": saving, "theory": theory, "realised": realised}
-        )  # fmt: skip
-    return rows
+    label = {**subject.label, "batch": settings.batch}
+    return saving_rows(label, times, partial(_macs, subject))
 
 
 def _macs(subject, keep_rate):

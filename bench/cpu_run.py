@@ -2,7 +2,8 @@
 
 Prints Markdown tables and writes bench/results/cpu-<date>.json with the machine, versions, commit and every figure.
 Times are medians with the 20th and 80th percentile, of rounds in which all variants of a table take turns. A peer whose
-result is not ours is an error, not a time. Takes about 20 minutes on two cores; let nothing else run.
+result is not ours is an error, not a time. Takes about 20 minutes on two cores without the sections adapters and
+exported; let nothing else run.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import sys
 
 import peers
 import torch
+from cpu_adapters import run_adapters
 from cpu_block import run_block, run_memory
 from cpu_exported import run_exported
 from cpu_models import run_models, run_peers
@@ -25,6 +27,7 @@ SECTIONS = {
     "models": run_models,
     "peers": run_peers,
     "exported": run_exported,
+    "adapters": run_adapters,
     "block": run_block,
     "memory": run_memory,
 }

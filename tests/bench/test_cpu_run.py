@@ -2,7 +2,9 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
+import cpu_adapters
 import cpu_block
 import cpu_exported
 import cpu_models
@@ -12,6 +14,7 @@ import pytest
 import torch
 from report import Settings, markdown, percentiles
 
+import pruneattn
 from pruneattn.backend import _C
 from pruneattn.timing import with_sdpa
 
@@ -83,9 +86,59 @@ def test_peers(not_compiled):
         assert speed_up[1]["best_peer"] == "the paper's way"
 
 
+@pytest.mark.parametrize(
+    "dtype, names", [(torch.float32, [*cpu_adapters.SUBJECTS]), (torch.bfloat16, ["Hugging Face AST"])]
+)
+def test_adapters(not_compiled, monkeypatch, dtype, names):
+    monkeypatch.setattr(cpu_adapters, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_adapters, "SUBJECTS", {name: cpu_adapters.SUBJECTS[name] for name in names})
+    result = tables("adapters", TINY._replace(dtypes=(dtype,)))
+    assert [rows[0]["model"] for rows in result] == [f"{name}, tiny" for name in names]
+    for rows in result:
+        assert [(row["what"], row["keep_rate"]) for row in rows] == [
+            (what, rate) for rate in (1.0, 0.5) for what in ("eager", "compiled")
+        ]
+        assert max(row["saving"] for row in rows[:2]) == 0
+        assert rows[3]["realised"] == pytest.approx(rows[3]["saving"] / rows[3]["theory"])
+
+
+def test_adapters_in_bfloat16_only_where_the_machine_has_it(monkeypatch):
+    monkeypatch.setattr(cpu_adapters, "has_bfloat16", lambda: False)
+    assert tables("adapters", TINY._replace(dtypes=(torch.bfloat16,))) == []
+
+
+def test_macs_of_adapters():
+    subject = cpu_adapters.huggingface_ast(TINY)
+    for rate in (1.0, 0.5):
+        model = cpu_models.make_model(TINY, "ast", keep_rate=rate)
+        assert subject.macs(rate) == pruneattn.count_macs(model).paper
+    vit = subject._replace(blocks=range(12), dim=768, extra_tokens=1, inputs=torch.empty(1, 3, 224, 224))
+    assert vit.macs(1.0) == 196 * 768 * 768 + 12 * (12 * 197 * 768**2 + 2 * 197**2 * 768)
+
+
+@torch.no_grad()
+def spoil(model, *arguments):
+    next(pruneattn.prune(model, *arguments).parameters()).mul_(1.001)
+
+
+@pytest.mark.parametrize(
+    "prune, message",
+    [
+        (lambda model, rate, blocks: pruneattn.prune(model, 0.8 * rate, blocks), r"pruned: \[1, 5, 192\] instead of"),
+        (lambda model, rate, blocks: pruneattn.prune(model, rate, blocks, "column_mean"), "pruned, tokens of the last"),
+        (spoil, "at keep-rate 1 it does not give the bits"),
+    ],
+)
+def test_a_wrongly_pruned_peer_is_an_error(not_compiled, monkeypatch, prune, message):
+    monkeypatch.setattr(cpu_adapters, "pruneattn", SimpleNamespace(prune=prune))
+    with pytest.raises(peers.WrongResult, match=f"Hugging Face AST.*{message}"):
+        tables("adapters", TINY._replace(dtypes=(torch.float32,)))
+
+
 def test_missing_peers_are_left_out(not_compiled, monkeypatch):
     monkeypatch.setattr(peers, "version", lambda package: None)
     assert set(peers.missing()) == {"timm ViT", "Hugging Face AST"}
+    assert tables("adapters") == []
     for times in tables("peers", TINY._replace(dtypes=(torch.float32,)))[::2]:
         assert {row["what"] for row in times} == {"ours", "the paper's way"}
 
