@@ -118,6 +118,7 @@ def build_trainer(options, recipe, stop):
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     progress = state.restore(saved, model, optimizer, scaler) if saved else state.Progress()
+    check_same_start(folder, saved and (progress.epoch, progress.step))
 
     if distributed.is_main():
         if saved and not resume:
@@ -148,12 +149,29 @@ def find_resume(options):
     if options.resume == state.LAST:
         path = folder / state.LAST
         if not path.exists():
-            say(f"{path}: no checkpoint yet; starting from the beginning")
+            say(f"{path}: no checkpoint yet; starting from {options.branch_from or 'the beginning'}")
             return None, folder
         return path, folder
     path = Path(options.resume)
     path = path / state.LAST if path.is_dir() else path
     return path, path.parent
+
+
+def check_same_start(folder, start):
+    """Raise ``UserError`` unless all processes start at the same (epoch, step), None for a fresh start.
+
+    torchrun gives out the ranks anew at every start, so that the one that saves may be on another machine than before.
+    """
+    starts = distributed.gather_objects(start)
+    if any(other != starts[0] for other in starts):
+        found = "; ".join(
+            f"process {rank}: " + ("nothing" if place is None else "epoch {}, step {}".format(*place))
+            for rank, place in enumerate(starts)
+        )
+        raise UserError(
+            f"{folder}: the processes found different checkpoints there ({found}): --output must be one folder that all "
+            "machines share"
+        )
 
 
 def write_config(folder, config, train_set, val_set):

@@ -40,8 +40,9 @@ class Options:
     # Run
     output: str | None = option(None, "run", "folder of the run (runs/MODEL_SIZE_DATASET)", metavar="DIR")
     resume: str | None = option(
-        None, "run", "go on with the run in --output, or with that of this folder or checkpoint", metavar="PATH"
-    )
+        None, "run", "go on with the run in --output, which starts now where there is no checkpoint yet, or with that of "
+        "this folder or checkpoint, which must be there", metavar="PATH",
+    )  # fmt: skip
     branch_from: str | None = option(
         None, "run", "start from another run's trunk.pt, its state before pruning began; only --keep-rate, --score, "
         "--prune-blocks and --shrink-epochs may differ", metavar="FILE",
@@ -174,8 +175,11 @@ def check(options, recipe):
             f"--epochs or shrink earlier, such as --shrink-start {recipe.epochs // 4} "
             f"--shrink-epochs {recipe.epochs // 3}"
         )
-    if options.resume and options.branch_from:
-        raise UserError("--resume continues a run, --branch-from starts a new one: give one of them")
+    if options.resume not in (None, LAST) and options.branch_from:
+        raise UserError(
+            "--resume PATH continues a run, --branch-from starts a new one: give one of them, or --resume without a "
+            "path, which branches only where --output has no checkpoint yet"
+        )
 
 
 def describe(options, recipe):

@@ -83,7 +83,7 @@ def test_help_shows_the_recipe(capsys):
         ("--frames 100", "--frames must be a multiple of 16, got 100"),
         ("--lr -1", "--lr must be at least 0, got -1.0"),
         ("--shrink-start -1", "--shrink-start must be at least 0, got -1"),
-        ("--resume --branch-from x.pt", "give one of them"),
+        ("--resume run --branch-from x.pt", "give one of them"),
     ],
 )
 def test_bad_values_are_refused(given, message):
