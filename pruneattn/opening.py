@@ -1,7 +1,11 @@
 """What the commands open: a checkpoint (ours, which know all about themselves, or other people's), a data set."""
 
+import hashlib
+import json
 import tempfile
 from pathlib import Path
+
+import torch
 
 from .errors import UserError
 from .models.scores import SCORES
@@ -108,6 +112,17 @@ def make_folder(path):
 def describe(model):
     """A model in a few words: name, input and head."""
     return f"{model.name}, {model.frames} frames ({model.num_patches} patches), {model.num_classes} classes"
+
+
+def fingerprint(model):
+    """SHA-256 of all of an opened checkpoint that decides over its labels, but for the keep-rate."""
+    config = {name: value for name, value in model.config.items() if name != "keep_rate"}
+    known = [config, model.features.to_dict(), model.labels, model.multilabel]
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _open_foreign(args, dataset):

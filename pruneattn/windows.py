@@ -1,43 +1,26 @@
-"""Scores of sound files of any length: cut into overlapping windows, batched across files, averaged per file."""
+"""Labels of waveforms of any length: cut into overlapping windows, batched across clips, averaged per clip."""
 
+from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from .errors import UserError
 from .inference import autocast
 
 
 @dataclass
 class Clip:
-    """A sound file and what the model says about it."""
+    """A clip and what the model says about it, or the ``error`` for which it says nothing."""
 
-    path: Path
-    wave: torch.Tensor | None  # float32 [L] at 16 kHz; given up once it is not needed any more
-    samples: int
-    starts: list  # first sample of each window
+    path: str
+    wave: torch.Tensor | None = None  # float32 [L] at 16 kHz
+    starts: list = field(default_factory=list)  # first sample of each window
     scores: list = field(default_factory=list)  # float32 [K] per window
+    error: str | None = None
 
     @property
     def mean_scores(self):
         return torch.stack(self.scores).mean(0)  # [K]
-
-
-def find_clips(inputs, failed):
-    """Sound files among and below ``inputs``, each once, in the order given; what is none is added to ``failed``."""
-    from .data import find_audio
-
-    paths = {}
-    for given in map(Path, inputs):
-        if not given.is_dir():
-            paths[given] = None  # decoding tells whether it is there and sound
-            continue
-        found = find_audio(given)
-        paths.update(dict.fromkeys(found))
-        if not found:
-            failed.append((str(given), "no sound files in this folder"))
-    return list(paths)
 
 
 def window_starts(samples, window, overlap):
@@ -51,64 +34,100 @@ def window_starts(samples, window, overlap):
     return [*range(0, samples - window, step), samples - window]
 
 
-@torch.inference_mode()
-def predict_clips(model, paths, failed, device, *, amp="fp32", batch_size=16, overlap=0.5, keep_waves=False):
-    """Predict sound files, batching windows across files.
+class Labeller:
+    """Waveforms in, labels out: what ``python -m pruneattn.predict`` and a Ray actor do with decoded clips.
 
     Args:
-        model: opened checkpoint on ``device``.
-        paths: files, decoded one after the other.
-        failed: list that gets ``(path, reason)`` of every file that cannot be predicted.
+        model: opened checkpoint on ``device``, in eval mode, with ``features``, ``labels`` and ``multilabel``.
+        device: where to compute.
         amp: "fp32", "bf16" or "fp16".
         batch_size: windows at once.
         overlap: share of a window that the next one repeats, in [0, 1).
-        keep_waves: leave the waveforms in the results.
-
-    Yields:
-        ``Clip`` in the order of ``paths``: per window softmax, or sigmoid if the model is multilabel.
+        top_k: labels in a row; all where the model has fewer.
+        windows: whether rows also hold the labels of each window.
     """
-    from .data import FeatureExtractor, load_audio
-    from .data.fbank import samples_for
 
-    features = FeatureExtractor(model.features).to(device)
-    window = samples_for(model.frames)
-    waiting, pending = [], []  # clips without all their scores; windows that wait for a batch
+    def __init__(self, model, device, *, amp="fp32", batch_size=16, overlap=0.5, top_k=5, windows=False):
+        from .data import FeatureExtractor
+        from .data.fbank import samples_for
 
-    def run(count):
-        batch = pending[:count]
-        del pending[:count]
-        waves = [clip.wave[start : start + window] for clip, start in batch]
+        self.model, self.device, self.amp, self.batch_size = model, device, amp, batch_size
+        self.overlap, self.top_k, self.windows = overlap, min(top_k, model.num_classes), windows
+        self.features = FeatureExtractor(model.features).to(device)
+        self.window = samples_for(model.frames)  # samples
+
+    @torch.inference_mode()
+    def clips(self, decoded):
+        """Predict clips, batching their windows across them.
+
+        Args:
+            decoded: iterable of ``(path, wave, error)``; wave: float32 array ``[L]`` at 16 kHz, None with an error.
+
+        Yields:
+            ``Clip`` in the same order. Scores are softmax, or sigmoid if the model is multilabel.
+        """
+        waiting, pending = deque(), []  # clips without all their scores; windows that wait for a batch
+        for path, wave, error in decoded:
+            clip = Clip(path, error=error)
+            waiting.append(clip)
+            if error is None:
+                clip.wave = torch.as_tensor(wave)
+                clip.starts = window_starts(len(wave), self.window, self.overlap)
+                pending.extend((clip, start) for start in clip.starts)
+            while len(pending) >= self.batch_size:
+                self._run(pending)
+            yield from self._complete(waiting)
+        while pending:
+            self._run(pending)
+        yield from self._complete(waiting)
+
+    def row(self, clip):
+        """A clip as plain values.
+
+        Returns:
+            dict of ``path``, ``seconds``, ``labels`` (best first) and their ``scores``; with ``windows`` also
+            ``windows``, a list of dicts of ``start``, ``end`` (seconds), ``labels`` and ``scores``. Of ``path`` and
+            ``error`` for a clip that has no labels.
+        """
+        from .data.fbank import SAMPLE_RATE
+
+        if clip.error is not None:
+            return {"path": clip.path, "error": clip.error}
+        samples = len(clip.wave)
+        row = {"path": clip.path, "seconds": samples / SAMPLE_RATE, **self._best(clip.mean_scores)}
+        if self.windows:
+            row["windows"] = [
+                {
+                    "start": start / SAMPLE_RATE,
+                    "end": min(start + self.window, samples) / SAMPLE_RATE,
+                    **self._best(scores),
+                }
+                for start, scores in zip(clip.starts, clip.scores)
+            ]
+        return row
+
+    def _run(self, pending):
+        """Score the first windows that wait, and take them off."""
+        batch = pending[: self.batch_size]
+        del pending[: self.batch_size]
+        waves = [clip.wave[start : start + self.window] for clip, start in batch]
         lengths = torch.tensor([len(wave) for wave in waves])
         padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)  # [B, L]
-        fbank = features(padded.to(device), lengths)
-        with autocast(device, amp):
-            logits = model(fbank).float()  # [B, K]
-        scores = (logits.sigmoid() if model.multilabel else logits.softmax(-1)).cpu()
+        fbank = self.features(padded.to(self.device), lengths)  # [B, frames, 128]
+        with autocast(self.device, self.amp):
+            logits = self.model(fbank).float()  # [B, K]
+        scores = (logits.sigmoid() if self.model.multilabel else logits.softmax(-1)).cpu()
         for (clip, _), row in zip(batch, scores):
             clip.scores.append(row)
 
-    def complete():
+    @staticmethod
+    def _complete(waiting):
         while waiting and len(waiting[0].scores) == len(waiting[0].starts):
-            clip = waiting.pop(0)
-            if not keep_waves:
-                clip.wave = None
-            if clip.mean_scores.isfinite().all():
-                yield clip
-            else:
-                failed.append((str(clip.path), "the model's output is not finite (try --amp fp32)"))
+            clip = waiting.popleft()
+            if clip.error is None and not clip.mean_scores.isfinite().all():
+                clip.error = "the model's output is not finite (try --amp fp32)"
+            yield clip
 
-    for path in paths:
-        try:
-            wave = load_audio(path)
-        except (UserError, OSError) as error:
-            failed.append((str(path), str(error)))
-            continue
-        clip = Clip(path, wave, len(wave), window_starts(len(wave), window, overlap))
-        waiting.append(clip)
-        pending.extend((clip, start) for start in clip.starts)
-        while len(pending) >= batch_size:
-            run(batch_size)
-            yield from complete()
-    while pending:
-        run(batch_size)
-    yield from complete()
+    def _best(self, scores):
+        best = scores.topk(self.top_k)
+        return {"labels": [self.model.labels[i] for i in best.indices.tolist()], "scores": best.values.tolist()}

@@ -38,7 +38,7 @@ def main():
     run("train", f"--dataset toy {MODEL} {RECIPE} --cache --output demo/run")
     run("evaluate", "demo/run --dataset toy --output demo/evaluation --batch-size 64")
     clip = write_clip(DEMO / "siren.wav", "siren")
-    run("predict", f"demo/run demo/{clip.name} --top-k 3 --plot demo/siren.png --json demo/siren.json")
+    run("predict", f"demo/run demo/{clip.name} --top-k 3 --plot demo/siren.png")
 
     rows = json.loads((DEMO / "evaluation" / "table.json").read_text())["rows"]
     accuracy = {row["keep_rate"]: row["top1"] for row in rows}

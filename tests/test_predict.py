@@ -7,7 +7,7 @@ import soundfile
 import torch
 
 import pruneattn
-from pruneattn import predict, windows
+from pruneattn import pictures, predict, windows
 from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio
 from pruneattn.data.fbank import samples_for
 from pruneattn.data.toy import make_sound
@@ -54,43 +54,54 @@ def drawn(monkeypatch):
     pytest.importorskip("matplotlib")
     seen = {}
     monkeypatch.setattr(
-        predict, "plot_kept_patches", lambda fbank, kept, **rest: seen.update(rest, fbank=fbank, kept=kept)
+        pictures, "plot_kept_patches", lambda fbank, kept, **rest: seen.update(rest, fbank=fbank, kept=kept)
     )
     return seen
 
 
-def run_json(tmp_path, *arguments):
-    code = predict.main([*map(str, arguments), "--json", str(tmp_path / "out.json")])
-    return code, json.loads((tmp_path / "out.json").read_text())
+def run(capsys, *arguments):
+    """Exit code and rows of a run that writes them to standard output."""
+    capsys.readouterr()
+    code = predict.main([*map(str, arguments), "--output", "-"])
+    return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_labels_with_scores(checkpoint, clip, tmp_path, capsys):
-    code, out = run_json(tmp_path, checkpoint, clip, "--top-k", 3)
+def test_labels_with_scores(checkpoint, clip, capsys):
+    code, (row,) = run(capsys, checkpoint, clip, "--top-k", 3)
     expected = logits_of(make_model(keep_rate=0.5), load_audio(clip)).softmax(-1)
     best = expected.argsort(descending=True)[:3].tolist()
-    (result,) = out["clips"]
-    assert code == 0 and out["scores"] == "softmax" and out["keep_rates"] == [0.5] * 3 and out["failed"] == []
-    assert [one["label"] for one in result["labels"]] == [LABELS[i] for i in best]
-    assert [one["score"] for one in result["labels"]] == pytest.approx(expected[best].tolist(), abs=1e-6)
-    assert result["seconds"] == pytest.approx(len(load_audio(clip)) / 16000)
-    assert [(one["start"], one["end"]) for one in result["windows"]] == [(0, result["seconds"])]
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith(str(clip))
-    assert printed[1].split() == [f"{float(expected[best[0]]):.4f}", LABELS[best[0]]]
-    assert len(printed) == 4
+    assert code == 0 and set(row) == {"path", "seconds", "labels", "scores"} and row["path"] == str(clip)
+    assert row["labels"] == [LABELS[i] for i in best]
+    assert row["scores"] == pytest.approx(expected[best].tolist(), abs=1e-6)
+    assert row["seconds"] == pytest.approx(len(load_audio(clip)) / 16000)
 
-    code, out = run_json(tmp_path, checkpoint, clip, "--keep-rate", 1.0)
+    _, (row,) = run(capsys, checkpoint, clip, "--keep-rate", 1.0, "--windows")
     dense = logits_of(make_model(), load_audio(clip)).softmax(-1)
-    assert out["clips"][0]["labels"][0]["score"] == pytest.approx(float(dense.max()), abs=1e-6)
+    assert row["scores"][0] == pytest.approx(float(dense.max()), abs=1e-6)
     assert abs(float(dense.max()) - float(expected.max())) > 1e-4, "the keep-rates cannot be told apart: a poor test"
+    assert row["windows"] == [{"start": 0, "end": row["seconds"], "labels": row["labels"], "scores": row["scores"]}]
 
 
-def test_several_labels_are_scored_one_by_one(clip, tmp_path):
+def test_text_for_people(checkpoint, clip, capsys):
+    assert predict.main([str(checkpoint), str(clip), "--top-k", "2"]) == 0
+    expected = logits_of(make_model(keep_rate=0.5), load_audio(clip)).softmax(-1)
+    best = expected.argsort(descending=True)[:2].tolist()
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        f"{clip} ({len(load_audio(clip)) / 16000:.2f} s)", *(f"  {expected[i]:.4f}  {LABELS[i]}" for i in best)
+    ]  # fmt: skip
+    assert printed.err == ""
+    soundfile.write(clip, np.tile(make_sound("siren", np.random.default_rng(0)), 3), 16000)
+    predict.main([str(checkpoint), str(clip), "--overlap", "0"])
+    count = math.ceil(len(load_audio(clip)) / WINDOW)
+    assert f"mean of {count} windows" in capsys.readouterr().out
+
+
+def test_several_labels_are_scored_one_by_one(clip, tmp_path, capsys):
     checkpoint = save(tmp_path, make_model(), multilabel=True)
-    _, out = run_json(tmp_path, checkpoint, clip)
+    _, (row,) = run(capsys, checkpoint, clip)
     expected = logits_of(make_model(), load_audio(clip)).sigmoid().sort(descending=True).values
-    assert out["scores"] == "sigmoid"
-    assert [one["score"] for one in out["clips"][0]["labels"]] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert row["scores"] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_window_starts():
@@ -106,7 +117,7 @@ def test_window_starts():
         assert covered >= set(range(samples)) and (starts[-1] + 90 == samples or samples <= 90)
 
 
-def test_long_clips_are_averaged_over_windows(checkpoint, tmp_path):
+def test_long_clips_are_averaged_over_windows(checkpoint, tmp_path, capsys):
     wave = np.concatenate([make_sound(kind, np.random.default_rng(i)) for i, kind in enumerate(LABELS)])
     soundfile.write(tmp_path / "long.flac", wave, 16000)
     wave = load_audio(tmp_path / "long.flac")
@@ -115,17 +126,15 @@ def test_long_clips_are_averaged_over_windows(checkpoint, tmp_path):
     model = make_model(keep_rate=0.5)
     each = torch.stack([logits_of(model, wave[start : start + WINDOW]).softmax(-1) for start in starts])
     for batch_size in (2, 16):  # windows of a clip may fall into several batches
-        _, out = run_json(tmp_path, checkpoint, tmp_path / "long.flac", "--batch-size", batch_size, "--top-k", 4)
-        (result,) = out["clips"]
-        scores = {one["label"]: one["score"] for one in result["labels"]}
+        _, (row,) = run(
+            capsys, checkpoint, tmp_path / "long.flac", "--batch-size", batch_size, "--top-k", 4, "--windows"
+        )
+        scores = dict(zip(row["labels"], row["scores"]))
         assert [scores[label] for label in LABELS] == pytest.approx(each.mean(0).tolist(), abs=1e-5)
-        assert [one["start"] for one in result["windows"]] == [start / 16000 for start in starts]
-        assert result["windows"][-1]["end"] == pytest.approx(result["seconds"])
-        tops = [one["labels"][0] for one in result["windows"]]
-        assert [top["score"] for top in tops] == pytest.approx(each.max(1).values.tolist(), abs=1e-5)
-        assert [top["label"] for top in tops] == [LABELS[i] for i in each.argmax(1)]
-    _, out = run_json(tmp_path, checkpoint, tmp_path / "long.flac", "--overlap", 0)
-    assert len(out["clips"][0]["windows"]) == math.ceil(len(wave) / WINDOW)
+        assert [one["start"] for one in row["windows"]] == [start / 16000 for start in starts]
+        assert row["windows"][-1]["end"] == pytest.approx(row["seconds"])
+        assert [one["scores"][0] for one in row["windows"]] == pytest.approx(each.max(1).values.tolist(), abs=1e-5)
+        assert [one["labels"][0] for one in row["windows"]] == [LABELS[i] for i in each.argmax(1)]
 
 
 def test_a_bad_clip_does_not_stop_the_run(checkpoint, clip, tmp_path, capsys):
@@ -143,22 +152,23 @@ def test_a_bad_clip_does_not_stop_the_run(checkpoint, clip, tmp_path, capsys):
     soundfile.write(folder / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
     (tmp_path / "none").mkdir()
     inputs = [tmp_path / "sounds", clip, tmp_path / "gone.wav", tmp_path / "none"]
-    code, out = run_json(tmp_path, checkpoint, *inputs)
-    assert code == 0
-    assert [one["path"] for one in out["clips"]] == [str(folder / "good.wav"), str(clip)]
-    failed = {one["path"].rsplit("/", 1)[1]: one["error"] for one in out["failed"]}
-    assert set(failed) == {"cut.wav", "empty.wav", "text.wav", "short.wav", "nan.wav", "gone.wav", "none"}
-    assert failed["none"] == "no sound files in this folder" and "NaN" in failed["nan.wav"]
-    errors = capsys.readouterr().err
-    assert "7 of 9 could not be predicted" in errors and errors.count("text.wav") == 1
+    assert predict.main([str(checkpoint), *map(str, inputs), "--top-k", "1"]) == 0
+    printed = capsys.readouterr()
+    assert [line.split(" (")[0] for line in printed.out.splitlines()[::2]] == [str(folder / "good.wav"), str(clip)]
+    assert "7 of 9 could not be predicted:\n" in printed.err
+    for name in ("cut.wav", "empty.wav", "text.wav", "short.wav", "nan.wav", "gone.wav", "none"):
+        assert printed.err.count(f"{name}:") == 1
     assert predict.main([str(checkpoint), str(folder / "text.wav")]) == 1
 
 
-def test_json_to_standard_output_is_all_there_is(checkpoint, clip, capsys):
-    assert predict.main([str(checkpoint), str(clip), "--json"]) == 0
-    out = json.loads(capsys.readouterr().out)
-    assert set(out) == {"checkpoint", "model", "keep_rates", "scores", "clips", "failed"}
-    assert set(out["clips"][0]) == {"path", "seconds", "labels", "windows"}
+def test_what_is_not_finite_has_no_label(clip, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        model.head.bias[2] = math.nan
+    checkpoint, output = save(tmp_path, model), tmp_path / "out.jsonl"
+    assert predict.main([str(checkpoint), str(clip), "--output", str(output)]) == 1
+    (failed,) = (tmp_path / "out.jsonl.failed.jsonl").read_text().splitlines()
+    assert output.read_text() == "" and "not finite" in json.loads(failed)["error"]
 
 
 @pytest.mark.parametrize("name", ["audiomae_tiny", "ast_tiny"])
@@ -168,9 +178,9 @@ def test_picture_shows_the_patches_that_were_kept(name, tmp_path, drawn):
     noise = 1e-3 * np.random.default_rng(0).standard_normal(12000)
     wave = torch.from_numpy(np.where(time < 0.16, np.sin(2 * np.pi * 300 * time), noise)).float()
     model = make_model(name, keep_rate=0.25, score="intensity")
-    model.features = FEATURES
-    clip = windows.Clip(tmp_path / "a.wav", wave, len(wave), [0], [torch.tensor([0.1, 0.7, 0.1, 0.1])])
-    predict.draw_clip(model, clip, LABELS, "cpu")
+    model.features, model.labels = FEATURES, LABELS
+    clip = windows.Clip(str(tmp_path / "a.wav"), wave, [0], [torch.tensor([0.1, 0.7, 0.1, 0.1])])
+    pictures.draw_clip(model, clip, "cpu")
     loudness = torch.from_numpy(drawn["fbank"]).reshape(8, 16, 8, 16).mean((1, 3)).T  # [mel, time]
     assert [name for name, _ in drawn["kept"]] == ["after block 1", "after block 2", "after block 3"]
     for (_, grid), count in zip(drawn["kept"], (16, 4, 1)):
@@ -185,28 +195,25 @@ def test_picture_shows_the_patches_that_were_kept(name, tmp_path, drawn):
 
 def test_picture_of_a_long_clip_shows_its_clearest_window(tmp_path, drawn):
     model = make_model()
-    model.features = FEATURES
+    model.features, model.labels = FEATURES, LABELS
     wave = torch.randn(3 * WINDOW)
     scores = [torch.tensor(row) for row in ([0.6, 0.4, 0, 0], [0.1, 0.9, 0, 0], [0.2, 0.8, 0, 0])]
-    clip = windows.Clip(tmp_path / "a.wav", wave, len(wave), [0, WINDOW, 2 * WINDOW], scores)
-    predict.draw_clip(model, clip, LABELS, "cpu")
+    clip = windows.Clip(str(tmp_path / "a.wav"), wave, [0, WINDOW, 2 * WINDOW], scores)
+    pictures.draw_clip(model, clip, "cpu")
     expected = FeatureExtractor(FEATURES)(wave[None, WINDOW : 2 * WINDOW])[0]
     assert np.allclose(drawn["fbank"], expected.numpy()) and drawn["start"] == WINDOW / 16000
     assert drawn["title"].endswith("siren (0.70)")
     assert drawn["kept"] == [] and "keep-rate 1, nothing is pruned" in drawn["subtitle"]
 
 
-def test_pictures_are_written(checkpoint, clip, tmp_path, capsys):
+def test_pictures_are_written(checkpoint, clip, tmp_path):
     pytest.importorskip("matplotlib")
-    _, out = run_json(tmp_path, checkpoint, clip, "--plot", tmp_path / "one.png")
-    assert out["clips"][0]["plot"] == str(tmp_path / "one.png")
+    assert predict.main([str(checkpoint), str(clip), "--plot", str(tmp_path / "one.png")]) == 0
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "clip.wav").symlink_to(clip)
-    _, out = run_json(tmp_path, checkpoint, clip, tmp_path / "b", "--plot", tmp_path / "out.png")
-    names = ["out-clip.png", "out-clip-2.png"]
-    assert [one["plot"] for one in out["clips"]] == [str(tmp_path / name) for name in names]
-    assert all((tmp_path / name).is_file() for name in names)
+    predict.main([str(checkpoint), str(clip), str(tmp_path / "b"), "--plot", str(tmp_path / "out.png")])
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out-clip-2.png", "out-clip.png"]
 
 
 def test_misuse_is_one_clear_error(checkpoint, clip, tmp_path):
@@ -215,8 +222,10 @@ def test_misuse_is_one_clear_error(checkpoint, clip, tmp_path):
         (["--keep-rate", "0"], "keep_rate.*got 0"),
         (["--overlap", "1"], "--overlap 1.0"),
         (["--top-k", "0"], "--top-k 0"),
-        (["--json", str(checkpoint)], "must end in .json"),
-        (["--json", str(tmp_path / "no" / "a.json")], "no folder"),
+        (["--workers", "-1"], "--workers -1"),
+        (["--output", str(checkpoint)], "must end in .jsonl or .parquet"),
+        (["--output", str(tmp_path / "no" / "a.jsonl")], "no folder"),
+        (["--plot", str(tmp_path / "no" / "a.png")], "no folder"),
         (["--plot", str(tmp_path / "a.jpeg")], "must end in .png"),
         (["--label-csv", str(tmp_path / "labels.csv")], "labels.csv names 1 classes, the checkpoint has 4"),
     ]:
@@ -228,13 +237,15 @@ def test_misuse_is_one_clear_error(checkpoint, clip, tmp_path):
         predict.main([str(tmp_path / "gone.safetensors"), str(clip)])
 
 
-def test_real_clips(real_audio, tmp_path):
-    """Ogg and FLAC clips of one and five seconds in one run."""
+def test_real_clips(real_audio, tmp_path, capsys):
+    """Ogg and FLAC clips of one and five seconds in one run, by folder and by manifest."""
     words = sorted((real_audio / "speech_commands_ar" / "audio").rglob("*.o*"))[:2]
     sounds = sorted((real_audio / "esc10" / "audio").rglob("*.flac"))[:2]
+    manifest = tmp_path / "words.json"
+    manifest.write_text(json.dumps({"data": [{"wav": str(path)} for path in words]}))
     checkpoint = save(tmp_path, make_model(keep_rate=0.5))
-    code, out = run_json(tmp_path, checkpoint, *words, *sounds, "--batch-size", 3)
-    assert code == 0 and [len(one["windows"]) for one in out["clips"]] == [1, 1, 7, 7]
+    code, rows = run(capsys, checkpoint, manifest, *sounds, "--batch-size", 3, "--windows", "--workers", 2)
+    assert code == 0 and [len(row["windows"]) for row in rows] == [1, 1, 7, 7]
     model = make_model(keep_rate=0.5)
     expected = logits_of(model, load_audio(words[1])).softmax(-1).max()
-    assert out["clips"][1]["labels"][0]["score"] == pytest.approx(float(expected), abs=1e-5)
+    assert rows[1]["scores"][0] == pytest.approx(float(expected), abs=1e-5)

@@ -58,6 +58,31 @@ def _parse_json(path):
         raise UserError(f"{where}, column {error.colno}: not JSON: {error.msg}") from None
 
 
+def list_folders(path, root=None):
+    """Where the relative paths in a manifest or other list of files may count from: ``root``, its folder, its parent."""
+    return ([Path(root)] if root else []) + [Path(path).parent, Path(path).parent.parent]
+
+
+def here_or_below(root, path):
+    """A path that counts from here or, where there is nothing, from ``root`` (which may be None)."""
+    return Path(root) / path if root and not Path(path).exists() and (Path(root) / path).exists() else Path(path)
+
+
+def read_entries(path, keys):
+    """The entries of a manifest: a list of dicts in each of which the ``keys`` stand with a text."""
+    content = _parse_json(path)
+    entries = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: not a manifest; expected {FORMAT}")
+    if not entries:
+        raise UserError(f'{path}: the manifest lists no clips ("data" is empty)')
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
+            needed = " and ".join(f'"{key}"' for key in keys)
+            raise UserError(f'{path}: entry {number} of "data" needs the texts {needed}; expected {FORMAT}')
+    return entries
+
+
 def read_manifest(path, numbers, label_csv, find):
     """Read the clips of a manifest.
 
@@ -70,16 +95,8 @@ def read_manifest(path, numbers, label_csv, find):
     Returns:
         ``(clips, missing)``: the clips whose file is there, and the ``wav`` entries of the others.
     """
-    content = _parse_json(path)
-    entries = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(entries, list):
-        raise UserError(f"{path}: not a manifest; expected {FORMAT}")
-    if not entries:
-        raise UserError(f'{path}: the manifest lists no clips ("data" is empty)')
     clips, missing = [], []
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("wav", "labels")):
-            raise UserError(f'{path}: entry {number} of "data" needs the texts "wav" and "labels"; expected {FORMAT}')
+    for entry in read_entries(path, ("wav", "labels")):
         wav = entry["wav"]
         labels = [label.strip() for label in entry["labels"].split(",") if label.strip()]
         if not labels:

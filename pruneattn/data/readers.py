@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pruneattn.data.clips import Clip
 from pruneattn.data.decode import find_audio
-from pruneattn.data.manifest import read_label_csv, read_manifest, read_text
+from pruneattn.data.manifest import here_or_below, list_folders, read_label_csv, read_manifest, read_text
 from pruneattn.errors import UserError
 
 # The order of the published Speech Commands classifiers, so that their heads can be used as they are.
@@ -45,15 +45,15 @@ def read_manifest_set(manifest, *, label_csv=None, root=None, multilabel=None):
     from the manifest's folder or that folder's parent; a label CSV that is not named is looked for in the same places.
     ``multilabel=None`` means: if any clip has two labels.
     """
-    manifest = _here_or_below(root, manifest)
-    bases = ([Path(root)] if root else []) + [manifest.parent, manifest.parent.parent]
+    manifest = here_or_below(root, manifest)
+    bases = list_folders(manifest, root)
     if label_csv is None:
         found = [base / LABEL_CSV for base in bases if (base / LABEL_CSV).is_file()]
         if not found:
             places = ", ".join(str(base) for base in bases)
             raise UserError(f"no {LABEL_CSV} near {manifest} (looked in {places}); name it with --label-csv")
         label_csv = found[0]
-    label_csv = _here_or_below(root, label_csv)
+    label_csv = here_or_below(root, label_csv)
     numbers, names = read_label_csv(label_csv)
 
     def find(wav):
@@ -63,10 +63,6 @@ def read_manifest_set(manifest, *, label_csv=None, root=None, multilabel=None):
     if multilabel is None:
         multilabel = any(len(clip.labels) > 1 for clip in clips)
     return Listing(clips, names, missing, multilabel)
-
-
-def _here_or_below(root, path):
-    return Path(root) / path if root and not Path(path).exists() and (Path(root) / path).exists() else Path(path)
 
 
 def read_audioset(root, split, *, label_csv=None):
