@@ -1,5 +1,10 @@
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -159,6 +164,56 @@ def test_a_bad_clip_does_not_stop_the_run(checkpoint, clip, tmp_path, capsys):
     for name in ("cut.wav", "empty.wav", "text.wav", "short.wav", "nan.wav", "gone.wav", "none"):
         assert printed.err.count(f"{name}:") == 1
     assert predict.main([str(checkpoint), str(folder / "text.wav")]) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="holds the run up by a named pipe")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_killed_run_is_gone_on_with(workers, checkpoint, tmp_path, capsys):
+    folder, output = tmp_path / "sounds", tmp_path / "out.jsonl"
+    folder.mkdir()
+    for number in range(9):
+        wave = make_sound(LABELS[number % 4], np.random.default_rng(number))[: 4000 + 1500 * number]
+        soundfile.write(folder / f"{number}.wav", wave, 16000)
+    options = ["--batch-size", "2", "--workers", str(workers)]
+    command = [str(checkpoint), str(folder), "--output", str(output), *options]
+    _, expected = run(capsys, checkpoint, folder, *options)
+
+    (folder / "6.wav").rename(tmp_path / "6.wav")
+    os.mkfifo(folder / "6.wav")  # decoding waits for sound that never comes
+    process = subprocess.Popen([sys.executable, "-m", "pruneattn.predict", *command], stderr=subprocess.PIPE)
+    while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < 6):
+        time.sleep(0.05)
+    process.kill()
+    process.stderr.read()  # ends when the last process that was started has ended
+    assert process.wait() == -signal.SIGKILL
+    assert output.read_bytes().count(b"\n") == 6
+    os.truncate(output, output.stat().st_size - 9)  # as a kill can leave the last line
+
+    (tmp_path / "6.wav").replace(folder / "6.wav")
+    assert predict.main(command) == 0
+    rows = sorted(map(json.loads, output.read_text().splitlines()), key=lambda row: row["path"])
+    assert [row["path"] for row in rows] == [row["path"] for row in expected]
+    for row, whole in zip(rows, expected):  # other clips share a batch, which shows in the last bits
+        assert row["labels"] == whole["labels"] and row["scores"] == pytest.approx(whole["scores"], abs=1e-5)
+
+
+def test_labels_of_another_model_are_not_mixed_in(checkpoint, clip, tmp_path):
+    command = [str(checkpoint), str(clip), "--output", str(tmp_path / "out.jsonl")]
+    assert predict.main(command) == 0
+    assert predict.main([*command, "--batch-size", "3"]) == 0  # does not matter
+    for option, name in [
+        (["--keep-rate", "0.7"], "keep_rates"), (["--top-k", "2"], "top_k"), (["--overlap", "0"], "overlap"),
+        (["--windows"], "windows"), (["--amp", "bf16"], "amp"), (["--score", "intensity"], "sha256"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=f"made otherwise.*{name}: "):
+            predict.main([*command, *option])
+    model = make_model(keep_rate=0.5)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.bias[7] += 1e-3
+    save(tmp_path, model)
+    with pytest.raises(UserError, match="made otherwise.*sha256: "):
+        predict.main(command)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
 
 
 def test_what_is_not_finite_has_no_label(clip, tmp_path):
