@@ -1,95 +1,18 @@
-"""Where labels go: to the terminal, or to files that grow clip by clip and that the same command goes on with."""
+"""Files of labels that grow clip by clip, and that the same command goes on with wherever it was stopped."""
 
 import json
 import os
 import re
-import signal
-import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from tqdm import tqdm
-
 from .errors import UserError
 from .io import atomic_write
-from .training.signals import StopRequest
 
 #: A Parquet file cannot be added to, so that rows wait in memory for one of their own: for so many sets of labels (a
 #: clip's, a window's), and for no longer than a kill may cost.
 PART_LABELS, PART_SECONDS = 20_000, 300
-
-
-def write_labels(rows, output, total):
-    """Put labels into an output as they come, show progress, and say at the end how it went.
-
-    Ctrl-C and SIGTERM stop it between two clips.
-
-    Args:
-        rows: iterable of the dicts that ``Labeller.row`` gives.
-        output: ``LabelFile`` or ``Terminal``; closed in the end, whatever happens.
-        total: clips that there are, with those that the output had before.
-
-    Returns:
-        The exit code: 0, 1 if there is not one label, or 128 + the number of the signal that stopped it.
-    """
-    start, added, seconds = time.perf_counter(), 0, 0.0
-    disable = None if total > 1 else True
-    bar = tqdm(total=total, initial=len(output.done), desc="predict", unit="clip", disable=disable, leave=False)
-    with output, StopRequest() as stop, bar:
-        for row in rows:
-            if "error" in row:
-                output.fail(row["path"], row["error"])
-                bar.set_postfix(failed=output.failed, refresh=False)
-            else:
-                output.add(row)
-                added, seconds = added + 1, seconds + row["seconds"]
-            bar.update()
-            if stop.signum:
-                break
-    took = time.perf_counter() - start
-    if total > 1:
-        print(
-            f"{added} clips with {seconds / 3600:.2f} hours of sound in {took:.0f} s: {added / took:.1f} clips/s, "
-            f"{seconds / took:.0f} times real time",
-            file=sys.stderr,
-        )
-    if output.failed:
-        print(f"{output.failed} of {added + output.failed} could not be predicted{output.failures()}", file=sys.stderr)
-    if stop.signum:
-        print(f"stopped by {signal.Signals(stop.signum).name}; {output.ADVICE}", file=sys.stderr)
-        return 128 + stop.signum
-    return 0 if added or output.done else 1
-
-
-class Terminal:
-    """Labels on standard output, as text or as JSON lines."""
-
-    ADVICE = "to be able to go on, use --output FILE.jsonl"
-    done = frozenset()
-
-    def __init__(self, as_json):
-        self._as_json, self._failures = as_json, []
-
-    @property
-    def failed(self):
-        return len(self._failures)
-
-    def add(self, row):
-        text = json_line(row) if self._as_json else label_text(row)
-        tqdm.write(text.removesuffix("\n"), file=sys.stdout)  # keeps clear of the progress bar
-
-    def fail(self, path, error):
-        self._failures.append(error if path in error else f"{path}: {error}")
-
-    def failures(self):
-        return "".join(f"\n  {line}" for line in self._failures).replace("\n", ":\n", 1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        sys.stdout.flush()
 
 
 class LabelFile:
@@ -112,7 +35,7 @@ class LabelFile:
         UserError: it cannot be written, another process is writing it, it holds labels of something else, or is damaged.
     """
 
-    ADVICE = "the same command goes on"
+    ADVICE = "the same command goes on"  # when it was stopped
 
     def __init__(self, path, about, *, windows=False):
         path = Path(path)
@@ -270,14 +193,6 @@ def label_schema(windows):
 
 def json_line(row):
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def label_text(row):
-    """A row that has ``windows`` as lines for the terminal."""
-    windows = len(row["windows"])
-    length = f"{row['seconds']:.2f} s" + (f", mean of {windows} windows" if windows > 1 else "")
-    best = [f"  {score:.4f}  {label}" for label, score in zip(row["labels"], row["scores"])]
-    return "\n".join([f"{row['path']} ({length})", *best])
 
 
 def check_label_path(path):

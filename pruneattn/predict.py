@@ -8,7 +8,8 @@ from . import __version__
 from .corpus import decode_clips, find_clips
 from .errors import UserError, check_least, run_command
 from .inference import AMP_DTYPES, optimized
-from .label_files import LabelFile, Terminal, check_label_path, write_labels
+from .label_files import LabelFile, check_label_path
+from .labelling import Terminal, write_labels
 from .opening import add_checkpoint_options, describe, fingerprint, open_checkpoint
 from .training import distributed
 from .windows import Labeller
@@ -22,23 +23,24 @@ def main(argv=None):
     about = describe_labels(model, args)
     labeller = make_labeller(model, device, args)
     paths, failed = find_clips(args.clips, args.data_dir)
-    if args.output is None or args.output == Path("-"):
-        output = Terminal(as_json=args.output is not None)
-        labeller.windows |= args.output is None  # the text says how many there are
+    if args.output is None:
+        output, labeller.windows = Terminal(as_json=False), True  # the text says how many windows there are
+    elif args.output == Path("-"):
+        output = Terminal(as_json=True)
     else:
         output = LabelFile(args.output, about, windows=args.windows)
     draw = _drawing(args.plot, paths, labeller)
+    todo = [path for path in paths if path not in output.done]
 
     def rows():
         yield from ({"path": path, "error": reason} for path, reason in failed)
-        todo = (path for path in paths if path not in output.done)
         # Decoding goes on while the model works on a batch, and the next batch is there when it is done.
         for clip in labeller.clips(decode_clips(todo, args.workers, ahead=2 * args.batch_size + args.workers)):
             if draw is not None and clip.error is None:
                 draw(clip)
             yield labeller.row(clip)
 
-    return write_labels(rows(), output, total=len(paths))
+    return write_labels(rows(), len(todo), output)
 
 
 def open_model(args):

@@ -16,7 +16,8 @@ import numpy as np
 
 from pruneattn.corpus import Decoded, decode, find_clips
 from pruneattn.errors import UserError, check_least, run_command
-from pruneattn.label_files import LabelFile, check_label_path, label_schema, write_labels
+from pruneattn.label_files import LabelFile, check_label_path, label_schema
+from pruneattn.labelling import write_labels
 from pruneattn.predict import add_label_options, check_label_options, describe_labels, make_labeller, open_model
 from pruneattn.training import distributed
 
@@ -28,21 +29,21 @@ def main(argv=None):
     about = describe_labels(open_model(args), args)
     paths, failed = find_clips(args.clips, args.data_dir)
     output = LabelFile(args.output, about, windows=args.windows)
+    todo = [path for path in paths if path not in output.done]
 
     def rows():
         yield from ({"path": path, "error": reason} for path, reason in failed)
-        yield from label(args, [path for path in paths if path not in output.done])
+        yield from label(args, todo)
 
-    return write_labels(rows(), output, total=len(paths))
+    return write_labels(rows(), len(todo), output)
 
 
-def label(args, paths, labelling=None):
+def label(args, paths):
     """Rows of clips, as ``Labeller.row`` gives them, in the order in which they are done.
 
     Args:
         args: parsed options.
         paths: list of str.
-        labelling: class of the actors (``LabelBatches``).
     """
     try:
         import ray.data
@@ -58,7 +59,7 @@ def label(args, paths, labelling=None):
     decoded = clips.map_batches(decode_batch, batch_size=args.batch_size, compute=tasks, num_cpus=1)
     # An actor that is lost comes back and does again what it was doing: Ray Data's default.
     labels = decoded.map_batches(
-        labelling or LabelBatches,
+        LabelBatches,
         fn_constructor_args=(args,),
         batch_size=args.batch_size,
         zero_copy_batch=False,  # torch takes no memory that cannot be written

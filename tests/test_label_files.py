@@ -1,6 +1,5 @@
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -8,7 +7,7 @@ import pytest
 
 from pruneattn import label_files
 from pruneattn.errors import UserError
-from pruneattn.label_files import LabelFile, Terminal, write_labels
+from pruneattn.label_files import LabelFile
 
 ABOUT = {"pruneattn": "0.1.0", "checkpoint": "runs/a", "sha256": "ab", "keep_rates": [0.5, 0.5], "top_k": 2}
 
@@ -143,8 +142,8 @@ def test_names_that_cannot_be_written(tmp_path):
     for name, message in [
         ("a.json", "must end in .jsonl or .parquet"),
         ("no/a.jsonl", "there is no folder .*no"),
-        ("file.parquet", "there is a file of that name"),
         ("folder.jsonl", "cannot write .*Is a directory"),
+        ("file.parquet", "there is a file of that name"),
     ]:
         if "parquet" in name:
             pytest.importorskip("pyarrow")
@@ -208,30 +207,3 @@ def test_a_full_disk_keeps_every_whole_row(path):
     if path.suffix == ".jsonl":
         assert path.read_bytes().endswith(b"\n")
     assert write(path, [], about={}) == set(rows)
-
-
-# Writing rows as they come -------------------------------------------------------------------------------------------
-
-
-def test_what_is_said_in_the_end(path, capsys):
-    rows = [row_of(7200), {"path": "x.wav", "error": "bad"}, row_of(3600)]
-    assert write_labels(rows, LabelFile(path, ABOUT), total=3) == 0
-    said = capsys.readouterr()
-    assert said.err.startswith("2 clips with 1.50 hours of sound in ") and said.out == ""
-    assert f"1 of 3 could not be predicted, listed in {path}.failed.jsonl" in said.err
-    assert write_labels(rows[1:2], LabelFile(path, ABOUT), total=3) == 0  # there are labels, of the run before
-    assert write_labels(rows[1:2], Terminal(as_json=True), total=1) == 1
-    assert capsys.readouterr().err.splitlines()[-2:] == ["1 of 1 could not be predicted:", "  x.wav: bad"]
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_between_two_clips(path, signum, capsys):
-    def rows():
-        for number in range(5):
-            if number == 2:
-                signal.raise_signal(signum)
-            yield row_of(number)
-
-    assert write_labels(rows(), LabelFile(path, ABOUT), total=5) == 128 + signum
-    assert read(path) == [row_of(number) for number in range(3)]
-    assert f"stopped by {signum.name}; the same command goes on" in capsys.readouterr().err
