@@ -54,7 +54,7 @@ def find_clips(inputs, data_dir=None):
             if not found:
                 failed.append((str(given), "no sound files in this folder"))
         elif str(given) == "-":
-            found = _located(_lines(os.fsdecode(sys.stdin.buffer.read())), [data_dir or ""])
+            found = _located(_lines(os.fsdecode(sys.stdin.buffer.read())), [data_dir or "", ""])
         elif suffix in _READERS:
             file = here_or_below(data_dir, given)
             found = _located(_READERS[suffix](file), list_folders(file, data_dir))

@@ -32,7 +32,7 @@ class LabelFile:
         failed: number of clips that failed since.
 
     Raises:
-        UserError: it cannot be written, another process is writing it, it holds labels of something else, or is damaged.
+        UserError: it cannot be written, another process writes it, it holds labels of something else, or is damaged.
     """
 
     ADVICE = "the same command goes on"  # when it was stopped

@@ -128,8 +128,8 @@ def _parse(argv):
     add_label_options(parser)
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
-        help="write the labels to FILE.jsonl, to Parquet files in the folder FILE.parquet, or as JSON lines to standard "
-        "output ('-'), in place of the text; the same command goes on with a file where it was stopped",
+        help="write the labels to FILE.jsonl, to Parquet files in the folder FILE.parquet, or ('-') as JSON lines to "
+        "standard output, in place of the text; with FILE the same command goes on where it was stopped",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode (default: 0, this)")
     parser.add_argument(

@@ -4,8 +4,8 @@
 
 CPUs of the whole cluster decode, and actors with the model label what they decoded, on a GPU each or on CPUs. Clips and
 checkpoint must have the same path on every machine, and pruneattn be installed there. The labels come to this process
-(some hundred bytes a clip), which writes them as predict does: the same files, each clip once. An actor, a decoding task
-or a machine that is lost is made up for by Ray; if this process ends, the same command goes on.
+(some hundred bytes a clip), which writes them as predict does: the same files, each clip once. Ray makes up for an actor,
+a decoding task or a machine that is lost; if this process ends, the same command goes on.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def label(args, paths):
     blocks = min(10_000, math.ceil(len(paths) / TASK_CLIPS))
     clips = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=blocks)
     # Ray would decode in the actors if it could have as many of these tasks at once as of them.
-    tasks = ray.data.TaskPoolStrategy(size=blocks + args.actors)
+    tasks = ray.data.TaskPoolStrategy(size=max(blocks, args.actors + 1))
     decoded = clips.map_batches(decode_batch, batch_size=args.batch_size, compute=tasks, num_cpus=1)
     # An actor that is lost comes back and does again what it was doing: Ray Data's default.
     labels = decoded.map_batches(
@@ -106,8 +106,8 @@ def _parse(argv):
     )  # fmt: skip
     add_label_options(parser)
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="FILE.jsonl, or a folder FILE.parquet of Parquet files"
-    )
+        "--output", type=Path, required=True, metavar="FILE", help="FILE.jsonl, or a folder FILE.parquet",
+    )  # fmt: skip
     parser.add_argument("--actors", type=int, default=1, metavar="N", help="actors with the model (default: 1)")
     parser.add_argument(
         "--gpus", type=float, default=0, metavar="G", help="GPUs of each, may be a fraction (default: 0, on CPUs)"

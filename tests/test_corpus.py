@@ -73,7 +73,7 @@ def test_where_relative_paths_count_from(tree):
 
 
 def test_standard_input(tree, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("0.wav\nä.wav\n".encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("0.wav\r\n\nä.wav".encode())))
     monkeypatch.chdir(tree / "audio")
     assert find_clips(["-"]) == (["0.wav", "ä.wav"], [])
 

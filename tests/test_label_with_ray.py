@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ from pruneattn import predict
 from pruneattn.data import FeatureConfig
 from pruneattn.data.toy import make_sound
 from pruneattn.errors import UserError
-from pruneattn.label_files import LabelFile, write_labels
 
 LABELS = ["buzz", "siren", "tone", "noise"]
 
@@ -109,6 +109,6 @@ def test_misuse_is_one_clear_error(script, checkpoint, tmp_path):
 
 
 def test_without_ray_the_extra_is_named(script, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ray.data", None)
+    monkeypatch.setitem(sys.modules, "ray.data", None)
     with pytest.raises(UserError, match=r"pip install 'pruneattn\[ray\]'"):
         next(script.label(None, ["a.wav"]))

@@ -59,7 +59,7 @@ def _parse_json(path):
 
 
 def list_folders(path, root=None):
-    """Where the relative paths in a manifest or other list of files may count from: ``root``, its folder, its parent."""
+    """Where relative paths in a manifest or other list of files may count from: ``root``, its folder, its parent."""
     return ([Path(root)] if root else []) + [Path(path).parent, Path(path).parent.parent]
 
 

@@ -6,7 +6,6 @@
 import csv
 import hashlib
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 from pruneattn.data.clips import Clip
