@@ -14,6 +14,7 @@ _PUBLIC = {
     "export_model": "models.export",
     "count_macs": "models.macs",
     "load_checkpoint": "models.checkpoints",
+    "save_checkpoint": "models.save_checkpoint",
     "load_pretrained": "models.pretrained",
     "save_pretrained": "models.pretrained",
     "prune": "adapters",

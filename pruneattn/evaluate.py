@@ -139,7 +139,10 @@ def _parse(argv):
     )  # fmt: skip
     add_data_options(parser)
     run = parser.add_argument_group("run")
-    run.add_argument("--output", type=Path, metavar="DIR", help="where the results go (default: beside the checkpoint)")
+    run.add_argument(
+        "--output", type=Path, metavar="DIR",
+        help="where the results go (default: beside the checkpoint, or here if it is from the Hub)",
+    )  # fmt: skip
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_speed_options(run, batch_size=32)
     args = parser.parse_args(argv)
@@ -153,7 +156,8 @@ def _make_output(args):
     if output is None:
         checkpoint = Path(args.checkpoint)
         fold = f"-fold{args.fold}" if args.dataset == "esc50" else ""
-        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        beside = checkpoint.parent if checkpoint.is_file() else Path()  # of the Hub's there is no folder to write to
+        folder = checkpoint if checkpoint.is_dir() else beside
         output = folder / f"evaluation-{args.dataset}-{args.split}{fold}"
     return make_folder(output)
 

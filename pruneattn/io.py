@@ -3,7 +3,7 @@
 import csv
 import os
 import secrets
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
@@ -55,6 +55,22 @@ def atomic_write(path):
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write_all(folder, names):
+    """``atomic_write`` of several files of one folder, which is made where it is absent: all are replaced, or none.
+
+    Yields:
+        dict of a temporary path for each name.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another place") from error
+    with ExitStack() as files:
+        yield {name: files.enter_context(atomic_write(folder / name)) for name in names}
 
 
 def write_csv(path, rows):

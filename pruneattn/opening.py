@@ -3,7 +3,6 @@
 import hashlib
 import json
 import tempfile
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,8 @@ def add_checkpoint_options(parser):
     """The options by which ``open_checkpoint`` finds out what a checkpoint does not say itself."""
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT",
-        help="a run folder of train, its best.safetensors, or with --model any other file",
+        help="a run folder of train, its best.safetensors, a folder of Hugging Face's AST, either's name on the Hub "
+        "(user/name or user/name@revision), or with --model any other file",
     )  # fmt: skip
     group = parser.add_argument_group("checkpoints of other projects (AST, AudioMAE, Hugging Face, timm)")
     group.add_argument("--model", metavar="NAME", help="model that the weights are for: audiomae_base, ast_base, ...")
@@ -55,6 +55,18 @@ def open_checkpoint(args, dataset):
     if args.score is not None and args.score != model.score:
         model = reconfigured(model, score=args.score)
     return model.eval()
+
+
+def class_names(model, label_csv):
+    """Names of an opened checkpoint's classes: of a label CSV, else its own; None where it has none."""
+    if label_csv is None:
+        return model.labels
+    from .data.manifest import read_label_csv
+
+    _, names = read_label_csv(label_csv)
+    if len(names) != model.num_classes:
+        raise UserError(f"{label_csv} names {len(names)} classes, the checkpoint has {model.num_classes}")
+    return names
 
 
 def reconfigured(model, **changes):
@@ -128,21 +140,14 @@ def fingerprint(model):
 def _open_foreign(args, dataset):
     from .data import DATASETS, FeatureConfig
     from .models import create_model
-    from .models.checkpoints import load_checkpoint
+    from .models.checkpoints import load_complete
 
-    if not Path(args.checkpoint).exists():
-        raise UserError(f"{args.checkpoint}: no such file")
     info = DATASETS[dataset]
     num_classes = args.num_classes or info.num_classes
     if num_classes is None:
         raise UserError(f"the dataset {dataset} does not fix the number of classes: give --num-classes")
     model = create_model(args.model, num_classes=num_classes, frames=args.frames or info.frames)
-    report = load_checkpoint(model, args.checkpoint)
-    if report.missing:
-        raise UserError(
-            f"{args.checkpoint} lacks {', '.join(sorted(report.missing)[:4])}: it was never fine-tuned for a task of "
-            "its own. Train it first: python -m pruneattn.train --init"
-        )
+    load_complete(model, args.checkpoint)
     model.features = FeatureConfig(
         frames=model.frames,
         mean=info.mean if args.mean is None else args.mean,

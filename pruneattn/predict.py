@@ -10,7 +10,7 @@ from .errors import UserError, check_least, run_command
 from .inference import AMP_DTYPES, optimized
 from .label_files import LabelFile, check_label_path
 from .labelling import Terminal, write_labels
-from .opening import add_checkpoint_options, describe, fingerprint, open_checkpoint
+from .opening import add_checkpoint_options, class_names, describe, fingerprint, open_checkpoint
 from .training import distributed
 from .windows import Labeller
 
@@ -48,16 +48,7 @@ def open_model(args):
     model = open_checkpoint(args, args.dataset)
     if args.keep_rate is not None:
         model.set_keep_rate(args.keep_rate)
-    if args.label_csv is not None:
-        from .data.manifest import read_label_csv
-
-        _, model.labels = read_label_csv(args.label_csv)
-        if len(model.labels) != model.num_classes:
-            raise UserError(
-                f"{args.label_csv} names {len(model.labels)} classes, the checkpoint has {model.num_classes}"
-            )
-    elif model.labels is None:
-        model.labels = [f"class {number}" for number in range(model.num_classes)]
+    model.labels = class_names(model, args.label_csv) or [f"class {number}" for number in range(model.num_classes)]
     return model
 
 

@@ -1,3 +1,4 @@
+import argparse
 import csv
 import json
 import math
@@ -212,6 +213,16 @@ def test_checkpoint_of_another_project(clips, tmp_path):
     torch.save({"model": headless}, tmp_path / "pretrained.pth")
     with pytest.raises(UserError, match="lacks head.*never fine-tuned"):
         run(tmp_path / "pretrained.pth", clips, tmp_path, *options)
+
+
+def test_results_lie_beside_the_checkpoint(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (
+        (checkpoint, checkpoint), (checkpoint / "best.safetensors", checkpoint), ("user/name", Path()),
+    ):  # fmt: skip
+        args = argparse.Namespace(checkpoint=str(given), output=None, dataset="toy", split="test")
+        assert evaluate._make_output(args) == expected / "evaluation-toy-test"
+    assert os.listdir(tmp_path) == ["evaluation-toy-test"]
 
 
 def test_real_clips(real_audio, tmp_path):

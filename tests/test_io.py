@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pruneattn.errors import UserError
-from pruneattn.io import atomic_write
+from pruneattn.io import atomic_write, atomic_write_all
 
 
 def test_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -91,3 +91,19 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
         assert line.startswith(f"cannot write {tmp_path}/{name}: ") and "is unchanged" in line
         assert (tmp_path / name).read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["x.bin", "x.pt", "x.safetensors"]
+
+
+def test_several_files_are_replaced_together(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    with atomic_write_all(folder, ["a", "b"]) as temporary:
+        assert not (folder / "a").exists() and list(temporary) == ["a", "b"]
+        for name, path in temporary.items():
+            path.write_text(name)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "a", "b": "b"}
+    with pytest.raises(KeyError), atomic_write_all(folder, ["a", "b", "c"]) as temporary:
+        temporary["a"].write_text("new")
+        raise KeyError
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "a", "b": "b"}
+    with pytest.raises(UserError, match="cannot make the folder .*a: .*; choose another place"):
+        with atomic_write_all(folder / "a", ["x"]):
+            pass

@@ -98,6 +98,47 @@ class FeatureConfig:
     def from_dict(cls, values):
         return cls(**values)
 
+    def to_hugging_face(self):
+        """What ``preprocessor_config.json`` says to make Hugging Face's ``ASTFeatureExtractor`` do the same.
+
+        It always pads with 0, so that a config whose padding is ``"min"`` has no equal: clips shorter than `frames`
+        come out differently.
+        """
+        return {
+            "feature_extractor_type": "ASTFeatureExtractor",
+            "feature_size": 1,
+            "sampling_rate": SAMPLE_RATE,
+            "num_mel_bins": MEL_BINS,
+            "max_length": self.frames,
+            "do_normalize": True,
+            "mean": self.mean,
+            "std": self.std,
+            "padding_value": 0.0,
+            "padding_side": "right",
+            "return_attention_mask": False,
+        }
+
+    @classmethod
+    def from_hugging_face(cls, values):
+        """The config whose features are those of an ``ASTFeatureExtractor``.
+
+        Args:
+            values: dict as ``preprocessor_config.json`` holds it, or ``extractor.to_dict()``. What is absent has
+                Hugging Face's default.
+
+        Raises:
+            UserError: another extractor, sampling rate or number of mel bins.
+        """
+        only = {"feature_extractor_type": "ASTFeatureExtractor", "sampling_rate": SAMPLE_RATE, "num_mel_bins": MEL_BINS}
+        for name, expected in only.items():
+            if values.get(name, expected) != expected:
+                raise UserError(f"{name}: the features here are those of {expected!r}, not of {values[name]!r}")
+        if values.get("do_normalize", True):
+            mean, std = values.get("mean", -4.2677393), values.get("std", 4.5689974)
+        else:
+            mean, std = 0.0, 0.5  # (x - 0) / (2 * 0.5)
+        return cls(frames=values.get("max_length", 1024), mean=mean, std=std, padding="zero")
+
 
 class FeatureExtractor(nn.Module):
     """Waveforms to the normalised log-mel that the models take, in float32 on the device of the waves.

@@ -21,6 +21,14 @@ def list_models():
     return [f"{family}_{size}" for family, (_, sizes) in _FAMILIES.items() for size in sizes]
 
 
+def name_of_size(family, embed_dim, depth):
+    """Name of the model of that family, width and depth; None if none has a name."""
+    for size in _FAMILIES[family][1]:
+        if (_SIZES[size]["embed_dim"], _SIZES[size]["depth"]) == (embed_dim, depth):
+            return f"{family}_{size}"
+    return None
+
+
 def create_model(
     name,
     *,

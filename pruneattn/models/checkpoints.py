@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import UserError
-from . import _SIZES, list_models
+from . import name_of_size
 from .converters import QKV, detect_format
 from .positions import fit_positions
 from .state_files import find_file, read_state
 
-FILES = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
 # What may be absent from a checkpoint: everything behind the last block but AST's final norm.
 HEAD = ("head.", "head_norm.", "fc_norm.")
 
@@ -54,7 +53,8 @@ def load_checkpoint(model, path):
 
     Args:
         model: from :func:`~pruneattn.create_model`; its parameters are changed in place.
-        path: a file, or a folder that holds ``best.safetensors``, ``model.safetensors`` or ``pytorch_model.bin``.
+        path: a file; a folder that holds ``best.safetensors``, ``model.safetensors`` or ``pytorch_model.bin``; or
+            the name of such a repository on the Hugging Face Hub, ``user/name`` or ``user/name@revision``.
 
     Returns:
         A :class:`LoadReport`; ``print`` shows it.
@@ -63,7 +63,7 @@ def load_checkpoint(model, path):
         UserError: the file is missing, damaged, unsafe to open, of no known format, or does not fit the model. The
             model is unchanged then.
     """
-    path = find_file(path, FILES)
+    path = find_file(path)
     state = read_state(path)
     format_ = detect_format(state, path)
     wanted = model.state_dict()
@@ -89,6 +89,17 @@ def load_checkpoint(model, path):
     report.converted = [(key, name) for name in found for key in sources[name]]
     report.missing = [name for name in wanted if name not in found]
     model.load_state_dict(found, strict=False)
+    return report
+
+
+def load_complete(model, path):
+    """:func:`load_checkpoint` of weights with a head: what leaves a parameter at its initial value is refused."""
+    report = load_checkpoint(model, path)
+    if report.missing:
+        fresh = [note for note in report.notes if note.startswith("head:")]
+        why = fresh[0] if fresh else "it was never fine-tuned for a task of its own"
+        missing = _listed(sorted(report.missing), 4)
+        raise UserError(f"{path} lacks {missing}: {why}. Train it first: python -m pruneattn.train --init")
     return report
 
 
@@ -153,9 +164,9 @@ def _depth(names):
 
 def _remedy(family, width, depth):
     """Which model to make for weights of this width and depth."""
-    for size, shape in _SIZES.items():
-        if (shape["embed_dim"], shape["depth"]) == (width, depth) and f"{family}_{size}" in list_models():
-            return f"make create_model('{family}_{size}')"
+    name = name_of_size(family, width, depth)
+    if name is not None:
+        return f"make create_model({name!r})"
     return f"make create_model('{family}_base', embed_dim={width}, depth={depth}, num_heads=...)"
 
 

@@ -9,33 +9,40 @@ from .. import __version__
 from ..errors import UserError
 from ..io import atomic_write
 from . import create_model
+from .card import make_card
+from .folder import write_folder
+from .hub import CONFIG
+from .huggingface import load_from_config
 from .state_files import find_file, is_safetensors, read_safetensors
 
-FILES = ("best.safetensors", "model.safetensors")
 FORMAT_VERSION = 1
 _KEY = "pruneattn"  # of the metadata: JSON
+_ABOUT = "a copy, for people, of what the metadata of model.safetensors holds; load_pretrained reads that one"
 
 
 def save_pretrained(model, path, *, features, labels, multilabel, extra=None):
     """Write a model with its configuration, atomically, for :func:`load_pretrained`.
 
+    A folder gets ``model.safetensors``, the model's card ``README.md`` (see :mod:`~pruneattn.models.card`; a README
+    that somebody else wrote stays) and, for people to read, ``config.json``: what the Hugging Face Hub shows of a
+    model. :func:`load_pretrained` reads nothing but the safetensors file, whose metadata hold the configuration.
+
     Args:
         model: from :func:`~pruneattn.create_model`.
-        path: file to write, as ``best.safetensors``; its folder must exist.
+        path: file to write if the name ends in ``.safetensors``, and its folder must exist; else a folder, which is
+            made where it is absent.
         features: :class:`~pruneattn.data.fbank.FeatureConfig` of the model's input.
         labels: name of each class, in the order of the logits.
         multilabel: whether several classes can hold at once (sigmoid) or one does (softmax).
         extra: dict of further plain values to keep, such as the metric.
 
     Raises:
-        UserError: the file cannot be written, or the score is a function, which no file can hold.
+        UserError: the files cannot be written, the folder holds the ``config.json`` of something else, or the score is
+            a function, which no file can hold.
         ValueError: labels or frames do not fit the model, or `extra` holds more than JSON can.
     """
-    labels = list(labels)
-    if len(labels) != model.num_classes:
-        raise ValueError(f"labels: expected {model.num_classes} names, one per class of the model, got {len(labels)}")
-    if features.frames != model.frames:
-        raise ValueError(f"features: expected {model.frames} frames, as the model has, got {features.frames}")
+    labels, path = list(labels), Path(path)
+    check_description(model, features, labels)
     content = {
         "format_version": FORMAT_VERSION,
         "pruneattn_version": __version__,
@@ -50,31 +57,54 @@ def save_pretrained(model, path, *, features, labels, multilabel, extra=None):
     except (TypeError, ValueError) as error:
         raise ValueError(f"extra, labels: expected plain finite values that JSON can hold ({error})") from error
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_write(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt", _KEY: text})
+    if path.suffix == ".safetensors" and not path.is_dir():
+        with atomic_write(path) as temporary:
+            save_file(state, temporary, metadata={"format": "pt", _KEY: text})
+        return
+    card = make_card(model, features, labels, multilabel, extra)
+    configs = {CONFIG: {"about": _ABOUT, **content}}
+    write_folder(path, state, configs, card, own="pruneattn_version", metadata={_KEY: text})
+
+
+def check_description(model, features, labels):
+    """Raise ``ValueError`` unless features and labels (None: not known) are those of the model."""
+    if labels is not None and len(labels) != model.num_classes:
+        raise ValueError(f"labels: expected {model.num_classes} names, one per class of the model, got {len(labels)}")
+    if features.frames != model.frames:
+        raise ValueError(f"features: expected {model.frames} frames, as the model has, got {features.frames}")
 
 
 def load_pretrained(path):
-    """Make the model that :func:`save_pretrained` wrote, on the CPU, in evaluation mode.
+    """Make the model that :func:`save_pretrained` wrote, or Hugging Face's AST, on the CPU, in evaluation mode.
 
     Args:
-        path: the file, or a folder that holds ``best.safetensors`` (a training run's) or ``model.safetensors``.
+        path: the file; a folder that holds ``best.safetensors`` (a training run's) or ``model.safetensors``; or the
+            name of such a repository on the Hugging Face Hub, ``user/name`` or ``user/name@revision`` (branch, tag or
+            commit), which is downloaded into the Hub's cache. With ``HF_HUB_OFFLINE=1`` it must be there. What exists
+            here goes before what the Hub has by that name. An AST of Hugging Face's is known by the ``config.json``
+            beside its weights, and starts unpruned.
 
     Returns:
         The model, with ``model.features`` (:class:`~pruneattn.data.fbank.FeatureConfig`), ``model.labels`` (list of
         str), ``model.multilabel`` (bool) and ``model.extra`` (dict).
 
     Raises:
-        UserError: the file is missing, damaged, not pruneattn's, or of a later version of pruneattn.
+        UserError: there is no such file here nor on the Hub, or it is damaged, of no such model, or of a later version
+            of pruneattn.
     """
-    path = find_file(path, FILES)
+    path = find_file(path)
     state, metadata = read_safetensors(path) if is_safetensors(path) else (None, {})
-    if _KEY not in metadata:
+    if _KEY in metadata:
+        return _rebuild(path, state, metadata[_KEY])
+    del state
+    model = load_from_config(path)
+    if model is None:
         raise UserError(
-            f"{path}: not a model that pruneattn saved, so it does not say how to make it; "
-            "make the model with create_model and use load_checkpoint (on the command line: --model NAME)"
+            f"{path}: not a model that pruneattn saved, so it does not say how to make it, nor does a {CONFIG} of "
+            "Hugging Face's AST beside it; make the model with create_model and use load_checkpoint (on the command "
+            "line: --model NAME)"
         )
-    return _rebuild(path, state, metadata[_KEY])
+    return model
 
 
 def _rebuild(path: Path, state, text):

@@ -10,17 +10,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
+from . import hub
 
+# Weights in a folder: of a training run, as saved by most, as saved by Hugging Face until 2023.
+WEIGHTS = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
 DAMAGED = "it is truncated or damaged: copy or download it again"
 
 
-def find_file(path, names):
-    """Path of a checkpoint: `path` itself, or the first of `names` that lies in the folder `path`."""
-    path = Path(path)
+def find_file(path, names=WEIGHTS):
+    """Path of a checkpoint: `path` itself, or the first of `names` in the folder or Hub repository `path`.
+
+    What exists here goes before what the Hub has by that name.
+    """
+    path, given = Path(path), str(path)
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint; give an existing file, or a folder that holds {_either(names)}")
+        if hub.is_hub_name(given):
+            return hub.download(given, names)
+        raise UserError(
+            f"{path}: no such checkpoint; give an existing file, a folder that holds {_either(names)}, or the name of "
+            "a repository on the Hugging Face Hub (user/name)"
+        )
     for name in names:
         if (path / name).is_file():
             return path / name

@@ -283,15 +283,20 @@ class Trainer:
 
     def save_best(self):
         """Write the model as it is now, with all that prediction needs."""
+        from pruneattn.models.card import write_card
         from pruneattn.models.pretrained import save_pretrained
 
         if distributed.is_main():
             best = self.progress.best
             extra = {"epoch": best["epoch"], "metric": self.recipe.metric, "value": best["metric"]}
-            save_pretrained(
-                self.model, self.folder / state.BEST, features=self.features.config, labels=self.train_set.labels,
-                multilabel=self.train_set.multilabel, extra=state.finite(extra),
-            )  # fmt: skip
+            about = {
+                "features": self.features.config,
+                "labels": self.train_set.labels,
+                "multilabel": self.train_set.multilabel,
+                "extra": state.finite(extra),
+            }
+            save_pretrained(self.model, self.folder / state.BEST, **about)
+            write_card(self.folder, self.model, **about)
 
     def list_failed(self):
         """Write down the clips that could not be decoded, and say so once for each."""

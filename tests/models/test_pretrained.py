@@ -66,6 +66,38 @@ def test_what_is_in_the_file(tmp_path):
     assert content["model"]["name"] == "audiomae_tiny" and content["labels"] == LABELS
 
 
+def test_a_folder_holds_a_card_and_a_copy_of_the_configuration(tmp_path):
+    folder = tmp_path / "new" / "model"
+    model = make(keep_rate=0.5)
+    save(model, folder, multilabel=True, extra={"metric": "top1", "value": 97.25})
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        content = json.loads(file.metadata()["pruneattn"])
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert "load_pretrained reads that one" in config.pop("about") and config == content
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "library_name: pruneattn" in card and "several at once" in card and "value: 97.25" in card
+    (folder / "config.json").write_text("{}")  # the metadata count, and nothing else
+    assert pruneattn.load_pretrained(folder).config == model.config
+    with pytest.raises(UserError, match="holds a config.json of something else"):
+        save(model, folder)
+    (folder / "config.json").unlink()
+    (folder / "README.md").write_text("# Mine\n")
+    other = make(keep_rate=0.25)
+    save(other, str(folder))
+    assert (folder / "README.md").read_text() == "# Mine\n"
+    assert pruneattn.load_pretrained(folder).keep_rates == other.keep_rates
+
+
+def test_what_is_a_folder_by_its_name(tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    save(make(), tmp_path / "folder.safetensors")
+    save(make(), tmp_path / "run.v2")
+    save(make(), tmp_path / "file.safetensors")
+    assert (tmp_path / "folder.safetensors" / "model.safetensors").is_file()
+    assert (tmp_path / "run.v2" / "README.md").is_file() and (tmp_path / "file.safetensors").is_file()
+
+
 def test_load_checkpoint_reads_it_too(tmp_path):
     model = make("ast_tiny")
     save(model, tmp_path / "best.safetensors")
@@ -142,7 +174,7 @@ def test_foreign_and_bad_files(tmp_path):
     for name in ("x.safetensors", "last.pt"):
         with pytest.raises(UserError, match=f"{name}: not a model that pruneattn saved.*use load_checkpoint"):
             pruneattn.load_pretrained(tmp_path / name)
-    with pytest.raises(UserError, match="holds no best.safetensors or model.safetensors"):
+    with pytest.raises(UserError, match="holds no best.safetensors, model.safetensors or pytorch_model.bin"):
         pruneattn.load_pretrained(tmp_path)
     with pytest.raises(UserError, match="no such checkpoint"):
         pruneattn.load_pretrained(tmp_path / "absent")

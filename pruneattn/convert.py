@@ -1,0 +1,56 @@
+"""``python -m pruneattn.convert``: the weights of any checkpoint in the layout of another project."""
+
+import argparse
+from pathlib import Path
+
+from .errors import UserError, run_command
+from .opening import add_checkpoint_options, class_names, describe, open_checkpoint
+
+
+def main(argv=None):
+    """Convert as the command line says."""
+    args = _parse(argv)
+    # After the options, so that --help and a wrong option answer at once.
+    from .models.save_checkpoint import save_checkpoint
+    from .models.state_files import find_file
+
+    _keep_input(args.checkpoint, find_file(args.checkpoint), args.output)
+    model = open_checkpoint(args, args.dataset)
+    labels = class_names(model, args.label_csv)
+    save_checkpoint(model, args.output, format=args.format, labels=labels)
+    print(f"{args.output}: {describe(model)}, as {args.format}")
+
+
+def _keep_input(checkpoint, weights, output):
+    """Refuse to write over anything that the input is made of, also by way of a link."""
+    if not output.exists():
+        return
+    written = [output, *(path for path in output.iterdir() if path.exists())] if output.is_dir() else [output]
+    part = any(path.samefile(source) for path in written for source in (weights, weights.parent))
+    part |= output.is_file() and Path(checkpoint).is_dir() and output.parent.samefile(checkpoint)
+    if part:
+        raise UserError(f"{output} is part of the checkpoint {checkpoint}, which stays as it is; choose another place")
+
+
+def _parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m pruneattn.convert",
+        description="Write a checkpoint of any known format in the layout of another project, weights bit for bit. "
+        "Keep-rates and score have no place there: such a model computes every patch.",
+    )
+    add_checkpoint_options(parser)
+    parser.add_argument("output", metavar="OUT", type=Path, help="file (ast, audiomae) or folder to write")
+    parser.add_argument(
+        "--format", required=True, choices=("ast", "audiomae", "huggingface", "timm"),
+        help="ast: the official AST, a file; audiomae: the official AudioMAE, a file; huggingface: AST for "
+        "transformers, a folder; timm: AudioMAE for timm.create_model, a folder",
+    )  # fmt: skip
+    parser.add_argument("--label-csv", metavar="CSV", help="names of the classes (index,mid,display_name)")
+    parser.add_argument(
+        "--dataset", default="as20k", help="with --model: dataset that the checkpoint was trained for (default: as20k)"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)
