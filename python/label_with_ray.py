@@ -91,7 +91,7 @@ class LabelBatches:
         import pyarrow
 
         decoded = (
-            Decoded(str(path), None if error else wave, str(error) or None)
+            Decoded(str(path), wave, str(error) or None)
             for path, wave, error in zip(batch["path"], batch["wave"], batch["error"])
         )
         rows = [self.labeller.row(clip) for clip in self.labeller.clips(decoded)]
