@@ -25,10 +25,9 @@ def _keep_input(checkpoint, weights, output):
     """Refuse to write over anything that the input is made of, also by way of a link."""
     if not output.exists():
         return
-    written = [output, *(path for path in output.iterdir() if path.exists())] if output.is_dir() else [output]
-    part = any(path.samefile(source) for path in written for source in (weights, weights.parent))
-    part |= output.is_file() and Path(checkpoint).is_dir() and output.parent.samefile(checkpoint)
-    if part:
+    replaced = [path for path in output.iterdir() if path.exists()] if output.is_dir() else [output]
+    beside = output.is_file() and Path(checkpoint).is_dir() and output.parent.samefile(checkpoint)
+    if beside or any(path.samefile(weights) for path in replaced):
         raise UserError(f"{output} is part of the checkpoint {checkpoint}, which stays as it is; choose another place")
 
 

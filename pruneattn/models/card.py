@@ -21,7 +21,7 @@ scores = model(fbank).{activation}  # [B, {classes}], in the order of model.labe
 """,
     "transformers": """```python
 classify = transformers.pipeline("audio-classification", "USER/NAME")  # or the path of this folder
-print(classify("clip.wav"))
+print(classify("clip.wav", function_to_apply="{function}"))
 ```
 """,
     "timm": """```python
@@ -71,6 +71,7 @@ def make_card(model, features, labels, multilabel, extra=None, library="pruneatt
         use += _UNPRUNED + (_PRUNE if score in ("cls", "column_mean") else _ONLY_HERE)
     use = use.format(
         activation="sigmoid()" if multilabel else "softmax(-1)",
+        function="sigmoid" if multilabel else "softmax",
         classes=model.num_classes,
         frames=features.frames,
         rates=rates,

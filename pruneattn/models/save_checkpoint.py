@@ -28,18 +28,16 @@ _IMAGENET_CLASSES = 1000  # of the two heads that the official AST's model has a
 def save_checkpoint(model, path, *, format, features=None, labels=None, multilabel=None):
     """Write a model's weights as another project has them, atomically, in the model's dtype and bit for bit.
 
-    ======================  =======================================================================================
-    format                  what is written
-    ======================  =======================================================================================
-    ``"ast"``               A file for the official AST's ``load_state_dict`` (strict, within ``DataParallel``). The
-                            two ImageNet heads that its model has and never uses are zeros: no model here has them.
-    ``"huggingface"``       A folder for ``transformers.ASTForAudioClassification.from_pretrained`` and ``pipeline``,
-                            transformers 4 and 5. Patches are the same with ``frequency_stride`` and ``time_stride``
-                            16 and ``max_length`` the model's frames, which is what its ``config.json`` says.
-    ``"audiomae"``          A file for the official AudioMAE's fine-tuned model, ``--finetune FILE --eval``.
-    ``"timm"``              A folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, or ``"hf-hub:"``
-                            once it is uploaded; input ``[B, 1, frames, 128]``.
-    ======================  =======================================================================================
+    - ``"ast"``: a file for the official AST's ``load_state_dict``, strict and within ``DataParallel``, of
+      ``ASTModel(fstride=16, tstride=16, input_tdim=frames)``. The two ImageNet heads that its model has and never uses
+      (``v.head``, ``v.head_dist``) are zeros: no model here has them.
+    - ``"huggingface"``: a folder for ``transformers.ASTForAudioClassification.from_pretrained`` and ``pipeline``,
+      transformers 4 and 5. Patches are the same with ``frequency_stride`` and ``time_stride`` 16 and ``max_length`` the
+      model's frames, which is what its ``config.json`` says. The pipeline of transformers 4 takes every model for one
+      of softmax: for a multilabel one call it with ``function_to_apply="sigmoid"``.
+    - ``"audiomae"``: a file for the official AudioMAE's fine-tuned model, ``--finetune FILE --eval``.
+    - ``"timm"``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, or ``"hf-hub:"`` once it is
+      uploaded; input ``[B, 1, frames, 128]``.
 
     None of them holds keep-rates, pruning blocks or score: such a model computes every patch. The card of a folder
     says how to prune it.
