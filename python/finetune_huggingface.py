@@ -13,10 +13,10 @@ goes on, and result.json. The files know nothing of pruning but what to call it 
 All spectrograms are computed once and kept in memory: 64 KB for each second of sound.
 """
 
-import argparse
 import math
 import sys
 import time
+from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import pruneattn
 from pruneattn.data import DATASETS, FeatureConfig, FeatureExtractor, make_loader
+from pruneattn.data.augment import noise_and_shift
 from pruneattn.errors import UserError, check_least, run_command
 from pruneattn.metrics import evaluate_predictions
 from pruneattn.opening import make_folder
@@ -71,6 +72,20 @@ class KeepRateSchedule(TrainerCallback):
             print(f"epoch {math.ceil(state.epoch)}: keep-rate {self.rate:.3f}, {self.seconds[-1]:.1f} s", flush=True)
 
 
+class NoisyClips(torch.utils.data.Dataset):
+    """Clips to train on, each time with other noise and another shift in time, as in the paper's recipes for speech."""
+
+    def __init__(self, clips):
+        self.clips = clips
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        clip = self.clips[index]
+        return {**clip, "input_values": noise_and_shift(clip["input_values"].unsqueeze(0)).squeeze(0)}
+
+
 class PruningTrainer(Trainer):
     """The Trainer, but what it loads it loads by `from_pretrained`.
 
@@ -114,8 +129,9 @@ def main(argv=None):
 
     schedule = KeepRateSchedule(args.keep_rate, args.shrink_start, args.shrink_epochs)
     trainer = PruningTrainer(
-        model, training_arguments(args, output, train_set), train_dataset=clips["train"], eval_dataset=clips["val"],
-        compute_metrics=make_metrics(train_set), callbacks=[schedule],
+        model, training_arguments(args, output, train_set), compute_metrics=make_metrics(train_set),
+        train_dataset=NoisyClips(clips["train"]) if args.noise else clips["train"], eval_dataset=clips["val"],
+        callbacks=[schedule],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=last)
     result = trainer.evaluate(clips.get("test", clips["val"]), metric_key_prefix="test" if "test" in clips else "val")
@@ -257,7 +273,7 @@ def training_arguments(args, output, dataset):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python python/finetune_huggingface.py", description=__doc__.splitlines()[0], allow_abbrev=False
     )
 
@@ -301,6 +317,7 @@ def parse(argv):
     option(run, "lr", "peak learning rate, of a cosine; for random weights rather 1e-3", 1e-4, type=float)
     option(run, "warmup-steps", "steps over which it rises", 100, type=int, metavar="N")
     option(run, "weight-decay", "weight decay of matrices", 0.01, type=float)
+    option(run, "noise", "noise on the spectrogram and a shift of up to 10 frames", True, action=BooleanOptionalAction)
     option(run, "amp", "precision of the model", "fp32", choices=("fp32", "bf16", "fp16"))
     option(run, "seed", "seed of everything random", 0, type=int)
     args = parser.parse_args(argv)

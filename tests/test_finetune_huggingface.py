@@ -121,6 +121,28 @@ def test_best_epoch_at_the_final_keep_rate_is_saved(finished):
     assert saved.keys() == best.keys() and all(torch.equal(saved[name], best[name]) for name in best)
 
 
+@pytest.mark.parametrize("noise", [True, False])
+def test_only_training_clips_are_augmented(script, arguments, tmp_path, monkeypatch, noise):
+    given = {}
+
+    class Enough(Exception):
+        pass
+
+    def trainer(*args, **settings):
+        given.update(settings)
+        raise Enough
+
+    monkeypatch.setattr(script, "PruningTrainer", trainer)
+    with pytest.raises(Enough):
+        script.main(arguments(tmp_path, "--noise" if noise else "--no-noise"))
+    for kind, varies in (("train", noise), ("eval", False)):
+        clips = given[f"{kind}_dataset"]
+        first, again = clips[3], clips[3]
+        assert len(clips) == {"train": 36, "eval": 12}[kind]
+        assert first["input_values"].shape == (64, 128) and first["labels"] == again["labels"]
+        assert torch.equal(first["input_values"], again["input_values"]) != varies
+
+
 def test_another_keep_rate_starts_the_search_for_the_best_anew(script, finished):
     schedule = script.KeepRateSchedule(0.5, 1, 2)
     for epoch, expected in ((0, 0.9), (1, 0.9), (2, None), (2.5, None), (3, None), (4, 0.9)):
