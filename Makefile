@@ -1,8 +1,7 @@
 # make test    a virtual environment with the tested versions (constraints.txt), then all tests
 # make demo    train, evaluate and predict on synthetic sounds, in the same environment
 # make docs    the documentation as a web site, in build/site
-# make bench   benchmarks of the ops on this machine
-# make bench-cpu   ops, models and their peers on this CPU, side by side; writes bench/results/
+# make bench   ops, blocks, models, training and their peers on this machine, side by side; writes bench/results/
 # make test-core   the tests again on a newer torch, without torchaudio and the other optional packages
 # make sanitize    the CPU kernels' tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make gpu     build, tests, sanitizer and benchmarks on a CUDA device in the environment of PYTHON; writes bench/results/
@@ -18,7 +17,7 @@ SANITIZE := build/sanitize
 SANITIZE_FLAGS := -O1 -g -w -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZE_LIBRARIES = $(foreach name,asan stdc++,$(shell g++ -print-file-name=lib$(name).so))
 
-.PHONY: test test-core demo docs bench bench-cpu sanitize gpu clean
+.PHONY: test test-core demo docs bench sanitize gpu clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python $(PYTEST)
@@ -35,9 +34,6 @@ docs: $(VENV)/docs
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m pytest bench --benchmark-only
 
-bench-cpu: $(VENV)/installed
-	$(VENV)/bin/python bench/cpu_run.py
-
 # A package with nothing but the instrumented extension, found first because Python starts beside it; no torch in it.
 sanitize: $(VENV)/installed
 	mkdir -p $(SANITIZE)/pruneattn
@@ -51,7 +47,7 @@ sanitize: $(VENV)/installed
 	  $(CURDIR)/tests/csrc/test_kernels.py $(CURDIR)/tests/csrc/test_attention_kernels.py
 
 gpu:
-	$(PYTHON) bench/gpu_run.py
+	$(PYTHON) -m bench.gpu_run
 
 $(VENV)/installed: $(BUILD_INPUTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -1,9 +1,9 @@
-import pytest
 import torch.nn.functional as F
-from shapes import ATTENTION_CASES, random_qkv, tolerance
 
-from pruneattn.backend import NAMES
+from bench.op_cases import op_providers, random_qkv
 from pruneattn.ops import attention
+
+LEVELS, OP = ("op",), "attention"
 
 
 def eager(q, k, v):
@@ -14,8 +14,10 @@ def eager(q, k, v):
 ALTERNATIVES = {"SDPA": F.scaled_dot_product_attention, "eager": eager}
 
 
-@pytest.mark.parametrize("provider", [*NAMES, *ALTERNATIVES])
-@pytest.mark.parametrize("tokens", [65, 257, 513])
-@pytest.mark.parametrize(**ATTENTION_CASES)
-def test_attention(measure, provider, device, dtype, batch, tokens):
-    measure(attention, provider, ALTERNATIVES, *random_qkv(batch, tokens, device, dtype), **tolerance(dtype))
+def providers(case):
+    q, k, v = random_qkv(case)
+    return op_providers(case, attention, ALTERNATIVES, q, k, v, macs=2 * q.numel() * case.tokens)
+
+
+def test_attention(side_by_side, case):
+    side_by_side(case, providers(case))

@@ -1,8 +1,7 @@
-import pytest
-from shapes import ATTENTION_CASES, random_qkv, tolerance
-
-from pruneattn.backend import NAMES
+from bench.op_cases import extra_tokens, op_providers, random_qkv
 from pruneattn.ops import cls_scores
+
+LEVELS, OP = ("op",), "cls_scores"
 
 
 def eager(q_cls, k, extra_tokens):
@@ -11,12 +10,10 @@ def eager(q_cls, k, extra_tokens):
     return logits.softmax(-1)[:, :, extra_tokens:].mean(1).float()
 
 
-ALTERNATIVES = {"eager": eager}
+def providers(case):
+    q, k, _ = random_qkv(case)
+    return op_providers(case, cls_scores, {"eager": eager}, q[:, :, 0], k, extra_tokens(case), macs=k.numel())
 
 
-@pytest.mark.parametrize("provider", [*NAMES, *ALTERNATIVES])
-@pytest.mark.parametrize("tokens", [66, 258, 514])
-@pytest.mark.parametrize(**ATTENTION_CASES)
-def test_cls_scores(measure, provider, device, dtype, batch, tokens):
-    q, k, _ = random_qkv(batch, tokens, device, dtype)
-    measure(cls_scores, provider, ALTERNATIVES, q[:, :, 0], k, 2, **tolerance(dtype))
+def test_cls_scores(side_by_side, case):
+    side_by_side(case, providers(case))

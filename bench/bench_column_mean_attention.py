@@ -1,9 +1,9 @@
-import pytest
 import torch.nn.functional as F
-from shapes import ATTENTION_CASES, random_qkv, tolerance
 
-from pruneattn.backend import NAMES
+from bench.op_cases import extra_tokens, op_providers, random_qkv
 from pruneattn.ops import column_mean_attention
+
+LEVELS, OP = ("op",), "column_mean_attention"
 
 
 def without_score(q, k, v, extra_tokens):
@@ -14,15 +14,27 @@ def without_score(q, k, v, extra_tokens):
 def eager(q, k, v, extra_tokens):
     """What published implementations do: the whole softmax matrix, in the dtype of the inputs."""
     weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
-    return weights @ v, weights.mean(1)[:, extra_tokens:, extra_tokens:].mean(1).float()
+    return weights @ v, column_mean(weights, extra_tokens)
 
 
-ALTERNATIVES = {"SDPA, no score": without_score, "eager": eager}
+def separate_score(q, k, v, extra_tokens):
+    """Fused attention, and a pass of its own for the score: the queries times the keys once more."""
+    weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
+    return F.scaled_dot_product_attention(q, k, v), column_mean(weights, extra_tokens)
 
 
-@pytest.mark.parametrize("provider", [*NAMES, *ALTERNATIVES])
-@pytest.mark.parametrize("tokens", [65, 257, 513])
-@pytest.mark.parametrize(**ATTENTION_CASES)
-def test_column_mean_attention(measure, provider, device, dtype, batch, tokens):
-    q, k, v = random_qkv(batch, tokens, device, dtype)
-    measure(column_mean_attention, provider, ALTERNATIVES, q, k, v, 1, **tolerance(dtype))
+def column_mean(weights, extra_tokens):
+    return weights.mean(1)[:, extra_tokens:, extra_tokens:].mean(1).float()
+
+
+ALTERNATIVES = {"SDPA, no score": without_score, "eager": eager, "SDPA, separate score": separate_score}
+
+
+def providers(case):
+    q, k, v = random_qkv(case)
+    macs = 2 * q.numel() * case.tokens
+    return op_providers(case, column_mean_attention, ALTERNATIVES, q, k, v, extra_tokens(case), macs=macs)
+
+
+def test_column_mean_attention(side_by_side, case):
+    side_by_side(case, providers(case))

@@ -1,8 +1,9 @@
-import pytest
 import torch
 
-from pruneattn.backend import NAMES
+from bench.op_cases import extra_tokens, op_providers, random_scores, random_tokens
 from pruneattn.ops import gather_tokens, select_tokens
+
+LEVELS, OP = ("op",), "gather_tokens"
 
 
 def advanced_indexing(x, index, extra_tokens):
@@ -10,12 +11,15 @@ def advanced_indexing(x, index, extra_tokens):
     return torch.cat([x[:, :extra_tokens], x[clips, index + extra_tokens]], 1)
 
 
-ALTERNATIVES = {"indexing": advanced_indexing}
+def providers(case):
+    scores = random_scores(case)
+    patches = scores.shape[1]
+    index = select_tokens(scores, patches // 2)
+    return op_providers(
+        case, gather_tokens, {"indexing": advanced_indexing}, random_tokens(case), index, extra_tokens(case),
+        tolerance=0, unread=patches - patches // 2,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("provider", [*NAMES, *ALTERNATIVES])
-@pytest.mark.parametrize("patches", [64, 512])
-def test_gather_tokens(measure, provider, device, dtype, batch, patches):
-    x = torch.randn(batch, 1 + patches, 768, device=device, dtype=dtype)
-    index = select_tokens(torch.rand(batch, patches, device=device), patches // 2)
-    measure(gather_tokens, provider, ALTERNATIVES, x, index, 1, rtol=0, atol=0)
+def test_gather_tokens(side_by_side, case):
+    side_by_side(case, providers(case))

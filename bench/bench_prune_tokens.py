@@ -1,8 +1,9 @@
-import pytest
 import torch
 
-from pruneattn.backend import NAMES
+from bench.op_cases import extra_tokens, op_providers, random_scores, random_tokens
 from pruneattn.ops import prune_tokens
+
+LEVELS, OP = ("op",), "prune_tokens"
 
 
 def topk_and_gathers(scores, x, y, keep, extra_tokens):
@@ -12,12 +13,14 @@ def topk_and_gathers(scores, x, y, keep, extra_tokens):
     return index, x, y
 
 
-ALTERNATIVES = {"torch.topk": topk_and_gathers}
+def providers(case):
+    scores, x = random_scores(case), random_tokens(case)
+    patches = scores.shape[1]
+    return op_providers(
+        case, prune_tokens, {"torch.topk": topk_and_gathers}, scores, x, x.flip(1), patches // 2, extra_tokens(case),
+        tolerance=0, unread=2 * (patches - patches // 2),
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("provider", [*NAMES, *ALTERNATIVES])
-@pytest.mark.parametrize("patches", [64, 512])
-def test_prune_tokens(measure, provider, device, dtype, batch, patches):
-    scores = torch.rand(batch, patches, device=device)
-    x, y = torch.randn(2, batch, 1 + patches, 768, device=device, dtype=dtype)
-    measure(prune_tokens, provider, ALTERNATIVES, scores, x, y, patches // 2, 1, rtol=0, atol=0)
+def test_prune_tokens(side_by_side, case):
+    side_by_side(case, providers(case))

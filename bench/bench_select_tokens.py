@@ -1,18 +1,17 @@
-import pytest
-import torch
-
-from pruneattn.backend import NAMES
+from bench.op_cases import op_providers, random_scores
 from pruneattn.ops import select_tokens
+
+LEVELS, OP = ("op",), "select_tokens"
 
 
 def topk(scores, keep):
     return scores.topk(keep, sorted=False).indices.sort(1).values
 
 
-ALTERNATIVES = {"torch.topk": topk}
+def providers(case):
+    scores = random_scores(case)
+    return op_providers(case, select_tokens, {"torch.topk": topk}, scores, scores.shape[1] // 2)
 
 
-@pytest.mark.parametrize("provider", [*NAMES, *ALTERNATIVES])
-@pytest.mark.parametrize("patches", [64, 512])
-def test_select_tokens(measure, provider, device, batch, patches):
-    measure(select_tokens, provider, ALTERNATIVES, torch.rand(batch, patches, device=device), patches // 2)
+def test_select_tokens(side_by_side, case):
+    side_by_side(case, providers(case))

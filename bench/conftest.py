@@ -1,91 +1,117 @@
-"""Shared by the benchmarks: ``pytest bench --benchmark-only``, one group per op, device and shape."""
+"""The run: its options, its peaks, its result file, and the table at its end."""
 
-import contextlib
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from pruneattn import backends, use_backend
-from pruneattn.backend import DEVICES, NAMES
+from bench import grid
+from bench.machine import RESULTS, Peaks, describe_machine, measure_peaks
+from bench.measure import measure_case
+from bench.report import case_tables
+from bench.rows import ResultFile, name_of
+from pruneattn import backends
+
+RUN = pytest.StashKey()
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    return torch.device(request.param)
+def pytest_addoption(parser):
+    group = parser.getgroup("bench", "pruneattn's benchmarks")
+    group.addoption("--bench-full", action="store_true", help="the whole grid of sizes; takes hours on a CPU")
+    group.addoption("--bench-device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
+    group.addoption("--bench-threads", type=int, metavar="N", help="threads on the CPU (default: PyTorch's)")
+    group.addoption("--bench-hot", action="store_true", help="CUDA: do not clear the L2 cache before each call")
+    group.addoption("--bench-rounds", type=int, metavar="N", help="rounds of timing, for all levels")
+    group.addoption(
+        "--bench-output", type=Path, default=RESULTS, metavar="FOLDER", help="of the result (default: bench/results)"
+    )
+
+
+def device_of(config):
+    return config.getoption("bench_device") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def grid_of(config):
+    """The `grid.Sizes` of each level in this run."""
+    levels = grid.GRIDS[device_of(config), config.getoption("bench_full")]
+    rounds = config.getoption("bench_rounds")
+    return {level: sizes._replace(rounds=rounds) for level, sizes in levels.items()} if rounds else levels
+
+
+def pytest_generate_tests(metafunc):
+    """One test for each case that the grid has at the levels of its file."""
+    if "case" in metafunc.fixturenames:
+        levels, device, op = grid_of(metafunc.config), device_of(metafunc.config), getattr(metafunc.module, "OP", None)
+        here = [level for level in metafunc.module.LEVELS if level in levels]
+        metafunc.parametrize("case", [c for level in here for c in grid.cases(level, device, levels[level], op)], ids=str)
+
+
+class Run(NamedTuple):
+    """What all measurements of a run share."""
+
+    peaks: Peaks
+    result: ResultFile
+
+
+@pytest.fixture(scope="session")
+def run(request):
+    config, device = request.config, device_of(request.config)
+    if config.getoption("bench_threads"):
+        torch.set_num_threads(config.getoption("bench_threads"))
+    dtypes = sorted({dtype for sizes in grid_of(config).values() for dtype in sizes.dtypes})
+    large = {"size": 8192, "copied": 2**30} if device == "cuda" else {}
+    peaks = measure_peaks(device, dtypes, **large)
+    machine = {**describe_machine(device), "peaks": peaks._asdict()}
+    result = ResultFile(config.getoption("bench_output"), "gpu" if device == "cuda" else "cpu", machine)
+    config.stash[RUN] = Run(peaks, result)
+    return config.stash[RUN]
 
 
 @pytest.fixture
-def batch(device):
-    """Clips at once: enough to fill a GPU; few on the CPU."""
-    return 64 if device.type == "cuda" else 4
+def sizes(request, case):
+    """The grid's `Sizes` at the level of the case."""
+    return grid_of(request.config)[case.level]
 
 
 @pytest.fixture
-def dtype(device):
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def record(benchmark, run):
+    """``record(measure)`` calls the function for its rows and writes them; a wrong result fails the test at its end.
 
-
-@pytest.fixture
-def measure(benchmark, device):
-    """``measure(op, provider, alternatives, *args)`` times one provider of an op after comparing what it returns.
-
-    A provider is the name of a backend of ours or of one of the alternatives, functions of the same arguments. An
-    alternative that returns less than the op is compared in what it returns.
+    pytest-benchmark neither repeats nor compares here, since only turns make the times of a case comparable: it gets
+    the whole measurement as one call, and the rows as its extra info.
     """
 
-    def measure(op, provider, alternatives, *args, **tolerance):
-        function = alternatives.get(provider, op)
-        backend = contextlib.nullcontext() if provider in alternatives else use_backend(provider)
-        with torch.inference_mode():
-            with use_backend("reference"):
-                expected = _as_tuple(op(*args))
-            with backend:
-                for ours, reference in zip(_as_tuple(function(*args)), expected):
-                    torch.testing.assert_close(ours, reference, **tolerance)
-                benchmark.group = f"{op.__name__} on {device}: {' '.join(map(_describe, args))}"
-                benchmark(_synchronised(function, torch.device(device)), *args)
+    def record(measure):
+        rows = benchmark.pedantic(measure, rounds=1)
+        run.result.add(rows)
+        benchmark.extra_info["rows"] = rows
+        wrong = [f"{name_of(row)}: {row['status']}" for row in rows if row["status"].startswith("wrong")]
+        assert not wrong, "\n".join(wrong)
 
-    return measure
+    return record
 
 
-def _as_tuple(result):
-    return result if isinstance(result, tuple) else (result,)
+@pytest.fixture
+def side_by_side(request, record, run, sizes):
+    """``side_by_side(case, providers)`` checks the providers of a case, times them in turns and records the rows."""
+
+    def side_by_side(case, providers):
+        hot = request.config.getoption("bench_hot")
+        record(partial(measure_case, case, providers, run.peaks, sizes.rounds, hot))
+
+    return side_by_side
 
 
-def _describe(argument):
-    if not isinstance(argument, torch.Tensor):
-        return str(argument)
-    return f"{str(argument.dtype).removeprefix('torch.')}{list(argument.shape)}"
+def pytest_benchmark_group_stats():
+    """No table of pytest-benchmark: a row of it would be all providers of a case together."""
+    return []
 
 
-def _synchronised(function, device):
-    if device.type == "cpu":
-        return function
-
-    def run(*args):
-        function(*args)
-        torch.cuda.synchronize(device)
-
-    return run
-
-
-def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line(f"\n{backends()}")
-
-
-def pytest_collection_modifyitems(config, items):
-    """Quick by default, and without the backends that have no kernel to time: the summary says which and why."""
-    absent = [item for item in items if "benchmark" in item.fixturenames and not _runs_here(item)]
-    items[:] = [item for item in items if item not in absent]
-    config.hook.pytest_deselected(items=absent)
-    for item in items:
-        item.add_marker(pytest.mark.benchmark(max_time=0.3, min_rounds=5, warmup=True, warmup_iterations=2))
-
-
-def _runs_here(item):
-    op, provider, device = item.path.stem.removeprefix("bench_"), *map(item.callspec.params.get, ("provider", "device"))
-    if device == "cuda" and not torch.cuda.is_available():
-        return False
-    if provider not in NAMES:
-        return True
-    return DEVICES.get(provider, device) == device and not backends()[op][provider].reason
+def pytest_terminal_summary(terminalreporter, config):
+    run = config.stash.get(RUN, None)
+    if run is not None and run.result.rows:
+        terminalreporter.write_line(f"\n{backends()}\n")
+        terminalreporter.write_line("\n".join(case_tables(run.result.rows)))
+        terminalreporter.write_line(f"\nwritten: {run.result.path} and .csv; python -m bench.report draws it")

@@ -1,7 +1,7 @@
 """`make gpu`: build, tests, sanitizer and benchmarks on the CUDA device here, in one result file.
 
-Writes bench/results/gpu-<date>.json with the device, driver, versions and commit, what each step said, and every
-benchmark. Exit code 1 if a step failed; the file says which. Needs pybind11, ninja and setuptools in this Python.
+Writes what `pytest bench/ --benchmark-only` writes, and in the same JSON file (bench/results/gpu-<date>.json) what each
+step said. Exit code 1 if a step failed; the file says which. Needs pybind11, ninja and setuptools in this Python.
 """
 
 import json
@@ -13,7 +13,10 @@ import time
 from pathlib import Path
 
 import torch
-from machine import ROOT, describe_machine, output, write_result
+
+from bench.machine import RESULTS, ROOT, describe_machine
+from bench.rows import SCHEMA
+from pruneattn.io import atomic_write
 
 KERNEL_TESTS = ["tests/csrc/test_kernels.py", "-k", "device"]
 
@@ -23,18 +26,6 @@ def check_gpu():
         sys.exit(f"error: torch {torch.__version__} is built without CUDA; install a CUDA build of torch")
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device: torch.cuda.is_available() is False (see nvidia-smi)")
-
-
-def describe_gpu():
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "device": properties.name,
-        "device_memory_gib": round(properties.total_memory / 2**30, 1),
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch_cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
 
 
 def step(name, command):
@@ -49,15 +40,21 @@ def step(name, command):
     return {"ok": code == 0, "exit_code": code, "seconds": round(time.monotonic() - begin, 1), "tail": tail}
 
 
-def read_benchmarks(path):
-    if not path.exists():
-        return []
-    keep = ("min", "q1", "median", "q3", "mean", "stddev", "rounds", "iterations")
-    return [{"name": b["fullname"], "group": b["group"], "params": b["params"], "extra_info": b["extra_info"],
-             "seconds": {key: b["stats"][key] for key in keep}} for b in json.loads(path.read_text())["benchmarks"]]
+def write_with_steps(steps, measured, folder=RESULTS):
+    """Put the benchmarks' result file (None if there is none) and the steps into one file there; returns its path."""
+    if measured is None:
+        result = {"schema": SCHEMA, "machine": describe_machine("cuda"), "rows": []}
+        name = f"gpu-{result['machine']['date'][:19].replace(':', '')}.json"
+    else:
+        result, name = json.loads(measured.read_text(encoding="utf-8")), measured.name
+        shutil.copy(measured.with_suffix(".csv"), folder)
+    with atomic_write(folder / name) as temporary:
+        temporary.write_text(json.dumps({**result, "steps": steps}, indent=1) + "\n", encoding="utf-8")
+    return folder / name
 
 
-def main():
+def main(arguments):
+    """``arguments`` go to the benchmarks, such as ``--bench-full``."""
     check_gpu()
     python = [sys.executable, "-m"]
     steps = {"build": step("build", [*python, "pip", "install", "-e", ".", "--no-build-isolation", "--no-deps"])}
@@ -72,17 +69,13 @@ def main():
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *python, "pytest", *KERNEL_TESTS]
             steps[tool] = step(tool, command)
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "bench.json")
-        steps["benchmarks"] = step("benchmarks", [*python, "pytest", "bench", "--benchmark-only",
-                                                  f"--benchmark-json={report}"])
-        result = {**describe_machine(), **describe_gpu(), "steps": steps, "benchmarks": read_benchmarks(report)}
-
-    path = write_result("gpu", result)
+        command = [*python, "pytest", "bench", "--benchmark-only", f"--bench-output={folder}", *arguments]
+        steps["benchmarks"] = step("benchmarks", command)
+        path = write_with_steps(steps, next(Path(folder).glob("*.json"), None))
     failed = [name for name, value in steps.items() if value["ok"] is False]
-    print(f"== {result['device']}: {path.relative_to(ROOT)}, {len(result['benchmarks'])} benchmarks; "
-          f"failed: {', '.join(failed) or 'nothing'}")
+    print(f"== {torch.cuda.get_device_name()}: {path.relative_to(ROOT)}; failed: {', '.join(failed) or 'nothing'}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

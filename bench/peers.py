@@ -1,23 +1,16 @@
-"""What people run instead of a model of ours, with its weights: to compare results first, and then times."""
-
-import math
+"""What people run instead of a model of ours, with its weights."""
 
 import torch
 import torch.nn.functional as F
-from machine import version
 from torch import nn
 from torch._inductor import config as inductor
 
+from bench.machine import version
 from pruneattn.models.blocks import MLP_RATIO, PATCH, kept_patches
-
-#: Largest difference of the logits from the reference, as a share of the largest logit.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}
-#: Scores of one block nearer than this share of the highest are the same to rounding: either patch may stay.
-SAME_SCORE = 1e-4
 
 
 class PapersAttention(nn.Module):
-    """Attention of published code: packed projection, then the whole softmax matrix."""
+    """Attention of published code: packed projection, then the whole softmax matrix, which is the score's source too."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -25,41 +18,65 @@ class PapersAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
-        """The output ``[B, N, C]`` and the softmax matrix ``[B, H, N, N]``."""
+    def forward(self, x, scored_queries):
+        """The output ``[B, N, C]`` and the rows ``scored_queries`` (a slice) of the softmax matrix ``[B, H, .., N]``."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
-        weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
-        out = weights @ v  # [B, H, N, D]
+        out, weights = self.attend(q, k, v, scored_queries)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)), weights
+
+    def attend(self, q, k, v, scored_queries):
+        weights = softmax_matrix(q, k)
+        return weights @ v, weights[:, :, scored_queries]
+
+
+class SeparateScoreAttention(PapersAttention):
+    """The nearest way out: PyTorch's attention, and the queries that are scored times the keys once more."""
+
+    def attend(self, q, k, v, scored_queries):
+        return F.scaled_dot_product_attention(q, k, v), softmax_matrix(q[:, :, scored_queries], k)
+
+
+def softmax_matrix(q, k):
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
 
 
 class PapersBlock(nn.Module):
     """A block that drops patches after the attention's residual add, so that dropped rows are finished first."""
 
-    def __init__(self, dim, heads, extra, score, keep_rate):
+    def __init__(self, dim, heads, extra, score, keep_rate, attention):
         super().__init__()
         self.extra, self.score, self.keep_rate = extra, score, keep_rate
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = PapersAttention(dim, heads)
+        self.attn = attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, MLP_RATIO * dim), "fc2": nn.Linear(MLP_RATIO * dim, dim)})
 
     def forward(self, x):
         """The tokens left, and the places ``[B, keep]`` of the patches that stay (best first), None if all do."""
-        attended, weights = self.attn(self.norm1(x))
+        attended, weights = self.attn(self.norm1(x), self.scored_queries())
         x = x + attended
         index = None
         if self.keep_rate < 1:
             x, index = self.prune(x, weights)
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))), index
 
+    def scored_queries(self):
+        if self.keep_rate == 1:
+            return slice(0, 0)
+        return slice(0, 1) if self.score == "cls" else slice(self.extra, None)
+
+    def macs(self, patches):
+        """Multiply-accumulates of one clip, a separate score included; and how many patches are left."""
+        dim, tokens, left = self.norm1.weight.numel(), self.extra + patches, kept_patches(patches, self.keep_rate)
+        macs = 4 * tokens * dim**2 + 2 * tokens**2 * dim + 2 * MLP_RATIO * (self.extra + left) * dim**2
+        if isinstance(self.attn, SeparateScoreAttention):
+            macs += len(range(tokens)[self.scored_queries()]) * tokens * dim
+        return macs, left
+
     def prune(self, x, weights):
-        if self.score == "cls":
-            scores = weights[:, :, 0, self.extra :].mean(1)  # [B, P]
-        else:
-            scores = weights.mean(1)[:, self.extra :, self.extra :].mean(1)  # five times as fast as mean((1, 2))
+        scores = weights.mean(1)[:, :, self.extra :].mean(1)  # [B, P]; five times as fast as mean((1, 2))
         index = scores.topk(kept_patches(scores.shape[1], self.keep_rate)).indices  # [B, keep]
         rows = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return torch.cat([x[:, : self.extra], x[:, self.extra :].gather(1, rows)], 1), index
@@ -67,10 +84,10 @@ class PapersBlock(nn.Module):
 
 class PapersViT(nn.Module):
     """A model of ours the paper's way, with the same weights: the whole softmax matrix in every block, in the dtype of
-    the model, and its means rank the patches.
+    the model, and its means rank the patches. ``attention``: `PapersAttention`, or `SeparateScoreAttention`.
     """
 
-    def __init__(self, model, keep_rate=1.0):
+    def __init__(self, model, keep_rate=1.0, attention=PapersAttention):
         super().__init__()
         dim, extra = model.embed_dim, model.num_extra_tokens
         self.extra, self.time_major = extra, model.time_major
@@ -78,7 +95,7 @@ class PapersViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty_like(model.pos_embed))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, dim, PATCH, PATCH)})
         self.blocks = nn.ModuleList(
-            PapersBlock(dim, model.num_heads, extra, model.score, keep_rate if i in model.prune_blocks else 1.0)
+            PapersBlock(dim, model.num_heads, extra, model.score, keep_rate if i in model.prune_blocks else 1.0, attention)
             for i in range(len(model.blocks))
         )
         if extra == 2:
@@ -89,7 +106,7 @@ class PapersViT(nn.Module):
             self.fc_norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, model.num_classes)
         self.load_state_dict(model.state_dict())
-        self.to(model.pos_embed.dtype).eval()
+        self.to(model.pos_embed).eval()
 
     def forward(self, fbank):
         return self.run(fbank)[0]
@@ -110,13 +127,31 @@ class PapersViT(nn.Module):
         x = self.norm(x)
         return self.head(self.head_norm((x[:, 0] + x[:, 1]) / 2)), places
 
+    def macs(self):
+        """Multiply-accumulates of one clip, head and separate scores included."""
+        dim, patches = self.pos_embed.shape[2], self.pos_embed.shape[1] - self.extra
+        total = patches * PATCH**2 * dim + self.head.weight.numel()
+        for block in self.blocks:
+            macs, patches = block.macs(patches)
+            total += macs
+        return total
+
     def kept(self, fbank):
         """Numbers of the input patches that each pruning block keeps, ascending, as ``pruneattn.trace`` gives them."""
-        numbers, kept = torch.arange(self.pos_embed.shape[1] - self.extra).expand(len(fbank), -1), []
+        numbers = torch.arange(self.pos_embed.shape[1] - self.extra, device=fbank.device).expand(len(fbank), -1)
+        kept = []
         for index in self.run(fbank)[1]:
             numbers = numbers.gather(1, index)
             kept.append(numbers.sort(1).values)
         return kept
+
+
+TIMM, HUGGINGFACE = "timm ViT", "Hugging Face AST"
+
+
+def library_model(model):
+    """Name of the library model that is a model of ours, and the function that makes it with the same weights."""
+    return (TIMM, timm_vit) if model.num_extra_tokens == 1 else (HUGGINGFACE, huggingface_ast)
 
 
 def huggingface_ast(model):
@@ -132,7 +167,7 @@ def huggingface_ast(model):
     )
     theirs.classifier.layernorm.eps = 1e-5
     theirs.load_state_dict(huggingface_state(model.state_dict()))
-    return Adapter(theirs.to(model.pos_embed.dtype).eval(), lambda theirs, fbank: theirs(fbank).logits)
+    return Adapter(theirs.to(model.pos_embed).eval(), lambda theirs, fbank: theirs(fbank).logits)
 
 
 def huggingface_state(state):
@@ -175,7 +210,7 @@ def timm_vit(model):
         num_heads=model.num_heads, num_classes=model.num_classes, global_pool="avg", drop_path_rate=model.drop_path,
     )  # fmt: skip
     theirs.load_state_dict(model.state_dict())
-    return Adapter(theirs.to(model.pos_embed.dtype).eval(), lambda theirs, fbank: theirs(fbank.unsqueeze(1)))
+    return Adapter(theirs.to(model.pos_embed).eval(), lambda theirs, fbank: theirs(fbank.unsqueeze(1)))
 
 
 class Adapter(nn.Module):
@@ -189,48 +224,22 @@ class Adapter(nn.Module):
         return self.call(self.model, fbank)
 
 
-def missing():
-    """dict of peer -> why it is left out on this machine."""
-    reasons = {}
-    if version("timm") is None:
-        reasons["timm ViT"] = "timm is not installed"
-    if int((version("transformers") or "0").split(".")[0]) < 5:
-        reasons["Hugging Face AST"] = f"needs transformers 5, installed: {version('transformers')}"
-    return reasons
+def why_not(name):
+    """Why a peer cannot be had on this machine; empty if it can."""
+    if name == TIMM and version("timm") is None:
+        return "timm is not installed"
+    if name == HUGGINGFACE and int((version("transformers") or "0").split(".")[0]) < 5:
+        return f"needs transformers 5, installed: {version('transformers')}"
+    return ""
 
 
 def compiled(model, fbank):
     """The model by ``torch.compile``, its weights frozen into the code, for inputs like ``fbank``.
 
-    Compiled here; to be called in the same kind of context (``torch.inference_mode()``).
+    Compiled here, without gradients; to be called in ``torch.inference_mode()``.
     """
     model = torch.compile(model, dynamic=False)
-    with inductor.patch(freezing=True):
+    # Each of our models and rates is a program of its own, and all count against the limit of one forward function.
+    with torch.inference_mode(), inductor.patch(freezing=True), torch._dynamo.config.patch(recompile_limit=64):
         model(fbank)
     return model
-
-
-class WrongResult(Exception):
-    """A peer does not compute what it is compared with."""
-
-
-def check_logits(name, logits, expected, dtype):
-    """Raise unless the logits of a model in ``dtype`` are those of the reference to rounding."""
-    difference = ((logits.double() - expected).abs().max() / expected.abs().max()).item()
-    if not difference <= TOLERANCE[dtype]:
-        raise WrongResult(f"{name}: logits differ by {difference:.2g} of the largest, allowed are {TOLERANCE[dtype]}")
-
-
-def check_kept(name, kept, trace):
-    """Raise unless these are the patches of a ``pruneattn.trace``, but for scores that are the same to rounding."""
-    for clip in range(len(trace.logits)):
-        numbers = torch.arange(trace.scores[0].shape[1])
-        for block, (theirs, ours, scores) in enumerate(zip(kept, trace.kept, trace.scores, strict=True)):
-            score_of = dict(zip(numbers.tolist(), scores[clip].tolist()))
-            disputed = set(theirs[clip].tolist()) ^ set(ours[clip].tolist())
-            if disputed:
-                values = [score_of.get(number, math.inf) for number in disputed]
-                if not max(values) - min(values) <= SAME_SCORE * scores[clip].max().item():
-                    raise WrongResult(f"{name}: keeps other patches in pruning block {block} of clip {clip}")
-                break  # what follows has another input
-            numbers = ours[clip]

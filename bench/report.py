@@ -1,88 +1,150 @@
-"""Times of several variants as rows of tables: what the sections of a CPU run are made of.
+"""``python -m bench.report RESULT...``: tables and figures of result files; ``--compare OLD NEW``: what changed."""
 
-A section is a generator ``section(settings)`` of tables ``(title, rows)``, whose rows are flat dicts of the same keys.
-"""
+import argparse
+from itertools import groupby
+from pathlib import Path
 
-import sys
-from typing import NamedTuple
-
-import numpy as np
-import torch
-
-from pruneattn.timing import rounds_side_by_side
-
-
-class Settings(NamedTuple):
-    """What is measured. The defaults are what results are published of."""
-
-    rounds: int = 5  # of whole models
-    size: str = "base"
-    frames: int = 1024
-    batch: int = 4
-    keep_rates: tuple = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-    peer_keep_rates: tuple = (1.0, 0.7, 0.5)
-    tokens: tuple = (65, 257, 513)
-    batches: tuple = (1, 8)
-    heads: int = 12
-    dtypes: tuple = (torch.float32, torch.bfloat16)
-
-    @property
-    def op_rounds(self):
-        """Rounds of single ops and blocks, which are short."""
-        return 3 * self.rounds
+from bench.compare import compare, comparison_text
+from bench.figures import FIGURES
+from bench.fit import exponent, scaling_groups
+from bench.rows import CASE, case_name, name_of, read_result
+from pruneattn.errors import UserError, run_command
+from pruneattn.opening import make_folder
+from pruneattn.plot import save_figure
+from pruneattn.tables import markdown_lines
 
 
-def dtype_name(dtype):
-    return str(dtype).removeprefix("torch.")
+def digits(value):
+    """A number to three digits."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def label_text(label):
-    return ", ".join(f"{name} {value}" for name, value in label.items())
+COLUMNS = [
+    ("ms", "p50_ms", digits),
+    ("p20", "p20_ms", digits),
+    ("p80", "p80_ms", digits),
+    ("clips/s", "clips_per_second", digits),
+    ("GMACs paper", "macs_paper", lambda macs: digits(macs / 1e9)),
+    ("computed", "macs_computed", lambda macs: digits(macs / 1e9)),
+    ("floor ms", "floor_ms", digits),
+    ("of floor", "floor_share", "{:.0%}".format),
+    ("peak MiB", "peak_memory_mib", digits),
+    ("saving", "saving", "{:.1%}".format),
+    ("theory", "theory", "{:.1%}".format),
+    ("realised", "realised", "{:.0%}".format),
+]
 
 
-def progress(text):
-    """Say what is being done; the tables alone go to the standard output."""
-    print(text, file=sys.stderr, flush=True)
+def case_tables(rows):
+    """Markdown lines: a table for each case, without the columns that are empty in it."""
+    lines = []
+    for group in _cases(rows):
+        named = [{**row, "name": name_of(row)} for row in group if row["status"] == "ok"]
+        filled = [column for column in COLUMNS if any(row[column[1]] is not None for row in named)]
+        lines += ["", f"### {group[0]['level']}: {case_name(group[0])}", ""]
+        lines += markdown_lines([("", "name", str), *filled], named) if named else []
+        lines += [f"- {name_of(row)}: {row['status']}" for row in group if row["status"] != "ok"]
+    return lines
 
 
-def measure(what, variants, rounds):
-    """Time functions side by side, without gradients: dict of name -> 20th, 50th and 80th percentile in ms."""
-    progress(f"timing {what}: {len(variants)} variants, {rounds} rounds")
-    with torch.inference_mode():
-        seconds = rounds_side_by_side(variants, "cpu", rounds)
-    return {name: percentiles(values) for name, values in seconds.items()}
+def _cases(rows):
+    return [list(group) for _, group in groupby(rows, key=lambda row: [row[name] for name in CASE])]
 
 
-def percentiles(seconds):
-    return dict(zip(("p20_ms", "p50_ms", "p80_ms"), np.quantile(np.array(seconds) * 1e3, (0.2, 0.5, 0.8)).tolist()))
+def what_eats_the_rest(rows):
+    """Lines that name the parts of a pruning block whose time did not fall as far as their MACs, the worst first.
 
-
-def saving_rows(label, times, macs):
-    """A row per variant: what it saves of the fastest dense one, beside what it saves of the multiply-accumulates.
-
-    ``times``: of `measure`, by ``(what, keep-rate)``. ``macs(keep_rate)``: multiply-accumulates as the paper counts.
+    A part without multiply-accumulates of its own is held against those of the whole block.
     """
-    dense = min(time["p50_ms"] for (_, keep_rate), time in times.items() if keep_rate == 1)
-    rows = []
-    for (what, keep_rate), time in times.items():
-        saving, theory = 1 - time["p50_ms"] / dense, 1 - macs(keep_rate) / macs(1.0)
-        realised = saving / theory if theory else None
-        rows.append(
-            {**label, "what": what, "keep_rate": keep_rate, "gmacs": macs(keep_rate) / 1e9, **time, "saving": saving,
-             "theory": theory, "realised": realised}
-        )  # fmt: skip
-    return rows
+    lines = []
+    for group in _cases([row for row in rows if row["level"] == "block parts"]):
+        dense = {row["part"]: row for row in group if row["keep_rate"] == 1}
+        pruned = {row["part"]: row for row in group if row["keep_rate"] != 1}
+        whole = pruned["whole"]
+        lost = {}
+        for part, row in pruned.items():
+            share = 1 - (whole["theory"] if row["theory"] is None else row["theory"])
+            lost[part] = row["p50_ms"] - share * dense[part]["p50_ms"]
+        worst = sorted((part for part in lost if part != "whole"), key=lost.get, reverse=True)
+        parts = ", ".join(f"{part} {lost[part]:+.2f} ms" for part in worst if abs(lost[part]) >= 0.005)
+        share = whole["saving"] / whole["theory"]
+        lines.append(
+            f"- {case_name(whole)}, keep-rate {whole['keep_rate']:g}: {share:.0%} of what the computed MACs promise; "
+            f"{lost['whole']:+.2f} ms of {whole['p50_ms']:.2f} beyond it: {parts}"
+        )
+    return lines
 
 
-def markdown(rows):
-    """A Markdown table of the rows."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def scaling_lines(rows):
+    """A Markdown table of the exponents of time and memory by tokens and by batch."""
+    table = []
+    for level, size in (("scaling by tokens", "tokens"), ("scaling by batch", "batch")):
+        for group in scaling_groups(rows, level):
+            entry = {"what": f"{group[0]['subject']}, {group[0]['dtype']}: {name_of(group[0])}", "by": size}
+            entry["range"] = f"{group[0][size]} to {group[-1][size]}"
+            for name, column in (("time", "p50_ms"), ("memory", "peak_memory_mib")):
+                entry[name] = exponent([row[size] for row in group], [row[column] for row in group])
+            table.append(entry)
+    show = lambda fit: "-" if fit[0] is None else f"{fit[0]:.2f} ± {fit[1]:.2f}"
+    columns = [("", "what", str), ("by", "by", str), ("from to", "range", str), ("time", "time", show)]
+    return markdown_lines([*columns, ("memory", "memory", show)], table) if table else []
 
 
-def _text(value):
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
-    return str(value)
+def machine_lines(machine):
+    """What was measured where."""
+    peaks = machine["peaks"]
+    products = ", ".join(f"{dtype} {speed / 1e9:.0f} GFLOP/s" for dtype, speed in peaks["product"].items())
+    changed = " with changed files" if machine["changed_files"] else ""
+    return [
+        f"{machine['device_name']}, {machine['threads']} threads, driver {machine['driver'] or '-'}, "
+        f"torch {machine['torch']}, triton {machine['triton']}, commit {machine['commit'][:12]}{changed}, "
+        f"{machine['date']}. Peaks: copy {peaks['copy'] / 1e9:.1f} GB/s, {products}."
+    ]
+
+
+def report(path, output):
+    """Markdown lines of a result file; its figures are written to ``output``."""
+    machine, rows = read_result(path)
+    lines = [f"# {Path(path).stem}", "", *machine_lines(machine), *case_tables(rows)]
+    for title, part in (("What eats the rest", what_eats_the_rest(rows)), ("Exponents", scaling_lines(rows))):
+        lines += ["", f"### {title}", "", *part] if part else []
+    lines.append("")
+    for name, draw in FIGURES.items():
+        figure = draw(rows)
+        if figure is not None:
+            place = output / f"{Path(path).stem}-{name}.png"
+            save_figure(figure, place)
+            lines.append(f"![{name}]({place.name})")
+    return lines
+
+
+def main(argv=None):
+    args = _parse(argv)
+    if args.compare:
+        if len(args.results) != 2:
+            raise UserError(f"--compare: give two results, the old one and the new one, not {len(args.results)}")
+        results = [read_result(path) for path in args.results]
+        print("\n".join(comparison_text(compare(*results, args.different_devices))))
+        return 0
+    make_folder(args.output)
+    for path in args.results:
+        lines = report(path, args.output)
+        (args.output / f"{path.stem}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print("\n".join(lines))
+    return 0
+
+
+def _parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and figures of benchmarks.")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="JSON file of pytest bench/")
+    parser.add_argument("--compare", action="store_true", help="of two results, say what changed beyond the noise")
+    parser.add_argument("--different-devices", action="store_true", help="compare even those")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/bench"), metavar="FOLDER",
+        help="of the figures and of the tables as Markdown (default: results/bench)",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -2,11 +2,12 @@
 the paper's way in plain PyTorch at every keep-rate.
 """
 
-import peers
 import pytest
 import torch
 
 import pruneattn
+from bench import peers
+from bench.guards import WrongResult, check_close, check_kept
 
 
 def test_ast_is_hugging_face_ast(make_model):
@@ -41,11 +42,12 @@ def test_theirs_pruned_are_ours(make_model, family, score):
         torch.testing.assert_close(theirs(fbank), ours(fbank), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("attention", [peers.PapersAttention, peers.SeparateScoreAttention])
 @pytest.mark.parametrize("keep_rate", [1.0, 0.7, 0.5])
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
-def test_the_papers_way(make_model, family, keep_rate):
+def test_the_papers_way(make_model, family, keep_rate, attention):
     ours = make_model(family, keep_rate=keep_rate).double()
-    theirs = peers.PapersViT(ours, keep_rate=keep_rate)
+    theirs = peers.PapersViT(ours, keep_rate, attention)
     fbank = torch.randn(3, 128, 128, dtype=torch.float64)
     with torch.no_grad():
         trace = pruneattn.trace(ours, fbank)
@@ -55,7 +57,20 @@ def test_the_papers_way(make_model, family, keep_rate):
     for their_patches, our_patches in zip(kept, trace.kept):
         assert torch.equal(their_patches, our_patches)
     if kept:
-        peers.check_kept("the paper's way", kept, trace)
+        check_kept(kept, trace)
+
+
+@pytest.mark.parametrize("family", ["audiomae", "ast"])
+def test_macs_of_the_papers_way(make_model, family):
+    """The paper's count and the head; a score of its own costs the scored queries times the keys."""
+    ours = make_model(family, keep_rate=0.5)
+    head = ours.head.weight.numel()
+    assert peers.PapersViT(ours, 0.5).macs() == pruneattn.count_macs(ours).paper + head
+    extra = peers.PapersViT(ours, 0.5, peers.SeparateScoreAttention).macs() - pruneattn.count_macs(ours).paper - head
+    patches = [64, 32, 16]
+    queries = [1] * 3 if family == "ast" else patches
+    tokens = [ours.num_extra_tokens + count for count in patches]
+    assert extra == ours.embed_dim * sum(q * n for q, n in zip(queries, tokens))
 
 
 def test_wrong_results_are_told(make_model):
@@ -63,20 +78,22 @@ def test_wrong_results_are_told(make_model):
     fbank = torch.randn(2, 128, 128, dtype=torch.float64)
     with torch.no_grad():
         trace = pruneattn.trace(ours, fbank)
-    peers.check_logits("it", trace.logits + 1e-12, trace.logits, torch.float64)
+    check_close("they", trace.logits + 1e-12, trace.logits, 1e-9)
     for wrong in (trace.logits * 1.01, trace.logits * float("nan")):
-        with pytest.raises(peers.WrongResult, match="it: logits differ"):
-            peers.check_logits("it", wrong, trace.logits, torch.float64)
+        with pytest.raises(WrongResult, match="they differ"):
+            check_close("they", wrong, trace.logits, 1e-9)
+    with pytest.raises(WrongResult, match="they have shape"):
+        check_close("they", trace.logits[:1], trace.logits, 1e-9)
 
     others = torch.stack([torch.tensor([p for p in range(64) if p not in kept]) for kept in trace.kept[1].tolist()])
     kept = [trace.kept[0], others[:, : trace.kept[1].shape[1]], trace.kept[2]]
-    with pytest.raises(peers.WrongResult, match="it: keeps other patches in pruning block 1 of clip 0"):
-        peers.check_kept("it", kept, trace)
+    with pytest.raises(WrongResult, match="keeps other patches in pruning block 1 of clip 0"):
+        check_kept(kept, trace)
 
 
 def test_either_of_two_patches_of_one_score_may_stay():
     scores = [torch.tensor([[0.3, 0.1, 0.2, 0.2]])]
     ours = pruneattn.models.trace.Trace(torch.zeros(1, 5), [torch.tensor([[0, 2]])], scores)
-    peers.check_kept("it", [torch.tensor([[0, 3]])], ours)
-    with pytest.raises(peers.WrongResult):
-        peers.check_kept("it", [torch.tensor([[0, 1]])], ours)
+    check_kept([torch.tensor([[0, 3]])], ours)
+    with pytest.raises(WrongResult):
+        check_kept([torch.tensor([[0, 1]])], ours)

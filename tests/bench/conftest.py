@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from bench import peers
+from bench.machine import Peaks
+from pruneattn import timing
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One thread, and a single call in each round."""
+    monkeypatch.setattr(timing, "_SHORTEST_ROUND", 1e-9)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def peaks():
+    return Peaks(copy=1e10, product={"float32": 1e11})
+
+
+@pytest.fixture
+def not_compiled(monkeypatch):
+    """Compiling takes half a minute a model."""
+    monkeypatch.setattr(peers, "compiled", lambda model, fbank: model)

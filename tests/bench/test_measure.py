@@ -1,0 +1,176 @@
+"""The core: guard, turns, floor, savings, and what becomes of rows on disk. Nothing here depends on time."""
+
+import csv
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from bench import measure
+from bench.guards import WrongResult
+from bench.machine import Peaks, describe_machine, measure_peaks
+from bench.measure import Case, Provider, Work, left_out, measure_case, with_savings
+from bench.memory import peak_growth
+from bench.rows import COLUMNS, SCHEMA, ResultFile, key_of, name_of, read_result, row_of
+from pruneattn.errors import UserError
+
+CASE = Case("op", "it", "cpu", "float32", 4, 9)
+
+
+def wrong(result):
+    raise WrongResult("not the reference's")
+
+
+def sound(result):
+    pass
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A call of what ``clock(seconds)`` returns takes so long, by a clock that nothing else moves."""
+    now = [0.0]
+
+    def make(seconds):
+        def call():
+            now[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return make
+
+
+def test_rows(clock, peaks):
+    work = Work(macs_paper=2_000_000, macs_computed=1_000_000, bytes=500_000)
+    dense_work = work._replace(macs_paper=4_000_000)
+    dense = Provider("ours", clock(0.2), sound, "eager", 1.0, dense_work)
+    pruned = Provider("ours", clock(0.1), sound, "eager", 0.5, work)
+    slow = Provider("peer", clock(0.4), sound, "eager", 1.0, dense_work)
+    rows = measure_case(CASE, [slow, pruned, dense], peaks, 3)
+    assert [list(row) for row in rows] == [list(COLUMNS)] * 3
+    assert [row["p50_ms"] for row in rows] == pytest.approx([400, 100, 200])
+    assert [row["clips_per_second"] for row in rows] == pytest.approx([10, 40, 20])
+    # 1e6 MACs at 1e11 FLOP/s take 0.02 ms, 5e5 bytes at 1e10 B/s 0.05 ms.
+    assert rows[1]["floor_ms"] == pytest.approx(0.05) and rows[1]["floor_share"] == pytest.approx(0.0005)
+    # Against the fastest unpruned one, not the first.
+    assert rows[1]["saving"] == pytest.approx(0.5) and rows[1]["theory"] == 0.5
+    assert rows[1]["realised"] == pytest.approx(1.0)
+    assert rows[0]["saving"] is None and rows[2]["realised"] is None
+
+
+def test_savings():
+    def row(rate, ms, macs):
+        return row_of(keep_rate=rate, p50_ms=ms, macs_paper=macs)
+
+    assert with_savings([row(1.0, 2, 8), row(0.5, 3, 4)])[1]["realised"] == pytest.approx(-1.0)
+    assert with_savings([row(0.5, 3, 4), row(None, 1, 8)])[0]["saving"] is None  # nothing dense to compare with
+    assert with_savings([row(1.0, None, 8), row(0.5, 3, 4)])[1]["saving"] is None  # not timed
+    assert with_savings([row(1.0, 2, 8), row(0.9, 1, 8)])[1]["realised"] is None  # nothing to save
+
+
+def test_what_is_wrong_is_not_timed(peaks):
+    calls = []
+    providers = [
+        Provider("ours", lambda: calls.append("ours"), sound),
+        Provider("liar", lambda: calls.append("liar"), wrong),
+        left_out("absent", "it is not installed"),
+    ]
+    rows = measure_case(CASE, providers, peaks, 1)
+    assert [row["status"] for row in rows] == ["ok", "wrong: not the reference's", "left out: it is not installed"]
+    assert calls.count("liar") == 1 and rows[1]["p50_ms"] is None and rows[2]["p50_ms"] is None
+    assert rows[0]["p50_ms"] > 0
+
+
+def test_a_provider_without_memory_is_not_the_end(peaks):
+    def greedy():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rows = measure_case(CASE, [Provider("greedy", greedy, sound), Provider("ours", lambda: None, sound)], peaks, 1)
+    assert [row["status"] for row in rows] == ["out of memory", "ok"]
+
+
+def test_only_training_has_gradients(peaks):
+    seen = []
+    provider = [Provider("it", lambda: seen.append(torch.is_inference_mode_enabled()), sound)]
+    measure_case(CASE, provider, peaks, 1)
+    assert set(seen) == {True}
+    seen.clear()
+    measure_case(CASE._replace(level=measure.TRAINING), provider, peaks, 1)
+    assert set(seen) == {False}
+
+
+def test_floor():
+    peaks = Peaks(copy=100.0, product={"float32": 1000.0})
+    assert peaks.floor_ms("float32", Work(None, 1000, None)) == pytest.approx(2000)  # two FLOP each
+    assert peaks.floor_ms("float32", Work(None, 1000, 500)) == pytest.approx(5000)
+    assert peaks.floor_ms("bfloat16", Work(None, 1000, 100)) == pytest.approx(1000)  # no peak of that type
+    assert peaks.floor_ms("float32", Work()) is None
+
+
+def test_peaks_are_of_the_fastest_round(monkeypatch):
+    monkeypatch.setattr("bench.machine.timing.rounds_side_by_side", lambda *_: {"copy": [4.0, 2.0], "float32": [1.0, 9.0]})
+    peaks = measure_peaks("cpu", ["float32"], size=10, copied=100)
+    assert peaks == Peaks(copy=100.0, product={"float32": 2000.0})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_growth():
+    """Of what is freed again, also where the allocator keeps it: the second time is as the first."""
+    for _ in range(2):
+        assert 63 < peak_growth(lambda: torch.ones(16 * 2**20).sum(), "cpu") < 96
+        assert 31 < peak_growth(lambda: [torch.ones(2**13) for _ in range(2**10)], "cpu") < 64
+    assert peak_growth(lambda: None, "cpu") < 8
+
+
+def test_result_file(tmp_path):
+    machine = {**describe_machine("cpu"), "peaks": {"copy": 1.0}}
+    rows = [row_of(**CASE._asdict(), provider="ours", keep_rate=0.5, status="ok", p50_ms=1.5)]
+    file = ResultFile(tmp_path / "new", "cpu", machine)
+    file.add(rows)
+    file.add(rows)
+    assert file.path.name.startswith("cpu-20") and file.path.suffix == ".json"
+    assert read_result(file.path) == (json.loads(json.dumps(machine)), rows * 2)
+    with open(file.path.with_suffix(".csv"), newline="") as csv_file:
+        table = list(csv.DictReader(csv_file))
+    assert len(table) == 2 and table[0]["schema"] == str(SCHEMA)
+    assert table[0]["p50_ms"] == "1.5" and table[0]["torch"] == torch.__version__ and table[0]["saving"] == ""
+    # The machine's device is its name, the case's is "cpu": neither hides the other.
+    assert table[0]["device"] == "cpu" and table[0]["device_name"] == machine["device_name"]
+    assert {"driver", "clocks_mhz", "torch", "triton", "commit", "changed_files", "threads", "date"} <= machine.keys()
+    assert not machine.keys() & set(COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not a result"),
+        ("[]", "not a result"),
+        ('{"tables": []}', "not a result"),
+        ('{"schema": 99, "machine": {}, "rows": []}', "has schema 99"),
+        ('{"schema": 1, "machine": {}, "rows": []}', "has no rows"),
+        ('{"schema": 1, "machine": {}, "rows": [{"level": "op"}]}', "other columns"),
+    ],
+)
+def test_a_file_that_is_no_result(tmp_path, content, message):
+    path = tmp_path / "it.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_result(path)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match="nowhere.json: No such file"):
+        read_result(tmp_path / "nowhere.json")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--bench-output"):
+        ResultFile(tmp_path / "file" / "below", "cpu", {"date": "2026-01-01T00:00:00"}).add([row_of()])
+
+
+def test_row_names():
+    row = row_of(**CASE._asdict(), provider="ours", backend="cpu", keep_rate=0.5)
+    assert name_of(row) == "ours, cpu, 0.5"
+    assert key_of(row) == (*CASE, "ours", "cpu", 0.5, None)
+    with pytest.raises(TypeError, match="no such columns: speed"):
+        row_of(speed=1)

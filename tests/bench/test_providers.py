@@ -1,0 +1,289 @@
+"""Every benchmark at a size for a test: all providers take part, and the guards know the wrong ones."""
+
+import importlib
+
+import pytest
+import torch
+
+import pruneattn
+from bench import (
+    bench_adapters,
+    bench_block,
+    bench_exported,
+    bench_model,
+    bench_scaling,
+    bench_training_step,
+    bench_wav_to_label,
+    grid,
+    peers,
+)
+from bench.block_parts import PARTS, part_rows
+from bench.guards import WrongResult
+from bench.measure import TRAINING, Case, measure_case
+from bench.subject import Subject
+from pruneattn.backend import _C
+
+SIZES = grid.Sizes(("float32",), (2,), (32,), 1, keep_rates=(1.0, 0.5))
+MODELS = {"audiomae_tiny": 33, "ast_tiny": 34}
+LIBRARY = {"audiomae_tiny": "timm ViT", "ast_tiny": "Hugging Face AST"}
+OPS = ("attention", "cls_scores", "column_mean_attention", "gather_tokens", "prune_tokens", "select_tokens")
+
+each_model = pytest.mark.parametrize("model", MODELS)
+
+
+def model_case(level, model):
+    return Case(level, model, "cpu", "float32", 2, MODELS[model])
+
+
+def right(case, providers, peaks):
+    """The measured rows by provider, backend and keep-rate; all results were right, or of something not installed."""
+    rows = measure_case(case, providers, peaks, 1)
+    assert all(row["status"] == "ok" or "left out" in row["status"] for row in rows), [row["status"] for row in rows]
+    assert all(row["floor_ms"] > 0 for row in rows if row["status"] == "ok")
+    named = {(row["provider"], row["backend"], row["keep_rate"]): row for row in rows}
+    assert len(named) == len(rows)
+    return named
+
+
+def statuses(case, providers, peaks):
+    rows = measure_case(case, providers, peaks, 1)
+    return {(row["provider"], row["keep_rate"]): row["status"] for row in rows}
+
+
+@pytest.mark.parametrize("tokens", [9, 10])
+@pytest.mark.parametrize("op", OPS)
+def test_ops(op, tokens, peaks):
+    module = importlib.import_module(f"bench.bench_{op}")
+    assert module.OP == op and hasattr(module, f"test_{op}")
+    case = Case("op", op, "cpu", "float32", 2, tokens)
+    rows = right(case, module.providers(case), peaks)
+    assert ("ours", "reference", None) in rows and any(name != "ours" for name, _, _ in rows)
+    if _C is not None:
+        assert list(rows)[0] == ("ours", "cpu", None)
+        assert _C.cpu_isa() == _C.cpu_isas()[0]
+
+
+def test_a_wrong_op_is_told(peaks, monkeypatch):
+    from bench import bench_column_mean_attention as attention
+    from bench import bench_gather_tokens as gathering
+
+    monkeypatch.setitem(attention.ALTERNATIVES, "eager", lambda q, k, v, extra: (v, torch.zeros(2, 8)))
+    case = Case("op", "column_mean_attention", "cpu", "float32", 2, 9)
+    assert statuses(case, attention.providers(case), peaks)["eager", None].startswith("wrong: the values of result 0 differ")
+    indexing = gathering.advanced_indexing
+    monkeypatch.setattr(gathering, "advanced_indexing", lambda x, index, extra: indexing(x, index.flip(1), extra))
+    case = case._replace(subject="gather_tokens")
+    assert statuses(case, gathering.providers(case), peaks)["indexing", None].startswith("wrong: the values of result 0 differ")
+
+
+def test_only_what_stays_is_read(peaks):
+    from bench import bench_gather_tokens as module
+
+    case = Case("op", "gather_tokens", "cpu", "float32", 2, 9)
+    rows = right(case, module.providers(case), peaks)
+    # 2 clips: 1 + 4 of 768 floats are read and written, 4 numbers of 8 bytes are read.
+    assert {row["bytes"] for row in rows.values()} == {2 * (2 * 5 * 768 * 4 + 4 * 8)}
+
+
+@each_model
+def test_model(model, peaks, not_compiled):
+    case = model_case("model", model)
+    rows = right(case, bench_model.providers(case, SIZES), peaks)
+    assert {name for name, _, _ in rows} == {
+        "ours", "SDPA", "the paper's way", "SDPA, separate score", LIBRARY[model], "token merging", "random drop",
+        "stride drop",
+    }  # fmt: skip
+    paper, ours = rows["the paper's way", "eager", 0.5], rows["ours", "eager", 0.5]
+    assert paper["theory"] == ours["theory"] == 1 - paper["macs_paper"] / rows["SDPA", "eager", 1.0]["macs_paper"]
+    assert ours["macs_computed"] < paper["macs_computed"]
+    assert ours["bytes"] > 4 * sum(p.numel() for p in Subject(case).model.parameters())
+
+
+def test_all_is_compiled_in_the_whole_grid(not_compiled):
+    providers = bench_model.providers(model_case("model", "audiomae_tiny"), SIZES._replace(compile_all=True))
+    compiled = {(provider.name, provider.keep_rate) for provider in providers if provider.backend == "compiled"}
+    assert {("ours", 1.0), ("ours", 0.5), ("SDPA", 1.0)} <= compiled
+
+
+def test_missing_libraries_are_left_out(monkeypatch, not_compiled, peaks):
+    monkeypatch.setattr(peers, "version", lambda package: None)
+    for level, module in (("model", bench_model), (TRAINING, bench_training_step)):
+        case = model_case(level, "audiomae_tiny")
+        rows = measure_case(case, module.providers(case, SIZES), peaks, 1)
+        assert [row["status"] for row in rows if row["provider"] == "timm ViT"] == ["left out: timm is not installed"]
+    assert "needs transformers 5, installed: None" == peers.why_not(peers.HUGGINGFACE)
+
+
+def test_wrong_models_are_told(monkeypatch, not_compiled, peaks):
+    """Logits a little off; other patches kept; a merging that does not give numbers; a drop that drops nothing."""
+
+    def unpruned(model, keep_rate, fbank):
+        model.set_keep_rate(1.0)
+        return model(fbank)
+
+    run, prune = peers.PapersViT.run, peers.PapersBlock.prune
+    monkeypatch.setattr(peers.PapersViT, "forward", lambda self, fbank: 1.001 * run(self, fbank)[0])
+    monkeypatch.setattr(peers.PapersBlock, "prune", lambda self, x, weights: prune(self, x, -weights))
+    monkeypatch.setattr(bench_model.MergingViT, "forward", lambda self, fbank: self.model(fbank) * float("nan"))
+    monkeypatch.setattr(bench_model, "at_keep_rate", unpruned)
+    case = model_case("model", "audiomae_tiny")
+    status = statuses(case, bench_model.providers(case, SIZES), peaks)
+    assert "logits differ" in status["the paper's way", 1.0] and status["ours", 1.0] == "ok"
+    assert "logits differ" in status["SDPA, separate score", 0.5]
+    assert "finite numbers" in status["token merging", 0.5]
+    assert status["random drop", 0.5] == "wrong: nothing was pruned"
+    assert "logits differ" in status["ours", 0.5]
+
+
+@each_model
+def test_another_choice_of_patches_is_told_by_the_logits(model):
+    """The only guard of those that cannot say what they kept."""
+    subject = Subject(model_case("model", model))
+    other = subject.with_score("random")
+    other.set_keep_rate(0.5)
+    with torch.inference_mode(), pytest.raises(WrongResult, match="logits differ"):
+        subject.check(0.5)(other(subject.fbank))
+
+
+@each_model
+def test_block(model, peaks):
+    case = model_case("block", model)
+    rows = right(case, bench_block.providers(case, SIZES), peaks)
+    assert {name for name, _, _ in rows} == {
+        "ours", "SDPA", "the paper's way", "SDPA, separate score", "token merging", "random drop", "stride drop",
+    }  # fmt: skip
+    paper = rows["the paper's way", "eager", 0.5]
+    assert paper["macs_computed"] == paper["macs_paper"] > rows["ours", "eager", 0.5]["macs_computed"]
+
+
+def test_a_wrong_block_is_told(monkeypatch, peaks):
+    prune = peers.PapersBlock.prune
+    monkeypatch.setattr(peers.PapersBlock, "prune", lambda self, x, weights: prune(self, x, -weights))
+    case = model_case("block", "audiomae_tiny")
+    status = statuses(case, bench_block.providers(case, SIZES), peaks)
+    assert status["the paper's way", 0.5] == "wrong: the patches kept are not the reference's"
+    assert status["the paper's way", 1.0] == "ok"
+
+
+@each_model
+def test_parts(model):
+    subject, x = bench_block.make_subject(model_case("block", model))
+    rows = part_rows(subject, x, 0.5, 1)
+    assert [(row["keep_rate"], row["part"]) for row in rows] == [(rate, part) for rate in (1.0, 0.5) for part in PARTS]
+    dense, pruned = ({row["part"]: row for row in rows if row["keep_rate"] == rate} for rate in (1.0, 0.5))
+    for part in ("norm", "qkv", "attention", "proj", "mlp"):
+        assert dense[part]["p50_ms"] > 0 and pruned[part]["p50_ms"] > 0
+    assert dense["select+gather"]["p50_ms"] == 0 < pruned["select+gather"]["p50_ms"]
+    assert 0 < pruned["whole"]["theory"] < pruned["mlp"]["theory"] < 0.51
+    for parts in (dense, pruned):
+        assert sum(parts[part]["macs_computed"] or 0 for part in PARTS[:-1]) == parts["whole"]["macs_computed"]
+
+
+@each_model
+def test_training_step(model, peaks):
+    case = model_case(TRAINING, model)
+    providers = bench_training_step.providers(case, SIZES)
+    rows = right(case, providers, peaks)
+    who = ["ours", "the paper's way"]
+    if peers.why_not(LIBRARY[model]):
+        del rows[LIBRARY[model], None, None]
+    else:
+        who.append(LIBRARY[model])
+    assert {(name, rate) for name, _, rate in rows} == {(name, rate) for name in who for rate in (1.0, 0.5)}
+    step = next(provider.call for provider in providers if provider.name == "ours")
+    before = step.embedding.weight.clone()
+    step()
+    assert torch.equal(before, step.embedding.weight) and step.optimizer.state[step.embedding.weight]["step"] > 1
+
+
+def test_a_wrong_gradient_is_told(peaks, monkeypatch):
+    norm = peers.PapersBlock.forward
+    monkeypatch.setattr(peers.PapersBlock, "forward", lambda self, x: norm(self, x.detach() + 0.5 * (x - x.detach())))
+    case = model_case(TRAINING, "audiomae_tiny")
+    status = statuses(case, bench_training_step.providers(case, SIZES), peaks)
+    assert status["the paper's way", 1.0].startswith("wrong: gradients of the patch embedding differ")
+    assert status["ours", 1.0] == "ok"
+
+
+def test_cases():
+    sizes = grid.Sizes(("float32", "bfloat16"), (1, 4), (64,), 3, models=("ast_base", "audiomae_base"))
+    cases = grid.cases("model", "cpu", sizes)
+    assert len(cases) == len({str(case) for case in cases}) == 8
+    assert {(case.subject, case.tokens) for case in cases} == {("ast_base", 66), ("audiomae_base", 65)}
+    assert {case.tokens for case in grid.cases("op", "cpu", sizes, "attention")} == {64}
+
+
+@pytest.mark.parametrize("key", grid.GRIDS)
+def test_grids(key):
+    levels = grid.GRIDS[key]
+    assert {"op", "block", "model", TRAINING, "wav to label", "scaling by tokens", "scaling by batch"} <= levels.keys()
+    assert all(1.0 in sizes.keep_rates and set(sizes.peer_rates) <= set(sizes.keep_rates) for sizes in levels.values())
+    assert levels["scaling by tokens"].lengths == (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@each_model
+def test_wav_to_label(model, peaks, tmp_path):
+    pytest.importorskip("torchaudio")
+    case = model_case("wav to label", model)
+    rows = measure_case(case, list(bench_wav_to_label.providers(case, SIZES, tmp_path)), peaks, 1)
+    assert all(row["status"] == "ok" or "not installed" in row["status"] for row in rows), rows
+    assert [row["part"] for row in rows][:3] == ["decoding", "filterbank", None]
+    assert {(row["provider"], row["keep_rate"]) for row in rows} >= {
+        ("ours", 1.0), ("ours", 0.5), ("torchaudio + the paper's way", 0.5), (f"torchaudio + {LIBRARY[model]}", 1.0),
+    }  # fmt: skip
+    assert all(row["saving"] is None for row in rows if row["part"])
+
+
+def test_another_filterbank_is_told(peaks, tmp_path, monkeypatch):
+    pytest.importorskip("torchaudio")
+    fbank = bench_wav_to_label.Files.torchaudio_fbank
+    monkeypatch.setattr(bench_wav_to_label.Files, "torchaudio_fbank", lambda self: fbank(self) * 1.01)
+    case = model_case("wav to label", "ast_tiny")
+    rows = measure_case(case, list(bench_wav_to_label.providers(case, SIZES, tmp_path)), peaks, 1)
+    assert all("logits differ" in row["status"] for row in rows if "torchaudio" in row["provider"] and row["keep_rate"] == 1)
+    assert rows[2]["status"] == "ok"
+
+
+@pytest.mark.parametrize("subject", ["column_mean_attention", "audiomae_tiny"])
+def test_scaling(subject, peaks, monkeypatch):
+    case = Case("scaling by tokens", subject, "cpu", "float32", 2, 33)
+    rows = right(case, bench_scaling.providers(case, SIZES), peaks)
+    eager = "eager" if subject == "column_mean_attention" else "the paper's way"
+    assert {name for name, _, _ in rows} == {"ours", eager}
+    assert {rate for _, _, rate in rows} == ({None} if eager == "eager" else {1.0, 0.5})
+    monkeypatch.setattr(bench_scaling, "available", lambda device: bench_scaling.softmax_bytes(case))
+    status = statuses(case, bench_scaling.providers(case, SIZES), peaks)
+    assert {"left out" in value for (name, _), value in status.items() if name == eager} == {True}
+    assert {value for (name, _), value in status.items() if name == "ours"} == {"ok"}
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_adapters(model, peaks, not_compiled):
+    pytest.importorskip("timm")
+    (case,) = grid.cases("adapters", "cpu", SIZES._replace(lengths=(196,), models=(model,), batches=(1,)))
+    rows = measure_case(case, list(bench_adapters.providers(case, SIZES)), peaks, 1)
+    assert all(row["status"] == "ok" for row in rows), rows
+    assert [(row["backend"], row["keep_rate"]) for row in rows] == [
+        ("eager", 1.0), ("pruneattn.prune", 1.0), ("compiled", 1.0), ("pruneattn.prune", 0.5),
+    ]  # fmt: skip
+    assert rows[-1]["theory"] == pytest.approx(0.51, abs=0.03)
+
+
+def test_a_wrong_adapter_is_told(peaks, not_compiled, monkeypatch):
+    pytest.importorskip("timm")
+    prune = pruneattn.prune
+    monkeypatch.setattr(pruneattn, "prune", lambda model, rate, blocks: prune(model, min(rate, 0.9), blocks))
+    (case,) = grid.cases("adapters", "cpu", SIZES._replace(models=("vit_tiny_patch16_224",), batches=(1,)))
+    status = [row["status"] for row in measure_case(case, list(bench_adapters.providers(case, SIZES)), peaks, 1)]
+    assert status[0] == "ok" and status[1].startswith("wrong: logits at keep-rate 1 are not the reference's")
+
+
+def test_exported(peaks, monkeypatch, tmp_path):
+    files = {"torch.export": ("torch", False)}  # the other formats take a minute each
+    monkeypatch.setattr(bench_exported, "FILES", files)
+    case = model_case("exported", "ast_tiny")
+    rows = measure_case(case, list(bench_exported.providers(case, SIZES, tmp_path)), peaks, 1)
+    assert all(row["status"] == "ok" for row in rows), rows
+    assert [(row["provider"], row["keep_rate"]) for row in rows] == [
+        (name, rate) for rate in (1.0, 0.5) for name in ("ours", *files)
+    ]

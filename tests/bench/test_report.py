@@ -1,0 +1,187 @@
+"""Reports and comparisons of results that are made up, so that what they must say is known."""
+
+import math
+import re
+
+import pytest
+
+from bench import report
+from bench.compare import compare, comparison_text
+from bench.fit import exponent, scaling_groups
+from bench.measure import Case, with_savings
+from bench.rows import ResultFile, row_of
+from pruneattn.errors import UserError
+
+MACHINE = {
+    "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "changed_files": False, "device_name": "a CPU",
+    "driver": None, "threads": 2, "torch": "2.11.0", "triton": None,
+    "peaks": {"copy": 1e10, "product": {"float32": 1e11}},
+}  # fmt: skip
+
+
+def timed(case, provider, ms, keep_rate=None, spread=0.01, **values):
+    return row_of(
+        **case._asdict(), provider=provider, keep_rate=keep_rate, status="ok", timing="wall clock", rounds=5, p50_ms=ms,
+        p20_ms=ms * (1 - spread), p80_ms=ms * (1 + spread), clips_per_second=1e3 * case.batch / ms, **values,
+    )  # fmt: skip
+
+
+def model_rows():
+    case = Case("model", "audiomae_base", "cpu", "float32", 1, 513)
+    rows = [
+        timed(case, "ours", 100.0, 1.0, macs_paper=10**10, macs_computed=10**10, peak_memory_mib=20.0),
+        timed(case, "SDPA", 110.0, 1.0, macs_paper=10**10, macs_computed=10**10, peak_memory_mib=30.0),
+        timed(case, "ours", 55.0, 0.5, macs_paper=5 * 10**9, macs_computed=4 * 10**9, peak_memory_mib=12.0),
+        row_of(**case._asdict(), provider="timm ViT", status="left out: timm is not installed"),
+    ]
+    return with_savings(rows)
+
+
+def all_rows():
+    op = Case("op", "attention", "cpu", "float32", 1, 65)
+    rows = [*model_rows(), *part_rows()]
+    rows += [timed(op._replace(tokens=n), who, n / 10, floor_ms=n / 50) for n in (65, 513) for who in ("ours", "eager")]
+    for n in (64, 128, 256, 512):
+        case = Case("scaling by tokens", "column_mean_attention", "cpu", "float32", 1, n)
+        rows.append(timed(case, "ours", 2e-4 * n**2, peak_memory_mib=n / 64))
+        rows.append(timed(case, "eager", 1e-3 * n**2, peak_memory_mib=n**2 / 4096))
+    return rows
+
+
+def part_rows():
+    case = Case("block parts", "audiomae_base", "cpu", "float32", 1, 513)
+    dense = {"norm": (1, None), "mlp": (60, 60), "qkv": (39, 40), "whole": (100, 100)}
+    pruned = {"norm": (1, None), "mlp": (45, 30), "qkv": (38, 40), "whole": (84, 70)}
+    rows = []
+    for rate, parts in ((1.0, dense), (0.5, pruned)):
+        for part, (ms, macs) in parts.items():
+            row = timed(case, "ours", ms, rate, part=part, macs_computed=macs)
+            if rate < 1:
+                row["saving"] = 1 - ms / dense[part][0]
+                row["theory"] = 1 - macs / dense[part][1] if macs else None
+            rows.append(row)
+    return rows
+
+
+def write(folder, rows, **machine):
+    file = ResultFile(folder, "cpu", MACHINE | machine)
+    file.add(rows)
+    return file.path
+
+
+def test_report(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = write(tmp_path, all_rows())
+    assert report.main([str(path), "--output", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert (tmp_path / "out" / f"{path.stem}.md").read_text().strip() == text.strip()
+    assert "a CPU, 2 threads" in text and "commit 0123456789ab," in text and "copy 10.0 GB/s, float32 100 GFLOP/s" in text
+    table = text.partition("### model: audiomae_base, cpu, float32, batch 1, 513 tokens")[2].partition("###")[0]
+    line = [cell.strip() for cell in next(line for line in table.splitlines() if "ours, 0.5" in line).split("|")]
+    assert line[1:-1] == ["ours, 0.5", "55", "54.5", "55.5", "18.2", "5", "4", "12", "45.0%", "50.0%", "90%"]
+    assert "- timm ViT: left out: timm is not installed" in table and "floor" not in table
+    figures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(figures) == 6 and all((tmp_path / "out" / name).stat().st_size > 5000 for name in figures)
+
+
+def test_figures_show_what_was_measured():
+    pytest.importorskip("matplotlib")
+    from bench.figures import FIGURES
+
+    rows = all_rows()
+    (axis,) = FIGURES["realised"](rows).axes
+    line = next(line for line in axis.lines if line.get_label() == "ours")
+    assert line.get_xydata().tolist() == [[0.5, pytest.approx(90)]]
+    (axis,) = FIGURES["time-macs"](rows).axes
+    ideal = next(line for line in axis.lines if "followed" in line.get_label())
+    assert ideal.get_xydata().tolist() == [[0, 0], [10, 100]]
+    assert sorted(map(tuple, next(line for line in axis.lines if line.get_label() == "ours").get_xydata())) == [(4, 55), (10, 100)]
+    many = [row | {"provider": f"provider {i}"} for row in rows[:3] for i in range(25)]
+    looks = [(line.get_color(), line.get_marker()) for line in FIGURES["time-macs"](many).axes[0].lines]
+    assert len(looks) == len(set(looks)) == 26
+    (axis,) = FIGURES["ops-floor"](rows).axes
+    assert axis.lines[0].get_ydata().tolist() == [5, 5]
+    (axis,) = FIGURES["clips-per-second"](rows).axes
+    assert len(axis.patches) == 3 and axis.patches[-1].get_width() == pytest.approx(1000 / 55)
+    (axis,) = FIGURES["memory"](rows).axes
+    assert axis.patches[-1].get_width() == 12
+    time, memory = FIGURES["scaling"](rows).axes
+    assert [line.get_label() for line in memory.lines] == ["eager: 2.00 ± 0.00", "ours: 1.00 ± 0.00"]
+    assert time.get_ylabel() == "ms"
+    assert [draw([rows[3]]) for draw in FIGURES.values()] == [None] * 6
+
+
+def test_what_eats_the_rest():
+    (line,) = report.what_eats_the_rest(part_rows())
+    # 84 ms in place of 70: the MLP 15 more than half of its 60, qkv 1 less than it might, norm 0.3 more than 70 %.
+    assert "53% of what the computed MACs promise; +14.00 ms of 84.00 beyond it: mlp +15.00 ms, norm +0.30 ms, qkv -1.00 ms" in line
+    assert report.what_eats_the_rest(model_rows()) == []
+
+
+def test_exponents():
+    sizes = [64, 128, 256, 512, 1024]
+    assert exponent(sizes, [3 * n**1.5 for n in sizes]) == (pytest.approx(1.5), pytest.approx(0, abs=1e-9))
+    # By hand: logarithms 0, 1, 3 (in the base of the sizes) at 0, 1, 2 give 1.5, residuals 1/6, -1/3, 1/6.
+    slope, error = exponent([1, math.e, math.e**2], [1, math.e, math.e**3])
+    assert slope == pytest.approx(1.5) and error == pytest.approx(math.sqrt((1 / 6) / 1 / 2))
+    for values in ([1.0, 2.0], [1.0, 0.0, 2.0], [1.0, None, 2.0]):
+        assert exponent(range(1, len(values) + 1), values) == (None, None)
+    assert exponent([8, 8, 8], [1.0, 2.0, 3.0]) == (None, None)
+
+
+def test_scaling_groups():
+    groups = scaling_groups(all_rows()[::-1], "scaling by tokens")
+    assert [(group[0]["provider"], [row["tokens"] for row in group]) for group in groups] == [
+        ("eager", [64, 128, 256, 512]), ("ours", [64, 128, 256, 512]),
+    ]  # fmt: skip
+    assert scaling_groups(all_rows(), "scaling by batch") == []
+    lines = report.scaling_lines(all_rows())
+    assert len(lines) == 4 and "64 to 512 | 2.00 ± 0.00 | 1.00 ± 0.00" in lines[3]
+
+
+def scaled(rows, factor, spread=0.01):
+    times = {"p20_ms": 1 - spread, "p50_ms": 1, "p80_ms": 1 + spread}
+    return [
+        row if row["p50_ms"] is None else row | {name: row["p50_ms"] * factor * share for name, share in times.items()}
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    "factor, spread, changed",
+    [
+        (1.0, 0.01, 0),
+        (1.04, 0.001, 0),  # apart, but less than counts
+        (1.08, 0.01, 3),
+        (0.9, 0.01, 3),
+        (1.08, 0.06, 0),  # the ranges overlap
+        (1.13, 0.06, 3),
+    ],
+)
+def test_changes_beyond_the_noise(factor, spread, changed):
+    rows = scaled(model_rows(), 1, spread)
+    result = compare((MACHINE, rows), (MACHINE, scaled(rows, factor, spread)))
+    assert result.compared == 3 and len(result.changes) == changed
+    assert all(change.ratio == pytest.approx(factor) for change in result.changes)
+    assert comparison_text(result)[0].startswith(f"3 times compared: {changed or 'none'} changed")
+
+
+def test_rows_that_cannot_be_compared():
+    old = model_rows()
+    wrong = old[0] | {"status": "wrong: logits differ", "p50_ms": None}
+    result = compare((MACHINE, old), (MACHINE, [wrong, old[1], *old[3:], timed(Case(*"abcd", 1, 2), "new", 1.0)]))
+    assert result.compared == 1 and not result.changes
+    text = "\n".join(comparison_text(result))
+    assert "ours, 1: was ok, is wrong: logits differ" in text
+    assert "Only in the old file: 1" in text and "Only in the new file: 1" in text
+
+
+def test_compare_command(tmp_path, capsys):
+    old, other = write(tmp_path / "a", model_rows()), write(tmp_path / "b", model_rows(), device_name="another CPU")
+    assert report.main(["--compare", str(old), str(old)]) == 0
+    assert capsys.readouterr().out == "3 times compared: none changed beyond the noise.\n"
+    with pytest.raises(UserError, match="a CPU, 2 threads; another CPU, 2 threads.*--different-devices"):
+        report.main(["--compare", str(old), str(other)])
+    assert report.main(["--compare", "--different-devices", str(old), str(other)]) == 0
+    with pytest.raises(UserError, match="two results"):
+        report.main(["--compare", str(old)])
