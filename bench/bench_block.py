@@ -11,8 +11,9 @@ from bench.guards import TOLERANCE, WrongResult, check_close, check_same
 from bench.measure import Provider, Work
 from bench.subject import Subject, at_keep_rate
 from bench.token_drop import DROPS
-from bench.token_merging import mergeable, merging_block
-from pruneattn.models.blocks import MLP_RATIO, kept_patches
+from bench.token_merging import matching_macs, mergeable, merging_block
+from pruneattn.models.blocks import kept_patches
+from pruneattn.models.macs import block_macs
 from pruneattn.timing import with_sdpa
 
 LEVELS = ("block",)
@@ -76,8 +77,8 @@ def _work(subject, keep_rate, model=None):
 
 def _merging_work(subject, r):
     dim, tokens = subject.model.embed_dim, subject.case.tokens
-    paper = 4 * tokens * dim**2 + 2 * tokens**2 * dim + 2 * MLP_RATIO * (tokens - r) * dim**2
-    return _block_work(subject, paper, paper + tokens**2 // 4 * (dim // subject.model.num_heads))
+    paper = block_macs(tokens, tokens - r, dim)
+    return _block_work(subject, paper, paper + matching_macs(tokens, dim // subject.model.num_heads))
 
 
 def _block_work(subject, paper, computed):

@@ -7,6 +7,7 @@ from torch._inductor import config as inductor
 
 from bench.machine import version
 from pruneattn.models.blocks import MLP_RATIO, PATCH, kept_patches
+from pruneattn.models.macs import block_macs
 
 
 class PapersAttention(nn.Module):
@@ -70,7 +71,7 @@ class PapersBlock(nn.Module):
     def macs(self, patches):
         """Multiply-accumulates of one clip, a separate score included; and how many patches are left."""
         dim, tokens, left = self.norm1.weight.numel(), self.extra + patches, kept_patches(patches, self.keep_rate)
-        macs = 4 * tokens * dim**2 + 2 * tokens**2 * dim + 2 * MLP_RATIO * (self.extra + left) * dim**2
+        macs = block_macs(tokens, self.extra + left, dim)
         if isinstance(self.attn, SeparateScoreAttention):
             macs += len(range(tokens)[self.scored_queries()]) * tokens * dim
         return macs, left

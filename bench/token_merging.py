@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruneattn import ops
-from pruneattn.models.blocks import MLP_RATIO, PATCH
+from pruneattn.models.blocks import PATCH
+from pruneattn.models.macs import block_macs
 
 
 class MergingViT(nn.Module):
@@ -82,15 +83,20 @@ def merge(x, size, pairs):
     return (ops.gather_tokens(total, rows, 0) / size).to(x.dtype), size
 
 
+def matching_macs(tokens, head_dim):
+    """Multiply-accumulates of `match` on one clip."""
+    return tokens**2 // 4 * head_dim
+
+
 def merging_macs(model, r):
     """Multiply-accumulates of one clip: ``(by the paper's count, with matching and head)``."""
     dim, extra, tokens = model.embed_dim, model.num_extra_tokens, model.num_extra_tokens + model.num_patches
     paper, matching = model.num_patches * PATCH**2 * dim, 0
     for _ in model.blocks:
-        attention = 4 * tokens * dim**2 + 2 * tokens**2 * dim
-        matching += tokens**2 // 4 * (dim // model.num_heads)
-        tokens -= mergeable(tokens, r, extra)
-        paper += attention + 2 * MLP_RATIO * tokens * dim**2
+        merged = mergeable(tokens, r, extra)
+        paper += block_macs(tokens, tokens - merged, dim)
+        matching += matching_macs(tokens, dim // model.num_heads)
+        tokens -= merged
     return paper, paper + matching + dim * model.num_classes
 
 

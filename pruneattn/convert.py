@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from .errors import UserError, run_command
-from .opening import add_checkpoint_options, class_names, describe, open_checkpoint
+from .opening import add_checkpoint_options, add_trained_for_option, class_names, describe, open_checkpoint
 
 
 def main(argv=None):
@@ -35,7 +35,7 @@ def _parse(argv):
     parser = argparse.ArgumentParser(
         prog="python -m pruneattn.convert",
         description="Write a checkpoint of any known format in the layout of another project, weights bit for bit. "
-        "Keep-rates and score have no place there: such a model computes every patch.",
+        "Other projects' models compute every patch until pruneattn.prune changes them.",
     )
     add_checkpoint_options(parser)
     parser.add_argument("output", metavar="OUT", type=Path, help="file (ast, audiomae) or folder to write")
@@ -45,9 +45,7 @@ def _parse(argv):
         "transformers, a folder; timm: AudioMAE for timm.create_model, a folder",
     )  # fmt: skip
     parser.add_argument("--label-csv", metavar="CSV", help="names of the classes (index,mid,display_name)")
-    parser.add_argument(
-        "--dataset", default="as20k", help="with --model: dataset that the checkpoint was trained for (default: as20k)"
-    )
+    add_trained_for_option(parser)
     return parser.parse_args(argv)
 
 

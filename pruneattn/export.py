@@ -8,7 +8,13 @@ import torch
 from .errors import run_command
 from .inference import AMP_DTYPES
 from .models.export import FORMATS, export_model
-from .opening import add_checkpoint_options, describe, open_checkpoint
+from .opening import (
+    add_checkpoint_options,
+    add_keep_rate_option,
+    add_trained_for_option,
+    describe,
+    open_checkpoint,
+)
 from .training import distributed
 
 
@@ -42,10 +48,7 @@ def _parse(argv):
         help="onnx, torch (a program of torch.export) or aoti (compiled by AOTInductor for this kind of machine)",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="(default: the model's name, in this folder)")
-    parser.add_argument(
-        "--keep-rate", type=float, metavar="R",
-        help="share of patches kept at each pruning block, in (0, 1] (the checkpoint's)",
-    )  # fmt: skip
+    add_keep_rate_option(parser)
     parser.add_argument(
         "--waveform", action="store_true",
         help="take samples at 16 kHz and their count in place of log-mels: the filterbank goes into the file too",
@@ -55,9 +58,7 @@ def _parse(argv):
         "--kernels", action="store_true",
         help="torch, aoti: call pruneattn's kernels; whoever runs the file needs 'import pruneattn.ops'",
     )  # fmt: skip
-    parser.add_argument(
-        "--dataset", default="as20k", help="with --model: dataset that the checkpoint was trained for (default: as20k)"
-    )
+    add_trained_for_option(parser)
     parser.add_argument("--device", default="auto", help="that it will run on: auto, cpu, cuda (default: auto)")
     return parser.parse_args(argv)
 

@@ -31,6 +31,21 @@ def add_checkpoint_options(parser):
     parser.add_argument("--score", choices=SCORES, help="what ranks the patches (the checkpoint's)")
 
 
+def add_trained_for_option(parser):
+    """``--dataset``, for commands that read none: it says what ``open_checkpoint`` takes from one."""
+    parser.add_argument(
+        "--dataset", default="as20k", help="with --model: dataset that the checkpoint was trained for (default: as20k)"
+    )
+
+
+def add_keep_rate_option(parser):
+    """``--keep-rate``, one for all pruning blocks; ``set_keep_rate`` of the model if it is not None."""
+    parser.add_argument(
+        "--keep-rate", type=float, metavar="R",
+        help="share of patches kept at each pruning block, in (0, 1] (the checkpoint's)",
+    )  # fmt: skip
+
+
 def open_checkpoint(args, dataset):
     """The model that the options of ``add_checkpoint_options`` describe, in eval mode on the CPU.
 

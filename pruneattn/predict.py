@@ -10,7 +10,15 @@ from .errors import UserError, check_least, run_command
 from .inference import AMP_DTYPES, optimized
 from .label_files import LabelFile, check_label_path
 from .labelling import Terminal, write_labels
-from .opening import add_checkpoint_options, class_names, describe, fingerprint, open_checkpoint
+from .opening import (
+    add_checkpoint_options,
+    add_keep_rate_option,
+    add_trained_for_option,
+    class_names,
+    describe,
+    fingerprint,
+    open_checkpoint,
+)
 from .training import distributed
 from .windows import Labeller
 
@@ -87,19 +95,14 @@ def add_label_options(parser):
         "parent)",
     )  # fmt: skip
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="labels to name per clip (default: 5)")
-    parser.add_argument(
-        "--keep-rate", type=float, metavar="R",
-        help="share of patches kept at each pruning block, in (0, 1] (the checkpoint's)",
-    )  # fmt: skip
+    add_keep_rate_option(parser)
     parser.add_argument(
         "--overlap", type=float, default=0.5, metavar="SHARE",
         help="of a window that the next one repeats, in [0, 1) (default: 0.5)",
     )  # fmt: skip
     parser.add_argument("--windows", action="store_true", help="name the labels of each window in the output, too")
     parser.add_argument("--label-csv", metavar="CSV", help="names of the classes (index,mid,display_name)")
-    parser.add_argument(
-        "--dataset", default="as20k", help="with --model: dataset that the checkpoint was trained for (default: as20k)"
-    )
+    add_trained_for_option(parser)
     parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="windows at once (default: 16)")
 

@@ -20,6 +20,13 @@ class Macs(NamedTuple):
     blocks: list
 
 
+def block_macs(tokens, left, dim):
+    """Multiply-accumulates of a block of ``dim`` channels on one clip, as the paper counts: attention on all tokens that
+    enter, the MLP on those that are ``left``.
+    """
+    return 4 * tokens * dim**2 + 2 * tokens**2 * dim + 2 * MLP_RATIO * left * dim**2
+
+
 def count_macs(model):
     """Count the multiply-accumulates of one clip at the model's current keep-rates, as a :class:`Macs`.
 
@@ -31,12 +38,12 @@ def count_macs(model):
     left = patches
     for block in model.blocks:
         tokens = left + extra
-        computed = dense = 4 * tokens * dim**2 + 2 * tokens**2 * dim
+        saved = 0
         if isinstance(block, PruningBlock) and kept_patches(left, block.keep_rate) < left:
             left = kept_patches(left, block.keep_rate)
-            computed = block.pruning.attention_macs(tokens, left + extra, dim)
-        mlp = 2 * MLP_RATIO * (left + extra) * dim**2
-        blocks.append((dense + mlp, computed + mlp))
+            saved = block_macs(tokens, 0, dim) - block.pruning.attention_macs(tokens, left + extra, dim)
+        paper = block_macs(tokens, left + extra, dim)
+        blocks.append((paper, paper - saved))
     embedding = patches * PATCH**2 * dim
     paper, computed = (sum(column) for column in zip(*blocks))
     return Macs(embedding + paper, embedding + computed + dim * model.num_classes, blocks)
