@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..io import atomic_write
 from .macs import count_macs
+from .scores import ADAPTED_SCORES
 
 CARD = "README.md"
 _MARK = "<!-- written by pruneattn, which replaces this file as long as nobody edits it: {} -->\n"
@@ -68,7 +69,7 @@ def make_card(model, features, labels, multilabel, extra=None, library="pruneatt
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
     use = _USE[library]
     if library != "pruneattn" and rates:
-        use += _UNPRUNED + (_PRUNE if score in ("cls", "column_mean") else _ONLY_HERE)
+        use += _UNPRUNED + (_PRUNE if score in ADAPTED_SCORES else _ONLY_HERE)
     use = use.format(
         activation="sigmoid()" if multilabel else "softmax(-1)",
         function="sigmoid" if multilabel else "softmax",

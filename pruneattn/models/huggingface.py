@@ -7,6 +7,7 @@ from ..errors import UserError
 from . import create_model, name_of_size
 from .blocks import MLP_RATIO, PATCH
 from .hub import CONFIG, PREPROCESSOR
+from .scores import ADAPTED_SCORES
 from .vit import MEL_BINS
 
 MODEL_TYPE = "audio-spectrogram-transformer"
@@ -14,7 +15,8 @@ _MULTILABEL, _SINGLE = "multi_label_classification", "single_label_classificatio
 
 
 def to_config(model, labels, multilabel):
-    """``config.json`` of a model of ours, as a dict.
+    """``config.json`` of a model of ours, as a dict. Its ``pruneattn`` holds the arguments of ``pruneattn.prune``: a
+    model of Hugging Face's keeps it as ``model.config.pruneattn``, and does not act on it.
 
     ``layer_norm_eps`` is one number there: 1e-6, right for all norms but the head's, whose 1e-5 is a difference of
     about 5e-6 of its output.
@@ -45,13 +47,16 @@ def to_config(model, labels, multilabel):
         "label2id": {label: number for number, label in enumerate(labels)},
         "torch_dtype": str(model.head.weight.dtype).removeprefix("torch."),
     }
+    if model.prune_blocks and model.score in ADAPTED_SCORES:
+        blocks, rates = list(model.prune_blocks), list(model.keep_rates)
+        config["pruneattn"] = {"keep_rate": rates, "blocks": blocks, "score": model.score}
     if multilabel is not None:
         config["problem_type"] = _MULTILABEL if multilabel else _SINGLE
     return config
 
 
 def load_from_config(path):
-    """Make the unpruned model whose weights are `path`, from the files beside it.
+    """Make the model whose weights are `path`, from the files beside it; pruned as ``pruneattn`` in ``config.json`` says.
 
     Args:
         path: weights of an ``ASTForAudioClassification``.
@@ -109,11 +114,14 @@ def _make(config):
             raise ValueError(f"{name} is {value!r}, not {' or '.join(map(repr, usable))}")
     names = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     labels = [names[str(number)] for number in range(len(names))]
+    pruning = {"blocks": [block for block in (3, 6, 9) if block < depth], "keep_rate": 1.0, **config.get("pruneattn", {})}
     model = create_model(
         name_of_size("ast", width, depth) or "ast_base",
         num_classes=len(labels),
         frames=config.get("max_length", 1024) // PATCH * PATCH,
-        prune_blocks=[block for block in (3, 6, 9) if block < depth],
+        keep_rate=pruning["keep_rate"],
+        prune_blocks=pruning["blocks"],
+        score=pruning.get("score"),
         embed_dim=width,
         depth=depth,
         num_heads=config.get("num_attention_heads", 12),

@@ -82,7 +82,7 @@ def load_pretrained(path):
             name of such a repository on the Hugging Face Hub, ``user/name`` or ``user/name@revision`` (branch, tag or
             commit), which is downloaded into the Hub's cache. With ``HF_HUB_OFFLINE=1`` it must be there. What exists
             here goes before what the Hub has by that name. An AST of Hugging Face's is known by the ``config.json``
-            beside its weights, and starts unpruned.
+            beside its weights, and is pruned as ``pruneattn`` in it says, else unpruned.
 
     Returns:
         The model, with ``model.features`` (:class:`~pruneattn.data.fbank.FeatureConfig`), ``model.labels`` (list of

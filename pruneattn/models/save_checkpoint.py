@@ -39,8 +39,8 @@ def save_checkpoint(model, path, *, format, features=None, labels=None, multilab
     - ``"timm"``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, or ``"hf-hub:"`` once it is
       uploaded; input ``[B, 1, frames, 128]``.
 
-    None of them holds keep-rates, pruning blocks or score: such a model computes every patch. The card of a folder
-    says how to prune it.
+    Such a model computes every patch until it is pruned anew. The card of a folder says how; ``config.json`` of
+    Hugging Face holds the arguments: ``pruneattn.prune(theirs, **theirs.config.pruneattn)``, as ``load_pretrained`` does.
 
     Args:
         model: from :func:`~pruneattn.create_model`, of the family that the format is for.

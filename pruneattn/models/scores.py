@@ -172,6 +172,8 @@ _PRUNINGS = {
 }
 #: Names of the scores, for command lines.
 SCORES = tuple(_PRUNINGS)
+#: Those that read the blocks alone, so that they rank the patches of other people's models, too.
+ADAPTED_SCORES = tuple(name for name, pruning in _PRUNINGS.items() if pruning.statistic is None)
 
 
 def make_pruning(score):

@@ -64,6 +64,26 @@ def test_a_folder_opens_by_its_config(tmp_path, hugging_face, frames):
     assert pruneattn.load_pretrained(tmp_path / "own").config == model.config
 
 
+@torch.no_grad()
+def test_a_folder_remembers_its_pruning(tmp_path, transformers, make_model):
+    ours = make_model("ast", keep_rate=(0.7, 0.5), prune_blocks=(1, 2), score="column_mean", num_classes=len(LABELS))
+    about = {"features": FeatureConfig(128, -4.25, 4.5, "zero"), "labels": LABELS, "multilabel": False}
+    fbank = torch.randn(2, 128, 128)
+    pruneattn.save_checkpoint(ours, tmp_path, format="huggingface", **about)
+    back = pruneattn.load_pretrained(tmp_path)
+    assert (back.prune_blocks, back.keep_rates, back.score) == ((1, 2), (0.7, 0.5), "column_mean")
+    torch.testing.assert_close(back(fbank), ours(fbank))
+    theirs = transformers.ASTForAudioClassification.from_pretrained(tmp_path).eval()
+    pruneattn.prune(theirs, **theirs.config.pruneattn)
+    torch.testing.assert_close(theirs(fbank).logits, ours(fbank), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pruning_that_cannot_be_is_told(tmp_path, hugging_face):
+    hugging_face(tmp_path, pruneattn={"keep_rate": 2.0, "blocks": [1], "score": "cls"})
+    with pytest.raises(UserError, match="config.json: .*keep_rate: must be above 0"):
+        pruneattn.load_pretrained(tmp_path)
+
+
 def test_sizes_get_their_names(tmp_path, hugging_face):
     hugging_face(tmp_path, hidden_size=192, num_hidden_layers=12, intermediate_size=768)
     model = pruneattn.load_pretrained(tmp_path / "model.safetensors")
