@@ -2,8 +2,8 @@
 
 Several processes, also on several machines that share --output, are started by torchrun, the same command on each::
 
-    torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \\
-        -m pruneattn.train ... --resume
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 \\
+        --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m pruneattn.train ... --resume
 
 When a process dies, torchrun starts all of them again, and --resume lets them go on from the last checkpoint, or begin
 where there is none yet; --save-minutes says how much work can be lost. ``--nnodes 1:2`` goes on with one machine when

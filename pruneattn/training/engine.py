@@ -140,7 +140,7 @@ class Trainer:
 
     def agree(self, loss=0.0):
         """Mean of ``loss`` over all processes; a signal that one process got is known to all after this."""
-        everyone = distributed.gather_numbers([loss, self.stop.signum], self.device)
+        everyone = distributed.gather_numbers([loss, self.stop.signum])
         self._stop_signum = int(max(signum for _, signum in everyone))
         return sum(loss for loss, _ in everyone) / len(everyone)
 

@@ -32,22 +32,55 @@ def test_devices_that_are_not_there(monkeypatch):
             distributed.start(name)
 
 
-def test_two_gloo_processes_equal_one(train):
-    options = [*train.plain, "--epochs", 3, "--shrink-epochs", 1]
-    one = train("one", *options)
+def in_two_processes(*command):
+    """Run ``python *command`` as two ranks of a group; what each of them printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # The torchrun launcher only sets these variables and starts the processes.
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pruneattn.train", *train.arguments("two", *options)]
-    command += ["--accumulate", "2", "--device", "cpu"]
+    command = [sys.executable, *map(str, command)]
     processes = [
         subprocess.Popen(command, env=os.environ | group | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
+    return outputs
+
+
+# What Python gathered is held by threads that run for no longer than the group.
+GATHERING = """
+import os
+import torch
+from pruneattn.training import distributed
+
+def threads():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return sum("gloo_run" in name for name in names)
+
+distributed.start("cpu")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+assert distributed.gather_objects(distributed.rank()) == [0, 1]
+assert distributed.gather_numbers([0.5, distributed.rank()]) == [[0.5, 0.0], [0.5, 1.0]]
+of_values, before = distributed._values._get_backend(torch.device("cpu")).options._threads, threads()
+distributed.finish()
+print(of_values, before - threads())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads have their names in /proc")
+def test_nothing_that_python_gathered_is_held_after_the_group():
+    for output in in_two_processes("-c", GATHERING):
+        of_values, ended = map(int, output.split())
+        assert ended >= of_values > 0
+
+
+def test_two_gloo_processes_equal_one(train):
+    options = [*train.plain, "--epochs", 3, "--shrink-epochs", 1]
+    one = train("one", *options)
+    arguments = [*train.arguments("two", *options), "--accumulate", "2", "--device", "cpu"]
+    outputs = in_two_processes("-m", "pruneattn.train", *arguments)
     assert "epoch 3/3" in outputs[0] and outputs[1] == ""
 
     two = train.root / "two"

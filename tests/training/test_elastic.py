@@ -17,7 +17,7 @@ from pruneattn.training.engine import Trainer
 # As `-m pruneattn.train`, but in the starts for which DEATHS has a rank and an optimiser step, that process kills itself
 # at the beginning of that step.
 DYING = """
-import json, os, signal
+import json, os, signal, time
 from pruneattn.errors import run_command
 from pruneattn.train import main
 from pruneattn.training import distributed
@@ -32,6 +32,8 @@ def step(self, batches):
     return train_step(self, batches)
 
 Trainer.train_step = step
+if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and os.environ["RANK"] == "1":
+    time.sleep(3)  # the others must not take what the start before left in torchrun's store for this one's
 run_command(main)
 """
 
@@ -48,7 +50,8 @@ def torchrun(train):
         command += train.arguments(name, *options, "--device", "cpu", "--save-minutes", 0, "--resume")
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
         own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DEATHS": json.dumps(deaths)}
-        run = subprocess.run(command, env=os.environ | own, stdout=subprocess.PIPE, text=True, timeout=600)
+        own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        run = subprocess.run(command, env=os.environ | own, stdout=subprocess.PIPE, text=True, timeout=240)
         return run.returncode, run.stdout
 
     return torchrun
@@ -107,6 +110,21 @@ def test_resume_branches_where_there_is_no_checkpoint_yet(train, capsys):
     train("elastic", *options, "--resume")  # finished: reports again, trains nothing
     assert (elastic / "last.pt").stat().st_mtime_ns == before
     train.assert_same(branch, elastic)
+
+
+def test_restarts_that_would_hang_are_refused(monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "TORCHELASTIC_MAX_RESTARTS": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(UserError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        distributed.start("cpu")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    distributed.start("cpu")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    distributed.start("cpu")
 
 
 def test_processes_that_see_different_folders_are_refused(monkeypatch):
