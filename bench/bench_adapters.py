@@ -30,30 +30,31 @@ def providers(case, sizes):
     plain = copy.deepcopy(source).to(case.device, case.torch_dtype)
     images = torch.randn(case.batch, 3, 224, 224, device=case.device).to(case.torch_dtype)
     for rate in sizes.keep_rates:
+        expected = _exact(source, images, rate)
         model, backend = plain, "eager"
         if rate < 1:
             model, backend = pruneattn.prune(copy.deepcopy(plain), rate, PRUNE_BLOCKS), "pruneattn.prune"
-        check = partial(_check, source, images, rate, case.torch_dtype)
+        tolerance = TOLERANCE[case.torch_dtype] if rate == 1 else PRUNED_TOLERANCE[case.torch_dtype]
+        check = partial(check_close, "logits", expected=expected, tolerance=tolerance)
         work = Work(case.batch * _macs(source, rate))
         yield Provider("timm", partial(model, images), check, backend, rate, work)
         if rate == 1:
             untouched = pruneattn.prune(copy.deepcopy(plain), 1.0, PRUNE_BLOCKS)
             same = partial(_check_untouched, plain, images)
             yield Provider("timm", partial(untouched, images), same, "pruneattn.prune", rate, work)
-        # Both, since either may be the faster: eager pruning beside a compiled dense model would hide what it saves.
-        how = "compiled" if rate == 1 else "pruneattn.prune, compiled"
-        yield Provider("timm", partial(peers.compiled(model, images), images), check, how, rate, work)
+        if rate == 1 or sizes.all_ways:
+            how = "compiled" if rate == 1 else "pruneattn.prune, compiled"
+            yield Provider("timm", partial(peers.compiled(model, images), images), check, how, rate, work)
 
 
 @torch.inference_mode()
-def _check(source, images, rate, dtype, logits):
-    """Against the float64 model, pruned by the reference ops. (The tests compare with a model written straight down.)"""
-    exact = copy.deepcopy(source).double()
+def _exact(source, images, rate):
+    """Logits of the float64 model, pruned by the reference ops. (The tests compare with a model written straight down.)"""
+    model = copy.deepcopy(source).double()
     with pruneattn.use_backend("reference"):
         if rate < 1:
-            pruneattn.prune(exact, rate, PRUNE_BLOCKS)
-        expected = exact(images.cpu().double())
-    check_close("logits", logits.cpu(), expected, TOLERANCE[dtype] if rate == 1 else PRUNED_TOLERANCE[dtype])
+            pruneattn.prune(model, rate, PRUNE_BLOCKS)
+        return model(images.cpu().double()).to(images.device)
 
 
 @torch.inference_mode()

@@ -124,6 +124,6 @@ def test_block(side_by_side, case, sizes):
     side_by_side(case, providers(case, sizes))
 
 
-def test_parts(record, case, sizes):
+def test_parts(record, run, case, sizes):
     subject, x = make_subject(case)
-    record(partial(part_rows, subject, x, sizes.keep_rates[-1], sizes.rounds))
+    record(partial(part_rows, subject, x, sizes.keep_rates[-1], sizes.rounds, run.seen))

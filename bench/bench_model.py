@@ -41,9 +41,9 @@ def ours(subject, sizes):
         yield Provider(
             call=partial(at_keep_rate, subject.fast, rate, fbank), check=subject.check(rate, kept), backend=fast, **variant
         )
-        if fast != "eager":
+        if fast != "eager" and (rate == 1 or sizes.all_ways):
             yield Provider(call=partial(at_keep_rate, subject.plain, rate, fbank), check=check, backend="eager", **variant)
-        if sizes.compile_all:
+        if sizes.all_ways:
             compiled = peers.compiled(subject.copy_at(rate), fbank)
             yield Provider(call=partial(compiled, fbank), check=check, backend="compiled", **variant)
         if fbank.is_cuda:
@@ -105,7 +105,7 @@ def library_models(subject, sizes):
     fbank, work = subject.input, subject.work()
     model = make(subject.plain)
     yield Provider(name, partial(model, fbank), subject.check(), "eager", 1.0, work)
-    if sizes.compile_all:
+    if sizes.all_ways:
         yield Provider(name, partial(peers.compiled(model, fbank), fbank), subject.check(), "compiled", 1.0, work)
     for rate in sizes.peer_rates:
         model = make(subject.plain)

@@ -13,27 +13,31 @@ from pruneattn.models.blocks import kept_patches
 PARTS = ("norm", "qkv", "attention", "select+gather", "proj", "mlp", "rest", "whole")
 
 
-def part_rows(subject, x, keep_rate, rounds):
+def part_rows(subject, x, keep_rate, rounds, seen=None):
     """A row for each part, unpruned and at a keep-rate, of rounds that take turns.
 
     ``saving`` is what pruning saves of the part, ``theory`` what it saves of the part's MACs, where it has some.
+    ``seen``: see `measure.measure_case`.
     """
     case, block = subject.case._replace(level="block parts"), subject.fast.blocks[0]
     rates = (1.0, keep_rate)
-    times = {rate: [] for rate in rates}
+    seen = {} if seen is None else seen
+    times = {rate: seen.setdefault((case, rate), []) for rate in rates}
     for turn in range(rounds + 1):
         for rate in rates if turn % 2 else reversed(rates):
             block.keep_rate = rate
             with torch.inference_mode():
-                times[rate].append(part_times(block, x))
+                parts = part_times(block, x)
+            if turn:  # one warms up
+                times[rate].append(parts)
     rows, dense = [], {}
     for rate in rates:
         macs = part_macs(subject.model, rate)
         for part in PARTS:
             row = row_of(
                 **case._asdict(), provider="ours", backend=subject.fast_backend, keep_rate=rate, part=part, status="ok",
-                timing="profiler", rounds=rounds, macs_computed=case.batch * macs[part] if part in macs else None,
-                **percentiles([turn[part] for turn in times[rate][1:]]),  # one warms up
+                timing="profiler", rounds=len(times[rate]), macs_computed=case.batch * macs[part] if part in macs else None,
+                **percentiles([parts[part] for parts in times[rate]]),
             )  # fmt: skip
             before = dense.setdefault(part, row)
             if rate < 1 and before["p50_ms"] > 0:

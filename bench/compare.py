@@ -1,17 +1,22 @@
 """Two result files: what changed beyond the noise."""
 
 import math
+from collections import defaultdict
+from statistics import median
 from typing import NamedTuple
 
-from bench.rows import case_name, key_of, name_of
+from bench.rows import CASE, case_name, key_of, name_of
 from pruneattn.errors import UserError
 
 #: Smallest change of a median that counts, whatever the spreads say.
 LEAST_CHANGE = 0.05
+#: How many spreads a change has to be: among some hundred times one or two are always beyond one.
+SPREADS = 2
 
 
 class Change(NamedTuple):
-    """A row of both files whose times differ beyond the noise: ``ratio`` is the new median by the old one."""
+    """A row of both files whose times differ beyond the noise: ``ratio`` is the new median by the old one, after that
+    of its case."""
 
     row: dict
     ratio: float
@@ -19,9 +24,11 @@ class Change(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """``changes``; ``statuses``: rows (old, new) of which one has no time; rows of one file alone; how many had both."""
+    """``changes``; ``shifts``: rows, one of each case, and the ratio by which its times differ, where that is much;
+    ``statuses``: rows (old, new) of which one has no time; rows of one file alone; how many had both."""
 
     changes: list
+    shifts: list
     statuses: list
     only_old: list
     only_new: list
@@ -31,9 +38,10 @@ class Comparison(NamedTuple):
 def compare(old, new, different_devices=False):
     """Compare two results as `rows.read_result` gives them.
 
-    A time has changed where the 20th to 80th percentiles of the two do not overlap, and the medians differ by more than
-    the spreads explain: by more than their root sum of squares (each half of its range, as a share of the median), and
-    by `LEAST_CHANGE`.
+    The providers of a case took turns, so that a machine that was slower then was slower for all of them: times are
+    compared after the median ratio of the case's other providers (or of all, where there are only ours). One has changed
+    where what is left is more than `LEAST_CHANGE`, and more than `SPREADS` times the root sum of squares of the two
+    spreads (each half of the range from the 20th to the 80th percentile, as a share of the median).
 
     Args:
         old, new: ``(machine, rows)``.
@@ -52,38 +60,59 @@ def compare(old, new, different_devices=False):
             "--different-devices compares them all the same"
         )
     before, after = ({key_of(row): row for row in rows} for _, rows in (old, new))
-    changes, statuses, compared = [], [], 0
+    statuses, cases = [], defaultdict(list)
     for key in before.keys() & after.keys():
         a, b = before[key], after[key]
         if a["status"] != b["status"]:
             statuses.append((a, b))
         elif a["p50_ms"]:
-            compared += 1
-            ratio, noise = b["p50_ms"] / a["p50_ms"], math.hypot(_spread(a), _spread(b))
-            apart = a["p80_ms"] < b["p20_ms"] or b["p80_ms"] < a["p20_ms"]
-            if apart and abs(math.log(ratio)) > max(math.log1p(LEAST_CHANGE), math.log1p(noise)):
+            cases[key[: len(CASE)]].append((a, b))
+    changes, shifts = [], []
+    for pairs in cases.values():
+        shift = _shift(pairs)
+        if abs(math.log(shift)) > math.log1p(LEAST_CHANGE):
+            shifts.append((pairs[0][1], shift))
+        for a, b in pairs:
+            ratio, noise = b["p50_ms"] / a["p50_ms"] / shift, math.hypot(_spread(a), _spread(b))
+            if abs(math.log(ratio)) > math.log1p(max(LEAST_CHANGE, SPREADS * noise)):
                 changes.append(Change(b, ratio, noise))
     changes.sort(key=lambda change: -abs(math.log(change.ratio)))
+    shifts.sort(key=lambda shift: -abs(math.log(shift[1])))
     return Comparison(
         changes,
+        shifts,
         statuses,
         [row for key, row in before.items() if key not in after],
         [row for key, row in after.items() if key not in before],
-        compared,
+        sum(map(len, cases.values())),
     )
+
+
+def _shift(pairs):
+    ratio = lambda pair: pair[1]["p50_ms"] / pair[0]["p50_ms"]
+    others = [ratio(pair) for pair in pairs if pair[0]["provider"] != "ours"]
+    return median(others or map(ratio, pairs))
 
 
 def comparison_text(result):
     """A `Comparison` as Markdown lines."""
-    lines = [f"{result.compared} times compared: {len(result.changes) or 'none'} changed beyond the noise."]
+    changed = len(result.changes) or "none"
+    lines = [f"{result.compared} times compared with those beside them: {changed} changed beyond the noise."]
     for change in result.changes:
-        percent = 100 * (change.ratio - 1)
-        lines.append(f"- {_where(change.row)}: {percent:+.1f} % (noise {100 * change.noise:.1f} %)")
+        lines.append(f"- {_where(change.row)}: {_percent(change.ratio)} (noise {100 * change.noise:.1f} %)")
+    if result.shifts:
+        lines.append("\nAll providers of these cases alike, so the machine, or what all share:")
+    for row, ratio in result.shifts:
+        lines.append(f"- {row['level']}, {case_name(row)}: {_percent(ratio)}")
     for a, b in result.statuses:
         lines.append(f"- {_where(b)}: was {a['status']}, is {b['status']}")
     for title, rows in (("Only in the old file", result.only_old), ("Only in the new file", result.only_new)):
         lines += [f"\n{title}: {len(rows)}", *(f"- {_where(row)}" for row in rows)] if rows else []
     return lines
+
+
+def _percent(ratio):
+    return f"{100 * (ratio - 1):+.1f} %"
 
 
 def _where(row):

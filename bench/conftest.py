@@ -1,5 +1,6 @@
 """The run: its options, its peaks, its result file, and the table at its end."""
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,11 @@ from bench.rows import ResultFile, name_of
 from pruneattn import backends
 
 RUN = pytest.StashKey()
+
+#: A case is measured up to so often, with all others in between: a machine has its minutes, which the rounds of one
+#: visit do not show. Those that take longer have seen enough of them at the first.
+VISITS = 3
+SHORT_VISIT = 3.0  # seconds
 
 
 def pytest_addoption(parser):
@@ -46,6 +52,11 @@ def pytest_generate_tests(metafunc):
         levels, device, op = grid_of(metafunc.config), device_of(metafunc.config), getattr(metafunc.module, "OP", None)
         here = [level for level in metafunc.module.LEVELS if level in levels]
         metafunc.parametrize("case", [c for level in here for c in grid.cases(level, device, levels[level], op)], ids=str)
+        metafunc.parametrize("visit", range(VISITS), ids="visit{}".format)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.callspec.params["visit"])
 
 
 class Run(NamedTuple):
@@ -53,6 +64,8 @@ class Run(NamedTuple):
 
     peaks: Peaks
     result: ResultFile
+    seen: dict  # rounds of earlier visits
+    short: set  # names of the tests that have further visits
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +78,7 @@ def run(request):
     peaks = measure_peaks(device, dtypes, **large)
     machine = {**describe_machine(device), "peaks": peaks._asdict()}
     result = ResultFile(config.getoption("bench_output"), "gpu" if device == "cuda" else "cpu", machine)
-    config.stash[RUN] = Run(peaks, result)
+    config.stash[RUN] = Run(peaks, result, {}, set())
     return config.stash[RUN]
 
 
@@ -76,12 +89,17 @@ def sizes(request, case):
 
 
 @pytest.fixture
-def record(benchmark, run):
+def record(request, benchmark, run, case, visit):
     """``record(measure)`` calls the function for its rows and writes them; a wrong result fails the test at its end.
 
     pytest-benchmark neither repeats nor compares here, since only turns make the times of a case comparable: it gets
     the whole measurement as one call, and the rows as its extra info.
     """
+
+    test = request.node.originalname, case
+    if visit and test not in run.short:
+        pytest.skip("the first visit was long enough")
+    start = time.monotonic()
 
     def record(measure):
         rows = benchmark.pedantic(measure, rounds=1)
@@ -89,6 +107,8 @@ def record(benchmark, run):
         benchmark.extra_info["rows"] = rows
         wrong = [f"{name_of(row)}: {row['status']}" for row in rows if row["status"].startswith("wrong")]
         assert not wrong, "\n".join(wrong)
+        if time.monotonic() - start < SHORT_VISIT:
+            run.short.add(test)
 
     return record
 
@@ -99,7 +119,7 @@ def side_by_side(request, record, run, sizes):
 
     def side_by_side(case, providers):
         hot = request.config.getoption("bench_hot")
-        record(partial(measure_case, case, providers, run.peaks, sizes.rounds, hot))
+        record(partial(measure_case, case, providers, run.peaks, sizes.rounds, hot, run.seen))
 
     return side_by_side
 

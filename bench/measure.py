@@ -10,7 +10,7 @@ import torch
 from bench.cuda_clock import rounds_by_events
 from bench.guards import WrongResult
 from bench.memory import peak_growth
-from bench.rows import row_of
+from bench.rows import key_of, row_of
 from pruneattn.timing import rounds_side_by_side
 
 TRAINING = "training step"
@@ -70,7 +70,7 @@ def left_out(name, why_not, **variant):
     return Provider(name, None, None, why_not=why_not, **variant)
 
 
-def measure_case(case, providers, peaks, rounds, hot=False):
+def measure_case(case, providers, peaks, rounds, hot=False, seen=None):
     """Rows of the providers, in their order. A provider whose result is wrong is not timed; its row says so.
 
     Args:
@@ -79,12 +79,14 @@ def measure_case(case, providers, peaks, rounds, hot=False):
         peaks: `machine.Peaks` of this run.
         rounds: of timing.
         hot: on CUDA, do not clear the L2 cache before each call.
+        seen: dict of the rounds of earlier visits, which count as well; those of this one are added.
     """
     with nullcontext() if case.level == TRAINING else torch.inference_mode():
         status = [_checked(provider) for provider in providers]
         calls = {i: provider.call for i, provider in enumerate(providers) if status[i] == "ok"}
         memory = {i: peak_growth(call, case.device) for i, call in calls.items()}
         seconds, timing = _clock(case, calls, rounds, hot)
+    seen = {} if seen is None else seen
     rows = []
     for i, provider in enumerate(providers):
         row = row_of(
@@ -92,8 +94,10 @@ def measure_case(case, providers, peaks, rounds, hot=False):
             keep_rate=provider.keep_rate, part=provider.part, status=status[i],
         )  # fmt: skip
         if i in seconds:
-            row |= percentiles(seconds[i])
-            row |= {"timing": timing[i], "rounds": rounds, "peak_memory_mib": memory[i]}
+            samples = seen.setdefault(key_of(row), [])
+            samples += seconds[i]
+            row |= percentiles(samples)
+            row |= {"timing": timing[i], "rounds": len(samples), "peak_memory_mib": memory[i]}
             row["clips_per_second"] = 1e3 * case.batch / row["p50_ms"]
             row["floor_ms"] = peaks.floor_ms(case.dtype, provider.work)
             row["floor_share"] = row["floor_ms"] and row["floor_ms"] / row["p50_ms"]
@@ -118,7 +122,7 @@ def _checked(provider):
 def _clock(case, calls, rounds, hot):
     if case.device == "cuda":
         return rounds_by_events(calls, rounds, hot, graphs=case.level in ("op", "block"))
-    return rounds_side_by_side(calls, case.device, rounds), dict.fromkeys(calls, "wall clock, hot caches")
+    return rounds_side_by_side(calls, case.device, rounds, called_before=True), dict.fromkeys(calls, "wall clock, hot caches")
 
 
 def percentiles(seconds):

@@ -58,15 +58,20 @@ def case_name(row):
 class ResultFile:
     """A result on disk as it grows: JSON, and the same rows as CSV with the machine in front.
 
-    It is written again, completely or not at all, after each case, so that a run that is stopped leaves what it has.
+    It is written again, completely or not at all, after each case, so that a run that is stopped leaves what it has. A
+    row takes the place of the one with its key.
     """
 
     def __init__(self, folder, kind, machine):
-        self.machine, self.rows = machine, []
+        self.machine, self._rows = machine, {}
         self.path = Path(folder) / f"{kind}-{machine['date'][:19].replace(':', '')}.json"
 
+    @property
+    def rows(self):
+        return list(self._rows.values())
+
     def add(self, rows):
-        self.rows.extend(rows)
+        self._rows |= {key_of(row): row for row in rows}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -181,7 +181,7 @@ def _attention_kernels(call):
     return variants
 
 
-def rounds_side_by_side(variants, device, rounds=9):
+def rounds_side_by_side(variants, device, rounds=9, called_before=False):
     """Seconds per call of every variant in each of several rounds, in which they take turns.
 
     Every round times each variant once, so a machine that slows down (heat, neighbours) slows them all. The order is
@@ -191,18 +191,24 @@ def rounds_side_by_side(variants, device, rounds=9):
     Args:
         variants: dict of name -> function without arguments.
         device: device on which they run.
-        rounds: measured rounds; one more warms up, and says how many calls fill a round.
+        rounds: measured rounds. Each variant is called once before them, and as often in a round as fills it.
+        called_before: nothing more is to be compiled, allocated or picked by a call.
 
     Returns:
         dict of name -> list of seconds, one per round.
     """
-    calls = {}
-    for name, function in variants.items():
-        _round(function, 1, device)  # compiles, allocates, picks kernels
-        calls[name] = math.ceil(_SHORTEST_ROUND / max(_round(function, 1, device), 1e-6))
-    seconds = {name: [] for name in variants}
+    if not called_before:
+        for function in variants.values():
+            _round(function, 1, device)  # compiles, allocates, picks kernels
+    calls, seconds = {}, {name: [] for name in variants}
     for turn in tqdm(range(rounds), desc="timing", unit="round", disable=None, leave=False):
         for name in list(variants) if turn % 2 == 0 else reversed(variants):
+            if turn == 0:
+                once = _round(variants[name], 1, device)
+                calls[name] = math.ceil(_SHORTEST_ROUND / max(once, 1e-6))
+                if calls[name] == 1:
+                    seconds[name].append(once)
+                    continue
             seconds[name].append(_round(variants[name], calls[name], device) / calls[name])
     return seconds
 

@@ -60,6 +60,14 @@ def test_rows(clock, peaks):
     assert rows[0]["saving"] is None and rows[2]["realised"] is None
 
 
+def test_rounds_of_all_visits_count(clock, peaks):
+    seen = {}
+    for milliseconds in (100, 300, 200):
+        rows = measure_case(CASE, [Provider("ours", clock(milliseconds / 1e3), sound)], peaks, 2, seen=seen)
+    assert rows[0]["rounds"] == 6 and rows[0]["p50_ms"] == pytest.approx(200)
+    assert (rows[0]["p20_ms"], rows[0]["p80_ms"]) == pytest.approx((100, 300))
+
+
 def test_savings():
     def row(rate, ms, macs):
         return row_of(keep_rate=rate, p50_ms=ms, macs_paper=macs)
@@ -128,10 +136,11 @@ def test_result_file(tmp_path):
     machine = {**describe_machine("cpu"), "peaks": {"copy": 1.0}}
     rows = [row_of(**CASE._asdict(), provider="ours", keep_rate=0.5, status="ok", p50_ms=1.5)]
     file = ResultFile(tmp_path / "new", "cpu", machine)
-    file.add(rows)
-    file.add(rows)
+    file.add([{**rows[0], "p50_ms": 7.0}, {**rows[0], "keep_rate": 1.0}])
+    file.add(rows)  # in place of the first
+    rows.append({**rows[0], "keep_rate": 1.0, "p50_ms": 1.5})
     assert file.path.name.startswith("cpu-20") and file.path.suffix == ".json"
-    assert read_result(file.path) == (json.loads(json.dumps(machine)), rows * 2)
+    assert read_result(file.path) == (json.loads(json.dumps(machine)), rows)
     with open(file.path.with_suffix(".csv"), newline="") as csv_file:
         table = list(csv.DictReader(csv_file))
     assert len(table) == 2 and table[0]["schema"] == str(SCHEMA)

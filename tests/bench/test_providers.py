@@ -93,16 +93,17 @@ def test_model(model, peaks, not_compiled):
         "ours", "SDPA", "the paper's way", "SDPA, separate score", LIBRARY[model], "token merging", "random drop",
         "stride drop",
     }  # fmt: skip
-    paper, ours = rows["the paper's way", "eager", 0.5], rows["ours", "eager", 0.5]
+    paper, ours = rows["the paper's way", "eager", 0.5], rows["ours", "optimized", 0.5]
     assert paper["theory"] == ours["theory"] == 1 - paper["macs_paper"] / rows["SDPA", "eager", 1.0]["macs_paper"]
     assert ours["macs_computed"] < paper["macs_computed"]
     assert ours["bytes"] > 4 * sum(p.numel() for p in Subject(case).model.parameters())
 
 
-def test_all_is_compiled_in_the_whole_grid(not_compiled):
-    providers = bench_model.providers(model_case("model", "audiomae_tiny"), SIZES._replace(compile_all=True))
-    compiled = {(provider.name, provider.keep_rate) for provider in providers if provider.backend == "compiled"}
-    assert {("ours", 1.0), ("ours", 0.5), ("SDPA", 1.0)} <= compiled
+def test_the_whole_grid_has_all_ways(not_compiled):
+    providers = bench_model.providers(model_case("model", "audiomae_tiny"), SIZES._replace(all_ways=True))
+    ways = {(provider.name, provider.backend, provider.keep_rate) for provider in providers}
+    assert {("ours", way, rate) for way in ("optimized", "eager", "compiled") for rate in (1.0, 0.5)} <= ways
+    assert ("SDPA", "compiled", 1.0) in ways
 
 
 def test_missing_libraries_are_left_out(monkeypatch, not_compiled, peaks):
@@ -261,7 +262,7 @@ def test_scaling(subject, peaks, monkeypatch):
 def test_adapters(model, peaks, not_compiled):
     pytest.importorskip("timm")
     (case,) = grid.cases("adapters", "cpu", SIZES._replace(lengths=(196,), models=(model,), batches=(1,)))
-    rows = measure_case(case, list(bench_adapters.providers(case, SIZES)), peaks, 1)
+    rows = measure_case(case, list(bench_adapters.providers(case, SIZES._replace(all_ways=True))), peaks, 1)
     assert all(row["status"] == "ok" for row in rows), rows
     assert [(row["backend"], row["keep_rate"]) for row in rows] == [
         ("eager", 1.0), ("pruneattn.prune", 1.0), ("compiled", 1.0), ("pruneattn.prune", 0.5),

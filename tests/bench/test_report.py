@@ -139,31 +139,46 @@ def test_scaling_groups():
     assert len(lines) == 4 and "64 to 512 | 2.00 ± 0.00 | 1.00 ± 0.00" in lines[3]
 
 
-def scaled(rows, factor, spread=0.01):
+def scaled(rows, spread=0.01, **factors):
+    """The rows with times that long: ``ours=1.1``, or ``all=0.5``."""
     times = {"p20_ms": 1 - spread, "p50_ms": 1, "p80_ms": 1 + spread}
     return [
-        row if row["p50_ms"] is None else row | {name: row["p50_ms"] * factor * share for name, share in times.items()}
+        row if row["p50_ms"] is None
+        else row | {name: row["p50_ms"] * factors.get(row["provider"], factors.get("all", 1)) * t for name, t in times.items()}
         for row in rows
-    ]
+    ]  # fmt: skip
 
 
+@pytest.mark.parametrize("machine", [1.0, 1.4])
 @pytest.mark.parametrize(
     "factor, spread, changed",
     [
         (1.0, 0.01, 0),
         (1.04, 0.001, 0),  # apart, but less than counts
-        (1.08, 0.01, 3),
-        (0.9, 0.01, 3),
-        (1.08, 0.06, 0),  # the ranges overlap
-        (1.13, 0.06, 3),
+        (1.08, 0.01, 2),
+        (0.9, 0.01, 2),
+        (1.13, 0.06, 0),  # less than two spreads of 0.085
+        (1.20, 0.06, 2),
     ],
 )
-def test_changes_beyond_the_noise(factor, spread, changed):
-    rows = scaled(model_rows(), 1, spread)
-    result = compare((MACHINE, rows), (MACHINE, scaled(rows, factor, spread)))
+def test_changes_beyond_the_noise(factor, spread, changed, machine):
+    """A machine that was slower while the case was measured is no change of what was measured."""
+    rows = scaled(model_rows(), spread)
+    result = compare((MACHINE, rows), (MACHINE, scaled(rows, spread, ours=factor * machine, all=machine)))
     assert result.compared == 3 and len(result.changes) == changed
     assert all(change.ratio == pytest.approx(factor) for change in result.changes)
-    assert comparison_text(result)[0].startswith(f"3 times compared: {changed or 'none'} changed")
+    assert [ratio for _, ratio in result.shifts] == ([] if machine == 1 else [pytest.approx(machine)])
+    text = "\n".join(comparison_text(result))
+    assert text.startswith(f"3 times compared with those beside them: {changed or 'none'} changed")
+    assert ("audiomae_base, cpu, float32, batch 1, 513 tokens: +40.0 %" in text) == (machine > 1)
+
+
+def test_parts_are_compared_among_themselves():
+    rows = part_rows()
+    slower = [row | {name: row[name] * (3 if row["part"] == "mlp" else 1.2) for name in ("p20_ms", "p50_ms", "p80_ms")} for row in rows]
+    result = compare((MACHINE, rows), (MACHINE, slower))
+    assert [change.row["part"] for change in result.changes] == ["mlp", "mlp"]
+    assert result.changes[0].ratio == pytest.approx(2.5)
 
 
 def test_rows_that_cannot_be_compared():
@@ -179,7 +194,7 @@ def test_rows_that_cannot_be_compared():
 def test_compare_command(tmp_path, capsys):
     old, other = write(tmp_path / "a", model_rows()), write(tmp_path / "b", model_rows(), device_name="another CPU")
     assert report.main(["--compare", str(old), str(old)]) == 0
-    assert capsys.readouterr().out == "3 times compared: none changed beyond the noise.\n"
+    assert capsys.readouterr().out == "3 times compared with those beside them: none changed beyond the noise.\n"
     with pytest.raises(UserError, match="a CPU, 2 threads; another CPU, 2 threads.*--different-devices"):
         report.main(["--compare", str(old), str(other)])
     assert report.main(["--compare", "--different-devices", str(old), str(other)]) == 0
