@@ -17,9 +17,9 @@ from pruneattn import backends
 
 RUN = pytest.StashKey()
 
-#: A case is measured up to so often, with all others in between: a machine has its minutes, which the rounds of one
-#: visit do not show. Those that take longer have seen enough of them at the first.
-VISITS = 3
+#: A case is measured so often, with all others in between: a machine has its minutes, which the rounds of one visit do
+#: not show. Those that take longer have seen enough of them at the first.
+VISITS = 2
 SHORT_VISIT = 3.0  # seconds
 
 

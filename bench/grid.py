@@ -37,7 +37,7 @@ GRIDS = {
         "block": Sizes(("float32",), (1,), (512,), 9, MODELS),
         "model": Sizes(("float32",), (1,), (512,), 5, MODELS),
         "adapters": Sizes(("float32",), (1,), (196,), 5, IMAGE_MODELS[:1], (1.0, 0.5)),
-        TRAINING: Sizes(("float32",), (1,), (128,), 7, SMALL_MODELS),
+        TRAINING: Sizes(("float32",), (1,), (128,), 7, SMALL_MODELS[:1]),
         "wav to label": Sizes(("float32",), (1,), (512,), 7, SMALL_MODELS[:1]),
         "scaling by tokens": Sizes(("float32",), (1,), _POWERS, 3, ("column_mean_attention", "audiomae_small")),
         "scaling by batch": Sizes(("float32",), (1, 2, 4, 8, 16), (64,), 3, ("column_mean_attention", "audiomae_small")),

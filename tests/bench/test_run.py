@@ -35,7 +35,7 @@ def test_pytest_bench(tmp_path):
     assert status == {"ours": "ok", "torch.topk": "wrong: the values of result 0 are not the reference's"}
     assert {(row["batch"], row["tokens"]) for row in rows} == {(1, 65), (1, 513), (4, 65), (4, 513)}
     # What is wrong is not measured again.
-    assert run.returncode == 1 and "4 failed, 8 skipped" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 1 and "4 failed, 4 skipped" in run.stdout, run.stdout + run.stderr
     assert "torch.topk: wrong: the values of result 0" in run.stdout and f"written: {path}" in run.stdout
 
 
@@ -44,10 +44,10 @@ def test_short_cases_are_measured_again(tmp_path):
     command = [sys.executable, "-m", "pytest", "bench/bench_gather_tokens.py", "--benchmark-only", "--bench-rounds=2"]
     command += ["--bench-device=cpu", "--bench-threads=1", f"--bench-output={tmp_path}", "-k", "1x65"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and "3 passed" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout + run.stderr
     (path,) = tmp_path.glob("*.json")
     rows = read_result(path)[1]
-    assert len(rows) == 3 and {row["rounds"] for row in rows} == {6}
+    assert len(rows) == 3 and {row["rounds"] for row in rows} == {4}
 
 
 def test_steps_of_a_gpu_run(tmp_path):
