@@ -10,8 +10,8 @@ from pruneattn.errors import UserError
 
 #: Smallest change of a median that counts, whatever the spreads say.
 LEAST_CHANGE = 0.05
-#: How many spreads a change has to be: among some hundred times one or two are always beyond one.
-SPREADS = 2
+#: How many spreads a change has to be: rounds that follow one another are more alike than two runs are.
+SPREADS = 3
 
 
 class Change(NamedTuple):
@@ -41,7 +41,8 @@ def compare(old, new, different_devices=False):
     The providers of a case took turns, so that a machine that was slower then was slower for all of them: times are
     compared after the median ratio of the case's other providers (or of all, where there are only ours). One has changed
     where what is left is more than `LEAST_CHANGE`, and more than `SPREADS` times the root sum of squares of the two
-    spreads (each half of the range from the 20th to the 80th percentile, as a share of the median).
+    spreads. A spread is half of the range from the 20th to the 80th percentile, as a share of the median, and no less
+    than the median of those of its file, since a few rounds can be alike by chance.
 
     Args:
         old, new: ``(machine, rows)``.
@@ -67,13 +68,15 @@ def compare(old, new, different_devices=False):
             statuses.append((a, b))
         elif a["p50_ms"]:
             cases[key[: len(CASE)]].append((a, b))
+    usual = [median(_spread(row) for row in rows if row["p50_ms"]) for _, rows in (old, new)]
     changes, shifts = [], []
     for pairs in cases.values():
         shift = _shift(pairs)
         if abs(math.log(shift)) > math.log1p(LEAST_CHANGE):
             shifts.append((pairs[0][1], shift))
         for a, b in pairs:
-            ratio, noise = b["p50_ms"] / a["p50_ms"] / shift, math.hypot(_spread(a), _spread(b))
+            ratio = b["p50_ms"] / a["p50_ms"] / shift
+            noise = math.hypot(*(max(_spread(row), least) for row, least in zip((a, b), usual)))
             if abs(math.log(ratio)) > math.log1p(max(LEAST_CHANGE, SPREADS * noise)):
                 changes.append(Change(b, ratio, noise))
     changes.sort(key=lambda change: -abs(math.log(change.ratio)))

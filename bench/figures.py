@@ -6,7 +6,10 @@ from bench.fit import exponent, scaling_groups
 from bench.rows import name_of
 from pruneattn.plot import FAINT, INK, matplotlib_figure, plain_axis
 
-_COLOURS = ("#1f5fa8", "#c2491d", "#2b8a5a", "#8e4fa8", "#b58a00", "#4aa3c7", "#7a7a7a", "#d0679d", "#5c4b3a", "#9aa832")
+_COLOURS = (
+    "#1f5fa8", "#c2491d", "#2b8a5a", "#8e4fa8", "#b58a00", "#4aa3c7", "#7a7a7a", "#d0679d", "#5c4b3a", "#9aa832", "#111111",
+    "#e9967a", "#00b3a4", "#6b6bd6",
+)  # fmt: skip
 _MARKERS = "osD^v"  # another one for each round of colours: more providers than colours tell apart
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from bench.compare import compare, comparison_text
 from bench.figures import FIGURES
 from bench.fit import exponent, scaling_groups
+from bench.grid import extra_tokens
 from bench.rows import CASE, case_name, name_of, read_result
 from pruneattn.errors import UserError, run_command
 from pruneattn.opening import make_folder
@@ -45,6 +46,27 @@ def case_tables(rows):
         lines += markdown_lines([("", "name", str), *filled], named) if named else []
         lines += [f"- {name_of(row)}: {row['status']}" for row in group if row["status"] != "ok"]
     return lines
+
+
+def summary_lines(rows):
+    """Markdown: whole models beside each other, a table for each precision, batch and number of patches."""
+    rows = [row for row in rows if row["level"] == "model" and row["status"] == "ok"]
+    case_of = lambda row: (row["device"], row["dtype"], row["batch"], row["tokens"] - extra_tokens(row["subject"]))
+    lines = []
+    for case, group in groupby(sorted(rows, key=case_of), case_of):
+        group = list(group)
+        subjects = list(dict.fromkeys(row["subject"] for row in group))
+        columns = [("", "name", str), ("theory", "theory", "{:.1%}".format)]
+        for subject in subjects:
+            columns += [(f"{subject}, ms", f"{subject} p50_ms", digits)]
+            columns += [(name, f"{subject} {name}", show) for name, _, show in COLUMNS if name in ("saving", "realised")]
+        table = {}
+        for row in group:
+            entry = table.setdefault(name_of(row), {key: None for _, key, _ in columns})
+            entry |= {"name": name_of(row), "theory": row["theory"]}
+            entry |= {f"{row['subject']} {name}": row[name] for name in ("p50_ms", "saving", "realised")}
+        lines += ["", "{}, {}, batch {}, {} patches:".format(*case), "", *markdown_lines(columns, table.values())]
+    return lines[1:]
 
 
 def _cases(rows):
@@ -105,7 +127,10 @@ def machine_lines(machine):
 def report(path, output):
     """Markdown lines of a result file; its figures are written to ``output``."""
     machine, rows = read_result(path)
-    lines = [f"# {Path(path).stem}", "", *machine_lines(machine), *case_tables(rows)]
+    lines = [f"# {Path(path).stem}", "", *machine_lines(machine)]
+    summary = summary_lines(rows)
+    lines += ["", "### Whole models", "", *summary] if summary else []
+    lines += case_tables(rows)
     for title, part in (("What eats the rest", what_eats_the_rest(rows)), ("Exponents", scaling_lines(rows))):
         lines += ["", f"### {title}", "", *part] if part else []
     lines.append("")

@@ -22,7 +22,7 @@ def on_page_markdown(markdown, page, **_):
 
 
 def readme_section(heading):
-    """The text under a heading of the README, up to the next of its level or above."""
+    """The text under a heading of the README, up to the next of its level or above, its links as from ``docs/``."""
     _, marks, text = re.split(rf"^(#+) {re.escape(heading)}$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     lines, in_code = [], False
     for line in text.splitlines():
@@ -30,7 +30,7 @@ def readme_section(heading):
         if not in_code and re.match(rf"#{{1,{len(marks)}}} ", line):
             break
         lines.append(line)
-    return "\n".join(lines).strip()
+    return "\n".join(lines).strip().replace("](docs/", "](")
 
 
 def help_of(command):

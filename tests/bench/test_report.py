@@ -84,6 +84,12 @@ def test_report(tmp_path, capsys):
     assert len(figures) == 6 and all((tmp_path / "out" / name).stat().st_size > 5000 for name in figures)
 
 
+def test_summary():
+    lines = report.summary_lines(all_rows())
+    assert lines[0] == "cpu, float32, batch 1, 512 patches:" and len(lines) == 7
+    assert [cell.strip() for cell in lines[6].split("|")[1:-1]] == ["ours, 0.5", "50.0%", "55", "45.0%", "90%"]
+
+
 def test_figures_show_what_was_measured():
     pytest.importorskip("matplotlib")
     from bench.figures import FIGURES
@@ -157,8 +163,8 @@ def scaled(rows, spread=0.01, **factors):
         (1.04, 0.001, 0),  # apart, but less than counts
         (1.08, 0.01, 2),
         (0.9, 0.01, 2),
-        (1.13, 0.06, 0),  # less than two spreads of 0.085
-        (1.20, 0.06, 2),
+        (1.20, 0.06, 0),  # less than three spreads of 0.085
+        (1.30, 0.06, 2),
     ],
 )
 def test_changes_beyond_the_noise(factor, spread, changed, machine):
@@ -173,9 +179,18 @@ def test_changes_beyond_the_noise(factor, spread, changed, machine):
     assert ("audiomae_base, cpu, float32, batch 1, 513 tokens: +40.0 %" in text) == (machine > 1)
 
 
+def test_rounds_that_are_alike_by_chance():
+    """One row without a spread among others that have one is no more sure than they are."""
+    rows = scaled(model_rows(), 0.06)
+    new = scaled(rows, 0.06, ours=1.15)
+    new[0] = new[0] | {"p20_ms": new[0]["p50_ms"], "p80_ms": new[0]["p50_ms"]}
+    assert not compare((MACHINE, rows), (MACHINE, new)).changes
+
+
 def test_parts_are_compared_among_themselves():
     rows = part_rows()
-    slower = [row | {name: row[name] * (3 if row["part"] == "mlp" else 1.2) for name in ("p20_ms", "p50_ms", "p80_ms")} for row in rows]
+    times = ("p20_ms", "p50_ms", "p80_ms")
+    slower = [row | {name: row[name] * (3 if row["part"] == "mlp" else 1.2) for name in times} for row in rows]
     result = compare((MACHINE, rows), (MACHINE, slower))
     assert [change.row["part"] for change in result.changes] == ["mlp", "mlp"]
     assert result.changes[0].ratio == pytest.approx(2.5)
