@@ -15,8 +15,7 @@ SPREADS = 3
 
 
 class Change(NamedTuple):
-    """A row of both files whose times differ beyond the noise: ``ratio`` is the new median by the old one, after that
-    of its case."""
+    """A row of both files whose times differ beyond the noise, by ``ratio``: new by old; see `compare`."""
 
     row: dict
     ratio: float
@@ -38,9 +37,9 @@ class Comparison(NamedTuple):
 def compare(old, new, different_devices=False):
     """Compare two results as `rows.read_result` gives them.
 
-    The providers of a case took turns, so that a machine that was slower then was slower for all of them: times are
-    compared after the median ratio of the case's other providers (or of all, where there are only ours). One has changed
-    where what is left is more than `LEAST_CHANGE`, and more than `SPREADS` times the root sum of squares of the two
+    The providers of a case took turns, so that a machine that was slower then was slower for all of them. A time has
+    changed where it did so by itself and also against the case's other providers (their median ratio; that of all, where
+    there are only ours), in the same direction, and where the smaller of the two changes is more than `LEAST_CHANGE`, and more than `SPREADS` times the root sum of squares of the two
     spreads. A spread is half of the range from the 20th to the 80th percentile, as a share of the median, and no less
     than the median of those of its file, since a few rounds can be alike by chance.
 
@@ -75,7 +74,7 @@ def compare(old, new, different_devices=False):
         if abs(math.log(shift)) > math.log1p(LEAST_CHANGE):
             shifts.append((pairs[0][1], shift))
         for a, b in pairs:
-            ratio = b["p50_ms"] / a["p50_ms"] / shift
+            ratio = _agreed(b["p50_ms"] / a["p50_ms"], b["p50_ms"] / a["p50_ms"] / shift)
             noise = math.hypot(*(max(_spread(row), least) for row, least in zip((a, b), usual)))
             if abs(math.log(ratio)) > math.log1p(max(LEAST_CHANGE, SPREADS * noise)):
                 changes.append(Change(b, ratio, noise))
@@ -95,6 +94,13 @@ def _shift(pairs):
     ratio = lambda pair: pair[1]["p50_ms"] / pair[0]["p50_ms"]
     others = [ratio(pair) for pair in pairs if pair[0]["provider"] != "ours"]
     return median(others or map(ratio, pairs))
+
+
+def _agreed(*ratios):
+    """What both ratios say: the one nearer to 1, or 1 if one is a gain and the other a loss."""
+    if math.prod(map(math.log, ratios)) <= 0:
+        return 1.0
+    return min(ratios, key=lambda ratio: abs(math.log(ratio)))
 
 
 def comparison_text(result):
