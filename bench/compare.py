@@ -39,9 +39,10 @@ def compare(old, new, different_devices=False):
 
     The providers of a case took turns, so that a machine that was slower then was slower for all of them. A time has
     changed where it did so by itself and also against the case's other providers (their median ratio; that of all, where
-    there are only ours), in the same direction, and where the smaller of the two changes is more than `LEAST_CHANGE`, and more than `SPREADS` times the root sum of squares of the two
-    spreads. A spread is half of the range from the 20th to the 80th percentile, as a share of the median, and no less
-    than the median of those of its file, since a few rounds can be alike by chance.
+    there are only ours), in the same direction. The smaller of the two changes has to be more than `LEAST_CHANGE`, and
+    more than `SPREADS` times the root sum of squares of the two spreads. A spread is half of the range from the 20th to
+    the 80th percentile, as a share of the median, and no less than the median of those of its file, since a few rounds
+    can be alike by chance.
 
     Args:
         old, new: ``(machine, rows)``.
