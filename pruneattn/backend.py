@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch  # before _C, which then shares PyTorch's OpenMP threads
@@ -34,7 +35,9 @@ except ImportError as error:
 ENVIRONMENT = "PRUNEATTN_BACKEND"
 ISA_ENVIRONMENT = "PRUNEATTN_CPU_ISA"  # instruction set of the CPU's attention kernels; by default the best there is
 NAMES = ("reference", "cpu", "cuda", "triton")
-DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}  # the device type each backend's kernels run on
+_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's, which runs kernels on the CPU, to test them
+#: The device type each backend's kernels run on.
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if _INTERPRETER else "cuda"}
 _FASTEST_FIRST = ("cuda", "triton", "cpu")
 
 _kernels = {}  # op -> {backend: function}, filled by pruneattn.ops
@@ -177,8 +180,12 @@ def why_not(name):
         return _WHY_NO_C
     if name == "cuda" and not _C.build_info()["cuda"]:
         return f"pruneattn._C was built without CUDA: {_C.build_info()['cuda_reason']}"
+    if name == "triton" and find_spec("triton") is None:
+        return "Triton is not installed; it comes with PyTorch's builds for GPUs"
     if DEVICES.get(name) == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
+    if name == "triton" and torch.version.hip is None and not _INTERPRETER and torch.cuda.get_device_capability() < (8, 0):
+        return "the Triton kernels need a GPU of compute capability 8.0 or newer"
     if name == "cuda":
         return _why_not_this_gpu(_C.build_info()["cuda_architectures"].split(";"), torch.cuda.get_device_capability())
     return ""
@@ -206,12 +213,18 @@ def _runs_on(architecture, gpu):
 @functools.cache
 def _resolve(op, device_type, forced):
     functions = _kernels[op]
-    for name in _FASTEST_FIRST if forced is None else (forced,):
+    for name in _preferred(functions) if forced is None else (forced,):
         if name in functions and DEVICES.get(name) == device_type and not why_not(name):
             if name == "cpu":
                 _use_isa_of_environment()
             return functions[name]
     return functions["reference"]
+
+
+def _preferred(functions):
+    """Backends that are chosen unless one is forced, in this order."""
+    waiting = {name for name, function in functions.items() if getattr(function, "only_if_forced", False)}
+    return [name for name in _FASTEST_FIRST if name not in waiting and not (name == "triton" and _INTERPRETER)]
 
 
 @functools.cache

@@ -4,6 +4,23 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Where there is no GPU, Triton's interpreter runs the Triton kernels on the CPU. It is chosen when Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def load(path):
+    """A Python file that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    load(Path(__file__).with_name("triton_interpreter.py")).mend()
 
 
 @pytest.fixture(scope="session")
@@ -19,13 +36,6 @@ def real_audio():
 @pytest.fixture(scope="session")
 def load_file():
     """``load_file(path)``: a Python file that is in no package, as a module."""
-
-    def load(path):
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
     return load
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backend import launch
+from ..backend import choose, launch
 from ._checks import ATTENTION_DTYPES, check_dtype, check_like, check_shape
 from ._registration import LIBRARY, define
 
@@ -57,8 +57,9 @@ def rows_together(out):
 def attention(q, k, v, scale=None):
     """Softmax attention, as ``scaled_dot_product_attention`` without a mask.
 
-    On a CPU it runs our kernel; elsewhere PyTorch's. Differentiable in q, k and v (on a CPU once). Inside autocast, the
-    inputs are cast as those of ``scaled_dot_product_attention`` are.
+    On a CPU it runs our kernel; elsewhere PyTorch's, unless Triton is forced (when the call is compiled, if it is).
+    Differentiable in q, k and v (by our kernels once). Inside autocast, the inputs are cast as those of
+    ``scaled_dot_product_attention`` are.
 
     Args:
         q: queries ``[B, H, M, D]``, floating point, any strides: views of a packed qkv are meant.
@@ -66,14 +67,20 @@ def attention(q, k, v, scale=None):
         scale: factor of the logits; ``D ** -0.5`` if not given.
 
     Returns:
-        ``[B, H, M, D]``, dtype of q. On a CPU stored as ``[B, M, H, D]``: ``out.transpose(1, 2).flatten(2)`` is a view.
+        ``[B, H, M, D]``, dtype of q. Of our kernels stored as ``[B, M, H, D]``: ``out.transpose(1, 2).flatten(2)`` is a
+        view.
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device than said here.
     """
-    if q.device.type != "cpu":
+    if _pytorch_is_best(q.device.type):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return _attention(q, k, v, scale)[0]
+
+
+@torch.compiler.assume_constant_result
+def _pytorch_is_best(device_type):
+    return device_type != "cpu" and choose("attention", device_type) is reference
 
 
 def check_qkv(q, k, v):
@@ -112,9 +119,14 @@ def _fake_backward(grad_out, q, k, v, out, lse, scale=None):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def together(x):
+    """``x`` with contiguous channels, for kernels that take any other strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def heads_of(x):
     """``x`` [B, H, N, D] with contiguous channels, and where a kernel finds them: pointer and strides in elements."""
-    x = x if x.stride(3) == 1 else x.contiguous()
+    x = together(x)
     return x, (x.data_ptr(), *x.stride()[:3])
 
 
@@ -137,6 +149,32 @@ def _cpu_backward(grad_out, q, k, v, out, lse, scale=None):
     return tuple(grad.contiguous() for grad in grads)
 
 
+def _triton(q, k, v, scale=None):
+    from ..kernels import attention as kernel
+    from ..kernels.launch import takes
+
+    if not takes(q):
+        return reference(q, k, v, scale)
+    out, lse = empty_outputs(q)
+    kernel.attention(*map(together, (q, k, v)), out, lse, scale_of(q, scale))
+    return out, lse
+
+
+def _triton_backward(grad_out, q, k, v, out, lse, scale=None):
+    from ..kernels import attention_backward as kernel
+    from ..kernels.launch import takes
+
+    if not takes(q):
+        return backward_reference(grad_out, q, k, v, out, lse, scale)
+    grads = _fake_backward(grad_out, q, k, v, out, lse)
+    inputs = map(together, (grad_out, q, k, v, out))
+    kernel.attention_backward(*inputs, lse.contiguous(), *grads, torch.empty_like(lse), scale_of(q, scale))
+    return grads
+
+
+# Where SDPA has not been measured beside it, a kernel that only does what SDPA does waits until it is asked for.
+_triton.only_if_forced = True
+
 _attention = define(
     "attention(Tensor q, Tensor k, Tensor v, float? scale=None) -> (Tensor, Tensor)",
     check=_check,
@@ -144,6 +182,7 @@ _attention = define(
     autocast="cast",
     reference=reference,
     cpu=_cpu,
+    triton=_triton,
 )
 attention_backward = define(
     "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float? scale=None)"
@@ -153,6 +192,7 @@ attention_backward = define(
     autocast="off",
     reference=backward_reference,
     cpu=_cpu_backward,
+    triton=_triton_backward,
 )
 
 

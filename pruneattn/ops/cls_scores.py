@@ -6,7 +6,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..backend import launch
 from ._checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_shape
 from ._registration import LIBRARY, define
-from .attention import CPU_DTYPES, heads_of, scale_of
+from .attention import CPU_DTYPES, heads_of, scale_of, together
 
 
 def reference(q_cls, k, extra_tokens, scale=None):
@@ -60,6 +60,17 @@ def _cpu(q_cls, k, extra_tokens, scale=None):
     return scores
 
 
+def _triton(q_cls, k, extra_tokens, scale=None):
+    from ..kernels import cls_scores as kernel
+    from ..kernels.launch import takes
+
+    if not takes(k):
+        return reference(q_cls, k, extra_tokens, scale)
+    weights = k.new_empty(k.shape[:3], dtype=torch.float32)  # [B, H, N]
+    kernel.cls_weights(together(q_cls.unsqueeze(2)), together(k), weights, scale_of(q_cls, scale))
+    return weights[:, :, extra_tokens:].sum(1)
+
+
 _cls_scores = define(
     "cls_scores(Tensor q_cls, Tensor k, SymInt extra_tokens, float? scale=None) -> Tensor",
     check=_check,
@@ -67,6 +78,7 @@ _cls_scores = define(
     autocast="cast",
     reference=reference,
     cpu=_cpu,
+    triton=_triton,
 )
 
 

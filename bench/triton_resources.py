@@ -1,0 +1,132 @@
+"""What each Triton kernel takes of a GPU, compiled ahead of time: no GPU is needed.
+
+    python -m bench.triton_resources
+
+writes `bench/results/triton-resources.csv`: registers, spilled bytes, shared memory and tile sizes of each kernel at the
+sizes of the real models, for every architecture that is promised, and which matrix instruction it uses.
+"""
+
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from bench.machine import RESULTS
+from pruneattn.io import atomic_write
+from pruneattn.kernels import attention, attention_backward, cls_scores, column_mean_attention
+from pruneattn.kernels.launch import SHARED_OUT, config_for, fit
+from pruneattn.kernels.tiles import block_channels
+
+ARCHITECTURES = (80, 90, 100)
+#: Shared memory that a block can have, bytes.
+MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+TOKENS = (65, 257, 513, 514)
+CASES = [  # dtype, head size, tokens
+    *((torch.bfloat16, 64, tokens) for tokens in TOKENS),
+    (torch.float16, 64, 513),
+    (torch.float32, 64, 513),
+    *((torch.bfloat16, channels, 513) for channels in (32, 80, 96, 128)),
+]
+COLUMNS = ("kernel", "dtype", "head_size", "tokens", "architecture", "block_m", "block_n", "warps", "stages",
+           "registers", "spilled_bytes", "shared_bytes", "matrix_instruction")  # fmt: skip
+OUTPUT = RESULTS / "triton-resources.csv"
+
+
+def launches(dtype, channels, tokens, architecture):
+    """``(name, Launch)`` of every kernel for one clip with 12 heads, views of a packed projection as in a model."""
+    extra = 2 - tokens % 2
+    q, k, v = torch.empty(1, tokens, 3, 12, channels, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    out = torch.empty(1, tokens, 12, channels, dtype=dtype).transpose(1, 2)
+    grads = [torch.empty(1, 12, tokens, channels, dtype=dtype) for _ in range(3)]
+    lse, delta, maximum, total = torch.empty(4, 1, 12, tokens).unbind(0)
+    sums = torch.empty(1, 12, tokens - extra)
+    arguments = {
+        "attention": (attention.launch, q, k, v, out, lse, 0.125, maximum, total),
+        "column_sums": (column_mean_attention.launch, q, k, maximum, total, sums, extra, 0.125),
+        "grad_queries": (attention_backward.launch_queries, out, q, k, v, out, lse, grads[0], delta, 0.125),
+        "grad_keys": (attention_backward.launch_keys, out, q, k, v, lse, *grads[1:], delta, 0.125),
+        "cls_weights": (cls_scores.launch, q[:, :, :1], k, lse, 0.125),
+    }
+    for name, (launch, *rest) in arguments.items():
+        config = config_for(name, f"sm_{architecture}", dtype, block_channels(channels))
+        rows = tokens - extra if name == "column_sums" else tokens
+        configs = {fit(config, SHARED_OUT[name], 12, rows, processors): None for processors in (0, 1000)}
+        for config in configs:  # for many clips, and for few
+            yield name, launch(*rest, config)
+
+
+def compile_for(launch, architecture):
+    """The compiled kernel of a `Launch`, as it would be compiled at its call on a GPU of that architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import mangle_type
+
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        whole = 16 if isinstance(value, torch.Tensor) else value  # pointers of PyTorch are multiples of 16
+        if isinstance(whole, int) and whole % 16 == 0:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def usage(compiled):
+    """(registers, spilled bytes) of a compiled kernel, by the disassembler in Triton's wheel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        run = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    text = run.stdout + run.stderr
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def matrix_instruction(ptx):
+    """The instruction that multiplies tiles; ``fma`` if there is none for matrices."""
+    return next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "fma")
+
+
+def rows_of(case, architecture):
+    """A row of the table for each kernel."""
+    dtype, channels, tokens = case
+    rows = []
+    for name, launch in launches(dtype, channels, tokens, architecture):
+        compiled = compile_for(launch, architecture)
+        registers, spilled = usage(compiled)
+        rows.append((name, str(dtype)[6:], channels, tokens, f"sm_{architecture}", *launch.config, registers, spilled,
+                     compiled.metadata.shared, matrix_instruction(compiled.asm["ptx"])))  # fmt: skip
+    return rows
+
+
+def table(cases=CASES, architectures=ARCHITECTURES):
+    """All rows, two kernels at a time."""
+    pairs = [(case, architecture) for case in cases for architecture in architectures]
+    with ProcessPoolExecutor(2) as pool:
+        return [row for rows in pool.map(rows_of, *zip(*pairs)) for row in rows]
+
+
+def main(output=OUTPUT):
+    with atomic_write(Path(output)) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(table())
+    print(output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

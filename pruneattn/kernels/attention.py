@@ -1,0 +1,142 @@
+"""Attention in Triton: a program has some query rows of a head and goes through the keys in tiles (online softmax)."""
+
+import triton
+import triton.language as tl
+
+from .launch import Launch, choose, heads_of
+from .tiles import LOG2_E, block_channels, last_rows, load_row, load_rows, product, split, store_rows
+
+# Times the -Inf of a key that is not there, 0 would be NaN.
+_SMALLEST_SCALE = 1e-30
+
+
+def attention(q, k, v, out, lse, scale, maximum=None, total=None):
+    """Write softmax attention into ``out`` ``[B, H, M, D]`` and the logits' log-sum-exp into ``lse`` ``[B, H, M]``.
+
+    ``q`` ``[B, H, M, D]``, ``k`` and ``v`` ``[B, H, N, D]``: any strides with contiguous channels. ``lse`` is float32.
+    ``maximum`` and ``total``, both or neither, float32 ``[B, H, M]``: each row's decisive product of query and key, and
+    the sum of its ``exp(scale * (product - maximum))``. They are exact where the log-sum-exp of large logits is rounded.
+    """
+    launch(q, k, v, out, lse, scale, maximum, total, choose("attention", q, q.shape[2])).run(q)
+
+
+def launch(q, k, v, out, lse, scale, maximum, total, config):
+    """The launch of :func:`attention` with these tile sizes."""
+    batch, heads, rows, channels = q.shape
+    keys = k.shape[2]
+    apart, masked = split(keys, config.BLOCK_N)
+    return Launch(
+        _attention,
+        (batch * heads * triton.cdiv(rows, config.BLOCK_M),),
+        dict(
+            **heads_of(q=q, k=k, v=v, out=out),
+            lse=lse,
+            maximum=maximum,
+            total=total,
+            heads=heads,
+            rows=rows,
+            keys=keys,
+            scale=abs(scale) or _SMALLEST_SCALE,
+            NEGATIVE=scale < 0,
+            D=channels,
+            C=block_channels(channels),
+            BLOCK_M=config.BLOCK_M,
+            LAST_M=last_rows(rows, config.BLOCK_M),
+            BLOCK_N=config.BLOCK_N,
+            APART=apart,
+            MASKED=masked,
+        ),
+        config,
+    )
+
+
+@triton.jit
+def _attention(
+    q, q_batch, q_head, q_row,
+    k, k_batch, k_head, k_row,
+    v, v_batch, v_head, v_row,
+    out, out_batch, out_head, out_row,
+    lse, maximum, total, heads, rows, keys, scale,
+    NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(rows, BLOCK_M)
+    head_number = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    clip, head = head_number // heads, head_number % heads
+    q += clip * q_batch + head * q_head
+    k += clip * k_batch + head * k_head
+    v += clip * v_batch + head * v_head
+    out += clip * out_batch + head * out_head
+    lse += head_number * rows
+    if maximum is not None:
+        maximum += head_number * rows
+        total += head_number * rows
+    if LAST_M == 0 or tile < rows // BLOCK_M:
+        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, total, tile * BLOCK_M, rows, keys,
+              scale, NEGATIVE, D, C, BLOCK_M, False, BLOCK_N, APART, MASKED)  # fmt: skip
+    else:
+        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, total, tile * BLOCK_M, rows, keys,
+              scale, NEGATIVE, D, C, LAST_M, True, BLOCK_N, APART, MASKED)  # fmt: skip
+
+
+@triton.jit
+def _rows(
+    q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, total, first, rows, keys, scale,
+    NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
+    ROWS: tl.constexpr, LAST: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of the query rows from ``first`` on."""
+    factor = scale * LOG2_E
+    queries = load_rows(q, first, rows, q_row, ROWS, LAST, D, C)  # [ROWS, C]
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, C], tl.float32)
+    for key in tl.static_range(APART):
+        logits = tl.sum(queries.to(tl.float32) * load_row(k, key, k_row, D, C), 1)[:, None]
+        largest, weights, old = _rescale(largest, logits, factor, NEGATIVE)
+        mass = mass * old + tl.sum(weights, 1)
+        acc = acc * old[:, None] + weights * load_row(v, key, v_row, D, C)
+    whole = APART + (keys - APART) // BLOCK_N * BLOCK_N
+    for start in range(APART, whole, BLOCK_N):
+        largest, mass, acc = _add_tile(
+            queries, k, k_row, v, v_row, start, keys, largest, mass, acc, factor, NEGATIVE, D, C, BLOCK_N, False
+        )
+    if MASKED:
+        largest, mass, acc = _add_tile(
+            queries, k, k_row, v, v_row, whole, keys, largest, mass, acc, factor, NEGATIVE, D, C, BLOCK_N, True
+        )
+    store_rows(out, acc / mass[:, None], first, rows, out_row, ROWS, D, C)
+    row = first + tl.arange(0, ROWS)
+    tl.store(lse + row, (largest * factor + tl.log2(mass)) / LOG2_E, mask=row < rows)
+    if maximum is not None:
+        tl.store(maximum + row, -largest if NEGATIVE else largest, mask=row < rows)
+        tl.store(total + row, mass, mask=row < rows)
+
+
+@triton.jit
+def _add_tile(
+    queries, k, k_row, v, v_row, start, keys, largest, mass, acc, factor,
+    NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The running maximum, sum and output of the rows after the keys from ``start`` on."""
+    logits = product(queries, tl.trans(load_rows(k, start, keys, k_row, BLOCK_N, MASKED, D, C)))  # [ROWS, BLOCK_N]
+    if MASKED:
+        inside = start + tl.arange(0, BLOCK_N) < keys
+        logits = tl.where(inside[None, :], logits, float("inf") if NEGATIVE else float("-inf"))
+    largest, weights, old = _rescale(largest, logits, factor, NEGATIVE)
+    values = load_rows(v, start, keys, v_row, BLOCK_N, MASKED, D, C)
+    mass = mass * old + tl.sum(weights, 1)
+    return largest, mass, acc * old[:, None] + product(weights.to(values.dtype), values)
+
+
+@triton.jit
+def _rescale(largest, logits, factor, NEGATIVE: tl.constexpr):
+    """New largest logit of each row, the tile's exponentials, and the factor for what was summed up before."""
+    if NEGATIVE:  # the largest logit is looked for before scaling
+        logits = -logits
+    new = tl.maximum(largest, tl.max(logits, 1))
+    # A row of nothing but -Inf so far has no sum yet: it must not become NaN before its last tile.
+    finite = tl.where(new == float("-inf"), 0.0, new)
+    # The difference first: exact for the largest logits, whatever their size.
+    return new, tl.exp2((logits - finite[:, None]) * factor), tl.exp2((largest - finite) * factor)

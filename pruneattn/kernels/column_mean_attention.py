@@ -1,0 +1,113 @@
+"""Column means of the softmax matrix in Triton, from the statistics of its rows that attention leaves behind.
+
+A program has some keys of a head and goes through the queries in tiles, with the logits transposed, ``[keys, queries]``:
+so a column is summed within a thread, and is whole at the end. No partial sums, no atomics. Rows and columns of extra
+tokens are no part of the score, so that the 512 patches of 513 tokens are whole tiles.
+"""
+
+import triton
+import triton.language as tl
+
+from .launch import Launch, choose, heads_of
+from .tiles import LOG2_E, block_channels, last_rows, load_rows, product
+
+
+def column_sums(q, k, maximum, total, sums, extra_tokens, scale):
+    """Write each head's share of the column means into ``sums`` float32 ``[B, H, N - extra_tokens]``: add up its heads.
+
+    ``q`` and ``k`` ``[B, H, N, D]``: any strides with contiguous channels. ``maximum`` and ``total`` float32
+    ``[B, H, N]``, of :func:`pruneattn.kernels.attention.attention` with the same scale.
+    """
+    config = choose("column_sums", k, k.shape[2] - extra_tokens)
+    launch(q, k, maximum, total, sums, extra_tokens, scale, config).run(q)
+
+
+def launch(q, k, maximum, total, sums, extra_tokens, scale, config):
+    """The launch of :func:`column_sums` with these tile sizes."""
+    batch, heads, tokens, channels = q.shape
+    patches = tokens - extra_tokens
+    return Launch(
+        _column_sums,
+        (batch * heads * triton.cdiv(patches, config.BLOCK_N),),
+        dict(
+            **heads_of(q=q, k=k),
+            maximum=maximum,
+            total=total,
+            sums=sums,
+            heads=heads,
+            patches=patches,
+            extra_tokens=extra_tokens,
+            scale=scale,
+            share=1 / (heads * patches),
+            D=channels,
+            C=block_channels(channels),
+            BLOCK_N=config.BLOCK_N,
+            LAST_N=last_rows(patches, config.BLOCK_N),
+            BLOCK_M=config.BLOCK_M,
+            MASKED=patches % config.BLOCK_M != 0,
+        ),
+        config,
+    )
+
+
+@triton.jit
+def _column_sums(
+    q, q_batch, q_head, q_row,
+    k, k_batch, k_head, k_row,
+    maximum, total, sums, heads, patches, extra_tokens, scale, share,
+    D: tl.constexpr, C: tl.constexpr,
+    BLOCK_N: tl.constexpr, LAST_N: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(patches, BLOCK_N)
+    head_number = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    clip, head = head_number // heads, head_number % heads
+    q += clip * q_batch + head * q_head + extra_tokens * q_row
+    k += clip * k_batch + head * k_head + extra_tokens * k_row
+    maximum += head_number * (patches + extra_tokens) + extra_tokens
+    total += head_number * (patches + extra_tokens) + extra_tokens
+    sums += head_number * patches
+    if LAST_N == 0 or tile < patches // BLOCK_N:
+        _columns(q, q_row, k, k_row, maximum, total, sums, tile * BLOCK_N, patches, scale, share,
+                 D, C, BLOCK_N, False, BLOCK_M, MASKED)  # fmt: skip
+    else:
+        _columns(q, q_row, k, k_row, maximum, total, sums, tile * BLOCK_N, patches, scale, share,
+                 D, C, LAST_N, True, BLOCK_M, MASKED)  # fmt: skip
+
+
+@triton.jit
+def _columns(
+    q, q_row, k, k_row, maximum, total, sums, first, patches, scale, share,
+    D: tl.constexpr, C: tl.constexpr,
+    KEYS: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Sums of the columns from ``first`` on."""
+    factor = scale * LOG2_E
+    keys = load_rows(k, first, patches, k_row, KEYS, LAST, D, C)  # [KEYS, C]
+    acc = tl.zeros([KEYS], tl.float32)
+    whole = patches // BLOCK_M * BLOCK_M
+    for start in range(0, whole, BLOCK_M):
+        acc += _tile_sums(keys, q, q_row, maximum, total, start, patches, factor, D, C, BLOCK_M, False)
+    if MASKED:
+        acc += _tile_sums(keys, q, q_row, maximum, total, whole, patches, factor, D, C, BLOCK_M, True)
+    column = first + tl.arange(0, KEYS)
+    tl.store(sums + column, acc * share, mask=column < patches)
+
+
+@triton.jit
+def _tile_sums(
+    keys, q, q_row, maximum, total, start, patches, factor,
+    D: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Sums of the columns over the queries from ``start`` on."""
+    row = start + tl.arange(0, BLOCK_M)
+    inside = row < patches if MASKED else None
+    largest = tl.load(maximum + row, mask=inside)[None, :]
+    share = 1 / tl.load(total + row, mask=inside)[None, :]
+    logits = product(keys, tl.trans(load_rows(q, start, patches, q_row, BLOCK_M, MASKED, D, C)))  # [KEYS, BLOCK_M]
+    # A logit computed a second time, in another order, may exceed the largest one of the first time by a rounding error.
+    exponent = tl.minimum((logits - largest) * factor, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    weights = tl.exp2(exponent) * share
+    if MASKED:
+        weights = tl.where(inside[None, :], weights, 0.0)
+    return tl.sum(weights, 1)

@@ -1,0 +1,130 @@
+"""How a kernel is launched: its arguments by name, and the tile sizes for the GPU at hand."""
+
+import functools
+import json
+from importlib import resources
+from typing import NamedTuple
+
+import torch
+
+from .tiles import block_channels, tiled
+
+#: What the kernels compute in; other dtypes, and larger heads, run the reference.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_CHANNELS = 128
+#: The tile size by which each kernel shares out its rows among programs.
+SHARED_OUT = {
+    "attention": "BLOCK_M",
+    "column_sums": "BLOCK_N",
+    "grad_queries": "BLOCK_M",
+    "grad_keys": "BLOCK_N",
+    "cls_weights": "BLOCK_M",
+}
+
+
+class Config(NamedTuple):
+    """Tile sizes: ``BLOCK_M`` queries by ``BLOCK_N`` keys, warps of a program, and tiles that are on their way at once."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+class Launch(NamedTuple):
+    """A kernel with its grid, its arguments by name and its `Config`."""
+
+    kernel: object
+    grid: tuple
+    arguments: dict
+    config: Config
+
+    def run(self, tensor):
+        """Launch it where ``tensor`` is, on the current stream there."""
+        if self.grid[0] == 0:
+            return
+        with torch.cuda.device_of(tensor):  # no-op for the interpreter's CPU tensors
+            options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+            self.kernel[self.grid](**self.arguments, **options)
+
+
+def takes(q):
+    """Whether the kernels take such queries, keys and values ``[.., D]``."""
+    return q.dtype in DTYPES and q.shape[-1] <= MOST_CHANNELS
+
+
+def heads_of(**tensors):
+    """Arguments of a kernel for tensors ``[B, H, N, D]`` with contiguous channels: pointer, strides of clip, head, row."""
+    arguments = {}
+    for name, tensor in tensors.items():
+        strides = zip(("batch", "head", "row"), tensor.stride())
+        arguments |= {name: tensor, **{f"{name}_{dimension}": stride for dimension, stride in strides}}
+    return arguments
+
+
+def choose(kernel, tensor, count):
+    """The tile sizes of a kernel for heads ``[B, H, .., D]`` on their device, whose programs share out ``count`` rows."""
+    architecture, processors = _gpu(tensor.device) if tensor.is_cuda else (None, 0)
+    config = config_for(kernel, architecture, tensor.dtype, block_channels(tensor.shape[-1]))
+    return fit(config, SHARED_OUT[kernel], tensor.shape[0] * tensor.shape[1], count, processors)
+
+
+def fit(config, block, heads, count, processors):
+    """The config, or one with smaller programs where these leave less of their tiles empty, or multiprocessors idle.
+
+    Args:
+        config: `Config`.
+        block: name of the tile size by which ``count`` rows (queries or keys) are shared out.
+        heads: of all clips together.
+        processors: multiprocessors of the GPU.
+    """
+    large, small = getattr(config, block), 64
+    idle = heads * -(-count // large) < processors
+    if large > small and (idle or tiled(count, small) < tiled(count, large)):
+        return config._replace(num_warps=4, **{block: small})
+    return config
+
+
+def config_for(kernel, architecture, dtype, channels):
+    """The measured tile sizes (configs.json, written by ``python -m bench.tune``), or else a guess that compiles well."""
+    measured = _table().get(architecture, {}).get(kernel, {}).get(f"{str(dtype)[6:]}, {channels}")
+    return Config(*measured) if measured else fallback(kernel, dtype, channels)
+
+
+def fallback(kernel, dtype, channels):
+    """Tile sizes for a GPU that was not measured: no spilled registers, and less than 100 KB of shared memory."""
+    if dtype == torch.float32:  # without tensor cores, whose TF32 would be too coarse
+        return (_FLOAT32 if channels <= 64 else _FLOAT32_WIDE)[kernel]
+    return (_HALF if channels <= 64 else _HALF_WIDE)[kernel]
+
+
+_FLOAT32 = dict.fromkeys(SHARED_OUT, Config(32, 32, 8, 1))
+_FLOAT32_WIDE = dict.fromkeys(SHARED_OUT, Config(32, 16, 8, 1))
+_HALF = {
+    "attention": Config(128, 64, 4, 3),
+    "column_sums": Config(64, 128, 4, 3),
+    "grad_queries": Config(64, 64, 4, 2),
+    "grad_keys": Config(64, 64, 4, 2),
+    "cls_weights": Config(1, 128, 4, 3),
+}
+_HALF_WIDE = {
+    "attention": Config(128, 64, 8, 2),
+    "column_sums": Config(64, 128, 8, 2),
+    "grad_queries": Config(64, 64, 8, 1),
+    "grad_keys": Config(64, 64, 8, 1),
+    "cls_weights": Config(1, 64, 4, 3),
+}
+
+
+@functools.cache
+def _table():
+    return json.loads((resources.files(__package__) / "configs.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _gpu(device):
+    """Name of the architecture (sm_90, gfx942) and number of multiprocessors."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
