@@ -1,6 +1,8 @@
+"""All queries, and those of kept tokens alone, which a pruning block asks for."""
+
 import torch.nn.functional as F
 
-from bench.op_cases import op_providers, random_qkv
+from bench.op_cases import by_each_kernel, op_providers, random_qkv
 from pruneattn.ops import attention
 
 LEVELS, OP = ("op",), "attention"
@@ -16,7 +18,12 @@ ALTERNATIVES = {"SDPA": F.scaled_dot_product_attention, "eager": eager}
 
 def providers(case):
     q, k, v = random_qkv(case)
-    return op_providers(case, attention, ALTERNATIVES, q, k, v, macs=2 * q.numel() * case.tokens)
+    rows = []
+    for part, queries in {None: q, "queries of every other token": q[:, :, ::2]}.items():
+        ways = ALTERNATIVES | by_each_kernel("SDPA", F.scaled_dot_product_attention, queries, k, v)
+        macs = 2 * queries.numel() * case.tokens
+        rows += [row._replace(part=part) for row in op_providers(case, attention, ways, queries, k, v, macs=macs)]
+    return rows
 
 
 def test_attention(side_by_side, case):

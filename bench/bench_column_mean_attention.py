@@ -1,6 +1,6 @@
 import torch.nn.functional as F
 
-from bench.op_cases import extra_tokens, op_providers, random_qkv
+from bench.op_cases import by_each_kernel, extra_tokens, op_providers, random_qkv
 from pruneattn.ops import column_mean_attention
 
 LEVELS, OP = ("op",), "column_mean_attention"
@@ -33,7 +33,9 @@ ALTERNATIVES = {"SDPA, no score": without_score, "eager": eager, "SDPA, separate
 def providers(case):
     q, k, v = random_qkv(case)
     macs = 2 * q.numel() * case.tokens
-    return op_providers(case, column_mean_attention, ALTERNATIVES, q, k, v, extra_tokens(case), macs=macs)
+    args = q, k, v, extra_tokens(case)
+    ways = ALTERNATIVES | by_each_kernel("SDPA, no score", without_score, *args)
+    return op_providers(case, column_mean_attention, ways, *args, macs=macs)
 
 
 def test_column_mean_attention(side_by_side, case):

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.guards import check_close, check_same
 from bench.measure import Provider, Work
@@ -52,7 +53,7 @@ def op_providers(case, op, alternatives, *args, macs=None, tolerance=None, unrea
         tolerance: in place of `TOLERANCE`.
         unread: rows of tokens that need not be read, since they are dropped.
     """
-    with torch.inference_mode(), use_backend("reference"):
+    with torch.no_grad(), use_backend("reference"):
         expected = _as_tuple(op(*map(_exact, args)))
         sample = _as_tuple(op(*args))
     unread *= case.batch * DIM * case.torch_dtype.itemsize
@@ -71,6 +72,8 @@ def _ours(case, op, args):
     call = partial(op, *args)
     states = backends()[op.__name__]
     here = [name for name in NAMES if DEVICES.get(name, case.device) == case.device and not states[name].reason]
+    if case.device == "cpu" and "triton" in here:
+        here.remove("triton")  # its interpreter is no way to run anything
     here.sort(key=lambda name: states[name].state != "used")
     yield here[0], call
     for name in here[1:]:
@@ -83,9 +86,37 @@ def _ours(case, op, args):
 def within(context, function):
     """The function, each call of it in a new ``context()``."""
 
-    def call():
+    def call(*args):
         with context():
-            return function()
+            return function(*args)
+
+    return call
+
+
+def by_each_kernel(name, function, *args):
+    """The function by each kernel of PyTorch's attention that runs these arguments, by name; on a CPU there is one."""
+    ways = {}
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        if args[0].is_cuda:
+            way = within(partial(sdpa_kernel, kernel), function)
+            try:
+                way(*args)
+            except RuntimeError:  # not for this device or precision
+                continue
+            ways[f"{name}, {kernel.name.lower()}"] = way
+    return ways
+
+
+def forward_and_backward(function):
+    """The function of q, k and v with gradients: returns those of its output times a fixed one, after the output."""
+
+    def call(q, k, v, *args):
+        # The benchmarks of the ops run in inference mode.
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+            out = function(*inputs, *args)
+            out = out[0] if isinstance(out, tuple) else out
+            return out, *torch.autograd.grad(out, inputs, torch.ones((), dtype=q.dtype, device=q.device).expand_as(out))
 
     return call
 

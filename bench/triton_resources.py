@@ -7,24 +7,30 @@ sizes of the real models, for every architecture that is promised, and which mat
 """
 
 import csv
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from bench.machine import RESULTS
+from bench.op_cases import HEADS
 from pruneattn.io import atomic_write
-from pruneattn.kernels import attention, attention_backward, cls_scores, column_mean_attention
+from pruneattn.kernels import attention, cls_scores, column_mean_attention
+from pruneattn.kernels import attention_backward as backward
 from pruneattn.kernels.launch import SHARED_OUT, config_for, fit
 from pruneattn.kernels.tiles import block_channels
 
 ARCHITECTURES = (80, 90, 100)
 #: Shared memory that a block can have, bytes.
-MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 TOKENS = (65, 257, 513, 514)
 CASES = [  # dtype, head size, tokens
     *((torch.bfloat16, 64, tokens) for tokens in TOKENS),
@@ -32,32 +38,43 @@ CASES = [  # dtype, head size, tokens
     (torch.float32, 64, 513),
     *((torch.bfloat16, channels, 513) for channels in (32, 80, 96, 128)),
 ]
-COLUMNS = ("kernel", "dtype", "head_size", "tokens", "architecture", "block_m", "block_n", "warps", "stages",
+COLUMNS = ("triton", "kernel", "dtype", "head_size", "tokens", "architecture", "block_m", "block_n", "warps", "stages",
            "registers", "spilled_bytes", "shared_bytes", "matrix_instruction")  # fmt: skip
 OUTPUT = RESULTS / "triton-resources.csv"
 
 
-def launches(dtype, channels, tokens, architecture):
-    """``(name, Launch)`` of every kernel for one clip with 12 heads, views of a packed projection as in a model."""
-    extra = 2 - tokens % 2
-    q, k, v = torch.empty(1, tokens, 3, 12, channels, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
-    out = torch.empty(1, tokens, 12, channels, dtype=dtype).transpose(1, 2)
-    grads = [torch.empty(1, 12, tokens, channels, dtype=dtype) for _ in range(3)]
-    lse, delta, maximum, total = torch.empty(4, 1, 12, tokens).unbind(0)
-    sums = torch.empty(1, 12, tokens - extra)
-    arguments = {
-        "attention": (attention.launch, q, k, v, out, lse, 0.125, maximum, total),
-        "column_sums": (column_mean_attention.launch, q, k, maximum, total, sums, extra, 0.125),
-        "grad_queries": (attention_backward.launch_queries, out, q, k, v, out, lse, grads[0], delta, 0.125),
-        "grad_keys": (attention_backward.launch_keys, out, q, k, v, lse, *grads[1:], delta, 0.125),
-        "cls_weights": (cls_scores.launch, q[:, :, :1], k, lse, 0.125),
+def kernels(dtype, channels, tokens, batch=1, heads=HEADS, device="cpu"):
+    """Every kernel on random clips, views of a packed projection as in a model.
+
+    Returns:
+        dict of name -> (function of a `Config` that returns the `Launch`, list of what it writes), in an order in which
+        each kernel finds what it reads.
+    """
+    torch.manual_seed(0)
+    scale, extra = channels**-0.5, 2 - tokens % 2
+    packed = torch.randn(batch, tokens, 3, heads, channels, device=device).to(dtype)
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    out, grad_out = torch.randn(2, batch, tokens, heads, channels, device=device).to(dtype).transpose(2, 3).unbind(0)
+    grad_q, grad_k, grad_v = torch.empty(3, batch, heads, tokens, channels, dtype=dtype, device=device).unbind(0)
+    lse, delta, maximum, total, weights = torch.empty(5, batch, heads, tokens, device=device).unbind(0)
+    sums = torch.empty(batch, heads, tokens - extra, device=device)
+    calls = {
+        "attention": (attention.launch, (q, k, v, out, lse, scale, maximum, total), [out, lse]),
+        "column_sums": (column_mean_attention.launch, (q, k, maximum, total, sums, extra, scale), [sums]),
+        "grad_queries": (backward.launch_queries, (grad_out, q, k, v, out, lse, grad_q, delta, scale), [grad_q, delta]),
+        "grad_keys": (backward.launch_keys, (grad_out, q, k, v, lse, grad_k, grad_v, delta, scale), [grad_k, grad_v]),
+        "cls_weights": (cls_scores.launch, (q[:, :, :1], k, weights, scale), [weights]),
     }
-    for name, (launch, *rest) in arguments.items():
+    return {name: (partial(launch, *arguments), written) for name, (launch, arguments, written) in calls.items()}
+
+
+def launches(dtype, channels, tokens, architecture):
+    """``(name, Launch)`` of every kernel with the tile sizes for many clips, and those for few where they differ."""
+    for name, (launch, _) in kernels(dtype, channels, tokens).items():
         config = config_for(name, f"sm_{architecture}", dtype, block_channels(channels))
-        rows = tokens - extra if name == "column_sums" else tokens
-        configs = {fit(config, SHARED_OUT[name], 12, rows, processors): None for processors in (0, 1000)}
-        for config in configs:  # for many clips, and for few
-            yield name, launch(*rest, config)
+        rows = tokens - 2 + tokens % 2 if name == "column_sums" else tokens
+        for fitted in {fit(config, SHARED_OUT[name], HEADS, rows, processors): None for processors in (0, 1000)}:
+            yield name, launch(config=fitted)
 
 
 def compile_for(launch, architecture):
@@ -108,23 +125,23 @@ def rows_of(case, architecture):
     for name, launch in launches(dtype, channels, tokens, architecture):
         compiled = compile_for(launch, architecture)
         registers, spilled = usage(compiled)
-        rows.append((name, str(dtype)[6:], channels, tokens, f"sm_{architecture}", *launch.config, registers, spilled,
+        rows.append((version("triton"), name, str(dtype)[6:], channels, tokens, f"sm_{architecture}", *launch.config, registers, spilled,
                      compiled.metadata.shared, matrix_instruction(compiled.asm["ptx"])))  # fmt: skip
     return rows
 
 
-def table(cases=CASES, architectures=ARCHITECTURES):
-    """All rows, two kernels at a time."""
-    pairs = [(case, architecture) for case in cases for architecture in architectures]
-    with ProcessPoolExecutor(2) as pool:
+def table(cases):
+    """All rows; every core compiles."""
+    pairs = [(case, architecture) for case in cases for architecture in ARCHITECTURES]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         return [row for rows in pool.map(rows_of, *zip(*pairs)) for row in rows]
 
 
-def main(output=OUTPUT):
+def main(output=OUTPUT, cases=CASES):
     with atomic_write(Path(output)) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows(table())
+        writer.writerows(table(cases))
     print(output)
 
 

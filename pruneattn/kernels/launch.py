@@ -64,7 +64,9 @@ def heads_of(**tensors):
 
 def choose(kernel, tensor, count):
     """The tile sizes of a kernel for heads ``[B, H, .., D]`` on their device, whose programs share out ``count`` rows."""
-    architecture, processors = _gpu(tensor.device) if tensor.is_cuda else (None, 0)
+    architecture, processors = None, 0
+    if tensor.is_cuda:
+        architecture, processors = architecture_of(tensor.device), _processors(tensor.device)
     config = config_for(kernel, architecture, tensor.dtype, block_channels(tensor.shape[-1]))
     return fit(config, SHARED_OUT[kernel], tensor.shape[0] * tensor.shape[1], count, processors)
 
@@ -122,9 +124,14 @@ def _table():
 
 
 @functools.cache
-def _gpu(device):
-    """Name of the architecture (sm_90, gfx942) and number of multiprocessors."""
+def architecture_of(device):
+    """Name of a GPU's architecture: sm_90, gfx942."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
-    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count

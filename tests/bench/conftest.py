@@ -18,7 +18,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def peaks():
-    return Peaks(copy=1e10, product={"float32": 1e11})
+    return Peaks(copy=1e10, product={"float32": 1e11, "bfloat16": 1e11})
 
 
 @pytest.fixture

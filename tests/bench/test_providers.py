@@ -20,13 +20,14 @@ from bench import (
 from bench.block_parts import PARTS, part_rows
 from bench.guards import WrongResult
 from bench.measure import TRAINING, Case, measure_case
+from bench.rows import key_of
 from bench.subject import Subject
 from pruneattn.backend import _C
 
 SIZES = grid.Sizes(("float32",), (2,), (32,), 1, keep_rates=(1.0, 0.5))
 MODELS = {"audiomae_tiny": 33, "ast_tiny": 34}
 LIBRARY = {"audiomae_tiny": "timm ViT", "ast_tiny": "Hugging Face AST"}
-OPS = ("attention", "cls_scores", "column_mean_attention", "gather_tokens", "prune_tokens", "select_tokens")
+OPS = ("attention", "attention_backward", "cls_scores", "column_mean_attention", "gather_tokens", "prune_tokens", "select_tokens")
 
 each_model = pytest.mark.parametrize("model", MODELS)
 
@@ -36,13 +37,14 @@ def model_case(level, model):
 
 
 def right(case, providers, peaks):
-    """The measured rows by provider, backend and keep-rate; all results were right, or of something not installed."""
+    """The measured rows of the whole by provider, backend and keep-rate; all results were right, or of something not
+    installed.
+    """
     rows = measure_case(case, providers, peaks, 1)
     assert all(row["status"] == "ok" or "left out" in row["status"] for row in rows), [row["status"] for row in rows]
     assert all(row["floor_ms"] > 0 for row in rows if row["status"] == "ok")
-    named = {(row["provider"], row["backend"], row["keep_rate"]): row for row in rows}
-    assert len(named) == len(rows)
-    return named
+    assert len({key_of(row) for row in rows}) == len(rows)
+    return {(row["provider"], row["backend"], row["keep_rate"]): row for row in rows if row["part"] is None}
 
 
 def statuses(case, providers, peaks):
@@ -50,12 +52,12 @@ def statuses(case, providers, peaks):
     return {(row["provider"], row["keep_rate"]): row["status"] for row in rows}
 
 
-@pytest.mark.parametrize("tokens", [9, 10])
+@pytest.mark.parametrize("tokens,dtype", [(9, "float32"), (10, "bfloat16")])
 @pytest.mark.parametrize("op", OPS)
-def test_ops(op, tokens, peaks):
+def test_ops(op, tokens, dtype, peaks):
     module = importlib.import_module(f"bench.bench_{op}")
     assert module.OP == op and hasattr(module, f"test_{op}")
-    case = Case("op", op, "cpu", "float32", 2, tokens)
+    case = Case("op", op, "cpu", dtype, 2, tokens)
     rows = right(case, module.providers(case), peaks)
     assert ("ours", "reference", None) in rows and any(name != "ours" for name, _, _ in rows)
     if _C is not None:

@@ -1,0 +1,63 @@
+"""The Triton kernels compile for the GPUs that are promised: no spills, matrix instructions, and as the table says."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from bench.triton_resources import COLUMNS, MOST_SHARED, OUTPUT, matrix_instruction  # noqa: E402
+
+INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# Apart from the interpreter. Two of the table's cases, since all take minutes.
+COMPILE = """
+import sys, torch
+from bench.triton_resources import main
+
+main(sys.argv[1], [(torch.bfloat16, 64, 514), (torch.float32, 64, 513)])
+"""
+
+
+def check(rows):
+    for row in rows:
+        assert row["spilled_bytes"] == "0", row
+        assert int(row["shared_bytes"]) <= MOST_SHARED[row["architecture"]], row
+        products = row["kernel"] != "cls_weights" and row["dtype"] != "float32"
+        assert row["matrix_instruction"] == (INSTRUCTIONS[row["architecture"]] if products else "fma"), row
+
+
+def test_the_table_keeps_the_promises():
+    rows = read(OUTPUT)
+    assert tuple(rows[0]) == COLUMNS and {row["architecture"] for row in rows} == set(INSTRUCTIONS)
+    assert {int(row["tokens"]) for row in rows} == {65, 257, 513, 514}
+    assert {int(row["head_size"]) for row in rows} == {32, 64, 80, 96, 128}
+    assert {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
+    check(rows)
+
+
+def test_what_compiles_now_is_what_the_table_says(tmp_path):
+    output = tmp_path / "resources.csv"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", COMPILE, output]
+    subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, check=True)
+    rows, table = read(output), read(OUTPUT)
+    check(rows)
+    if table[0]["triton"] == rows[0]["triton"]:
+        assert all(row in table for row in rows), "write the table again: python -m bench.triton_resources"
+
+
+def test_matrix_instruction():
+    assert matrix_instruction("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16") == "wgmma.mma_async"
+    assert matrix_instruction("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == "mma.sync"
+    assert matrix_instruction("fma.rn.f32 %f1, %f2, %f3, %f4;") == "fma"
