@@ -36,6 +36,7 @@ CASES = [  # dtype, head size, tokens
     *((torch.bfloat16, 64, tokens) for tokens in TOKENS),
     (torch.float16, 64, 513),
     (torch.float32, 64, 513),
+    (torch.float32, 128, 513),
     *((torch.bfloat16, channels, 513) for channels in (32, 80, 96, 128)),
 ]
 COLUMNS = ("triton", "kernel", "dtype", "head_size", "tokens", "architecture", "block_m", "block_n", "warps", "stages",

@@ -23,7 +23,7 @@ def fresh_choices():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """An op "twice" whose two implementations for the CPU write down that they ran; every backend is usable."""
+    """An op "twice" whose two implementations for the CPU write down that they ran; there is neither CUDA nor Triton."""
     calls = []
 
     def implementation(name):
@@ -32,6 +32,7 @@ def calls(monkeypatch):
     names = ("reference", "cpu")
     monkeypatch.setitem(backend._kernels, "twice", {name: implementation(name) for name in names})
     monkeypatch.setattr(backend, "_C", FakeExtension())
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
     return calls
 
 
@@ -118,7 +119,7 @@ def test_unknown_backend():
 
 
 def test_unusable_backend_says_why(calls):
-    with pytest.raises(UserError, match="backend 'triton' cannot be used here: no op has a kernel for it yet"):
+    with pytest.raises(UserError, match="backend 'triton' cannot be used here: Triton is not installed"):
         use_backend("triton")
     with pytest.raises(UserError, match="'cuda' cannot be used here: .* built without CUDA: nvcc was not found"):
         use_backend("cuda")
@@ -144,6 +145,37 @@ def test_which_gpus_the_kernels_run_on(architectures, capability, runs):
         assert reason.endswith("PRUNEATTN_CUDA_ARCHS={}{}".format(*capability))
 
 
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
+    monkeypatch.setattr(backend, "find_spec", lambda name: name)
+    monkeypatch.setattr(backend, "_INTERPRETER", False)
+    monkeypatch.setitem(backend.DEVICES, "triton", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.why_not("triton") == "PyTorch sees no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    backend.why_not.cache_clear()
+    assert "compute capability 8.0 or newer" in backend.why_not("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    backend.why_not.cache_clear()
+    assert backend.why_not("triton") == ""
+    # A GPU runs Triton's kernels, but for one that only does what PyTorch's attention does.
+    functions = backend._kernels["column_mean_attention"], backend._kernels["attention"]
+    assert [backend.choose(op, "cuda") for op in ("column_mean_attention", "attention")] == [
+        functions[0]["triton"], functions[1]["reference"]
+    ]  # fmt: skip
+    assert backend._resolve("attention", "cuda", "triton") is functions[1]["triton"]
+
+
+def test_the_interpreter_runs_only_if_it_is_forced(monkeypatch):
+    monkeypatch.setattr(backend, "find_spec", lambda name: name)
+    monkeypatch.setattr(backend, "_INTERPRETER", True)
+    monkeypatch.setitem(backend.DEVICES, "triton", "cpu")
+    functions = backend._kernels["cls_scores"]
+    assert backend.choose("cls_scores", "cpu") is not functions["triton"]
+    with use_backend("triton"):
+        assert backend.choose("cls_scores", "cpu") is functions["triton"]
+
+
 def test_environment_variable(calls, monkeypatch):
     monkeypatch.setenv("PRUNEATTN_BACKEND", "reference")
     run()
@@ -158,6 +190,7 @@ def test_bad_environment_variable(monkeypatch):
     with pytest.raises(UserError, match="variable PRUNEATTN_BACKEND: unknown backend 'fast'; choose one of reference"):
         ops.select_tokens(torch.zeros(1, 3), 1)
     monkeypatch.setenv("PRUNEATTN_BACKEND", "triton")
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="variable PRUNEATTN_BACKEND: backend 'triton' cannot be used here"):
         backends()
 
@@ -180,10 +213,10 @@ def test_table_in_print(calls):
     reference = "used" if torch.cuda.is_available() else "available"
     assert lines[0].split() == ["op", "reference", "cpu", "cuda", "triton"]
     row = next(line for line in lines if line.startswith("cls_scores"))
-    assert row.split() == ["cls_scores", reference, "used", *["no", "kernel"] * 2]
+    assert row.split() == ["cls_scores", reference, "used", "no", "kernel", "unusable"]
     assert "cpu: attention kernels for avx2, of avx2, baseline" in lines
     assert "cuda: pruneattn._C was built without CUDA: nvcc was not found" in lines
-    assert "triton: no op has a kernel for it yet" in lines
+    assert "triton: Triton is not installed; it comes with PyTorch's builds for GPUs" in lines
     with use_backend("reference"):
         assert "forced: reference" in str(backends())
 
@@ -230,6 +263,7 @@ def test_choice_is_made_when_a_compiled_graph_runs(monkeypatch):
     for name in ("reference", "cpu"):
         monkeypatch.setitem(functions, name, lambda *args, name=name: (calls.append(name), reference(*args))[1])
     monkeypatch.setattr(backend, "_C", FakeExtension())
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
     compiled = torch.compile(ops.select_tokens, fullgraph=True, backend="aot_eager")
     scores = torch.randn(2, 6)
     compiled(scores, 3)

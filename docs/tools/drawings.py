@@ -160,6 +160,28 @@ def cpu_kernel():
     return drawing
 
 
+def triton_columns():
+    drawing = Drawing(780, 290, "Two Triton kernels: one goes by query rows, the other by key columns of the same matrix")
+    drawing.text(24, 32, "column_mean_attention: two kernels, 513 = 1 + 512 tokens", "head")
+    for left, head, by_rows in ((70, "1  attention", True), (470, "2  column sums", False)):
+        drawing.text(left + 110, 62, head, "mid head")
+        drawing.text(left + 110, 80, "keys", "mid soft")
+        drawing.text(left - 34, 178, "queries", "mid soft")
+        for row in range(5):
+            for column in range(5):
+                here = row == 2 if by_rows else column == 2 and row > 0
+                kind = "on" if here else "line" if not by_rows and 0 in (row, column) else "off"
+                x, width = (left, 8) if column == 0 else (left + 14 + 52 * (column - 1), 48)
+                y, height = (90, 8) if row == 0 else (104 + 36 * (row - 1), 32)
+                drawing.box(x, y, width, height, kind)
+    drawing.arrow((296, 156), (330, 156))
+    drawing.text(336, 134, "output,\nlargest logit,\nsum of\nexponentials", "soft")
+    drawing.text(180, 268, "a program's rows: tile by tile, the first key by itself", "mid soft")
+    drawing.arrow((562, 246), (562, 262))
+    drawing.text(580, 268, "a program's columns, each summed by its threads: the score", "mid soft")
+    return drawing
+
+
 def cuda_prune():
     drawing = Drawing(780, 330, "The CUDA kernel: every block of a clip selects alike and copies its share of the rows")
     drawing.text(24, 32, "prune_tokens: one launch, several blocks per clip, each 8 warps", "head")
@@ -192,7 +214,7 @@ def cuda_prune():
 
 
 DRAWINGS = {"hidden-score": hidden_score, "block-orders": block_orders, "cpu-kernel": cpu_kernel,
-            "cuda-prune": cuda_prune}  # fmt: skip
+            "triton-columns": triton_columns, "cuda-prune": cuda_prune}  # fmt: skip
 
 if __name__ == "__main__":
     for name, draw in DRAWINGS.items():

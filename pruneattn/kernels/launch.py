@@ -95,13 +95,13 @@ def config_for(kernel, architecture, dtype, channels):
 
 def fallback(kernel, dtype, channels):
     """Tile sizes for a GPU that was not measured: no spilled registers, and less than 100 KB of shared memory."""
-    if dtype == torch.float32:  # without tensor cores, whose TF32 would be too coarse
+    if dtype == torch.float32:
         return (_FLOAT32 if channels <= 64 else _FLOAT32_WIDE)[kernel]
     return (_HALF if channels <= 64 else _HALF_WIDE)[kernel]
 
 
-_FLOAT32 = dict.fromkeys(SHARED_OUT, Config(32, 32, 8, 1))
-_FLOAT32_WIDE = dict.fromkeys(SHARED_OUT, Config(32, 16, 8, 1))
+_FLOAT32 = dict.fromkeys(SHARED_OUT, Config(32, 32, 4, 1)) | {"cls_weights": Config(1, 64, 4, 1)}
+_FLOAT32_WIDE = dict.fromkeys(SHARED_OUT, Config(32, 16, 8, 1)) | {"cls_weights": Config(1, 64, 4, 1)}
 _HALF = {
     "attention": Config(128, 64, 4, 3),
     "column_sums": Config(64, 128, 4, 3),

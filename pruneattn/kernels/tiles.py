@@ -5,12 +5,16 @@ eighth of the work once more, so the first one or two keys (or queries) are take
 Only other counts pay for a last tile that is partly empty.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 #: log2(e), since GPUs have an instruction for 2**x and none for e**x.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _MOST_APART = 2
+# How float32 is multiplied. TF32 alone would be too coarse for a score; three of its products on tensor cores are what
+# PyTorch's own attention takes. Elsewhere it is plain float32.
+_FLOAT32: tl.constexpr = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 
 
 def split(count, block):
@@ -68,5 +72,5 @@ def store_rows(base, values, first, count, stride, ROWS: tl.constexpr, D: tl.con
 
 @triton.jit
 def product(a, b):
-    """``a @ b`` summed in float32; float32 is not rounded to TF32 on the way."""
-    return tl.dot(a, b, input_precision="ieee")
+    """``a @ b`` summed in float32."""
+    return tl.dot(a, b, input_precision=_FLOAT32)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import pruneattn
 from pruneattn import use_backend
 from pruneattn.models.blocks import PruningBlock
 from pruneattn.models.scores import make_pruning
@@ -44,9 +45,15 @@ def allocations(score, dtype):
     block = PruningBlock(C, H, 0.0, make_pruning(score), 1).to(dtype).eval()
     block.keep_rate = 0.5
     x = torch.randn(B, N, C, dtype=dtype)
+    with torch.inference_mode():
+        return watched(lambda: block(x))
+
+
+def watched(function):
+    """The largest allocation while the function runs, and the most that is allocated at once, in bytes."""
     watch = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
-    with torch.inference_mode(), watch:
-        block(x)
+    with watch:
+        function()
     events = [e for e in watch.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -67,6 +74,32 @@ def test_no_allocation_is_as_large_as_the_matrix(cpu_kernels, score, dtype):
         with use_backend("reference"):
             largest, peak = allocations(score, dtype)
         assert largest >= matrix and peak >= matrix
+
+
+def peak_of(function, device):
+    """The most that PyTorch has allocated at once while the function ran, in bytes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    return watched(function)[1]
+
+
+@pytest.mark.parametrize("name", ["audiomae_tiny", "ast_tiny"])
+def test_a_training_step_takes_less_memory_with_pruning(any_device, name):
+    model = pruneattn.create_model(name, num_classes=4, frames=512).to(any_device)
+    fbank = torch.randn(2, 512, 128, device=any_device)
+
+    def step():
+        model(fbank).sum().backward()
+
+    step()  # the gradients are there
+    peaks = []
+    for keep_rate in (1.0, 0.5):
+        model.set_keep_rate(keep_rate)
+        peaks.append(peak_of(step, any_device))
+    assert peaks[1] < 0.75 * peaks[0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
