@@ -23,14 +23,12 @@ import torch
 from bench.machine import RESULTS
 from bench.op_cases import HEADS
 from pruneattn.io import atomic_write
-from pruneattn.kernels import attention, cls_scores, column_mean_attention
+from pruneattn.kernels import attention, cls_scores, column_mean_attention, tiles
 from pruneattn.kernels import attention_backward as backward
 from pruneattn.kernels.launch import SHARED_OUT, config_for, fit
-from pruneattn.kernels.tiles import block_channels
 
-ARCHITECTURES = (80, 90, 100)
-#: Shared memory that a block can have, bytes.
-MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+#: Shared memory that a block can have on each architecture, bytes. The last is AMD's, by ROCm.
+MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TOKENS = (65, 257, 513, 514)
 CASES = [  # dtype, head size, tokens
     *((torch.bfloat16, 64, tokens) for tokens in TOKENS),
@@ -72,7 +70,7 @@ def kernels(dtype, channels, tokens, batch=1, heads=HEADS, device="cpu"):
 def launches(dtype, channels, tokens, architecture):
     """``(name, Launch)`` of every kernel with the tile sizes for many clips, and those for few where they differ."""
     for name, (launch, _) in kernels(dtype, channels, tokens).items():
-        config = config_for(name, f"sm_{architecture}", dtype, block_channels(channels))
+        config = config_for(name, architecture, dtype, tiles.block_channels(channels))
         rows = tokens - 2 + tokens % 2 if name == "column_sums" else tokens
         for fitted in {fit(config, SHARED_OUT[name], HEADS, rows, processors): None for processors in (0, 1000)}:
             yield name, launch(config=fitted)
@@ -97,13 +95,22 @@ def compile_for(launch, architecture):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    target = GPUTarget("cuda", int(architecture[3:]), 32) if _is_cuda(architecture) else GPUTarget("hip", architecture, 64)
+    return triton.compile(source, target=target, options=options)
+
+
+def _is_cuda(architecture):
+    return architecture.startswith("sm_")
 
 
 def usage(compiled):
-    """(registers, spilled bytes) of a compiled kernel, by the disassembler in Triton's wheel."""
+    """(registers, spilled bytes) of a compiled kernel: by its listing, or the disassembler in Triton's wheel."""
     import triton
 
+    if "amdgcn" in compiled.asm:
+        names = ("vgpr_count", "vgpr_spill_count")
+        registers, spilled = (int(re.search(rf"\.{name}: +(\d+)", compiled.asm["amdgcn"]).group(1)) for name in names)
+        return registers, 4 * spilled
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -114,9 +121,9 @@ def usage(compiled):
     return registers, stack + local
 
 
-def matrix_instruction(ptx):
+def matrix_instruction(listing):
     """The instruction that multiplies tiles; ``fma`` if there is none for matrices."""
-    return next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "fma")
+    return next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "mfma") if name in listing), "fma")
 
 
 def rows_of(case, architecture):
@@ -126,16 +133,27 @@ def rows_of(case, architecture):
     for name, launch in launches(dtype, channels, tokens, architecture):
         compiled = compile_for(launch, architecture)
         registers, spilled = usage(compiled)
-        rows.append((version("triton"), name, str(dtype)[6:], channels, tokens, f"sm_{architecture}", *launch.config, registers, spilled,
-                     compiled.metadata.shared, matrix_instruction(compiled.asm["ptx"])))  # fmt: skip
+        listing = compiled.asm["ptx" if _is_cuda(architecture) else "amdgcn"]
+        rows.append((version("triton"), name, str(dtype)[6:], channels, tokens, architecture, *launch.config,
+                     registers, spilled, compiled.metadata.shared, matrix_instruction(listing)))  # fmt: skip
     return rows
 
 
 def table(cases):
     """All rows; every core compiles."""
-    pairs = [(case, architecture) for case in cases for architecture in ARCHITECTURES]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        return [row for rows in pool.map(rows_of, *zip(*pairs)) for row in rows]
+    rows = []
+    for is_cuda in (True, False):
+        pairs = [(case, name) for case in cases for name in MOST_SHARED if _is_cuda(name) == is_cuda]
+        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), None if is_cuda else _as_on_rocm) as pool:
+            rows += [row for some in pool.map(rows_of, *zip(*pairs)) for row in some]
+    return rows
+
+
+def _as_on_rocm():
+    """Make this process, which has another build of PyTorch, compile what ROCm's would."""
+    import triton.language as tl
+
+    tiles._FLOAT32 = tl.constexpr("ieee")
 
 
 def main(output=OUTPUT, cases=CASES):
