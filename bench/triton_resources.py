@@ -55,11 +55,11 @@ def kernels(dtype, channels, tokens, batch=1, heads=HEADS, device="cpu"):
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     out, grad_out = torch.randn(2, batch, tokens, heads, channels, device=device).to(dtype).transpose(2, 3).unbind(0)
     grad_q, grad_k, grad_v = torch.empty(3, batch, heads, tokens, channels, dtype=dtype, device=device).unbind(0)
-    lse, delta, maximum, total, weights = torch.empty(5, batch, heads, tokens, device=device).unbind(0)
+    lse, delta, maximum, inverse, weights = torch.empty(5, batch, heads, tokens, device=device).unbind(0)
     sums = torch.empty(batch, heads, tokens - extra, device=device)
     calls = {
-        "attention": (attention.launch, (q, k, v, out, lse, scale, maximum, total), [out, lse]),
-        "column_sums": (column_mean_attention.launch, (q, k, maximum, total, sums, extra, scale), [sums]),
+        "attention": (attention.launch, (q, k, v, out, lse, scale, maximum, inverse), [out, lse]),
+        "column_sums": (column_mean_attention.launch, (q, k, maximum, inverse, sums, extra, scale), [sums]),
         "grad_queries": (backward.launch_queries, (grad_out, q, k, v, out, lse, grad_q, delta, scale), [grad_q, delta]),
         "grad_keys": (backward.launch_keys, (grad_out, q, k, v, lse, grad_k, grad_v, delta, scale), [grad_k, grad_v]),
         "cls_weights": (cls_scores.launch, (q[:, :, :1], k, weights, scale), [weights]),

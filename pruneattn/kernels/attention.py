@@ -10,17 +10,18 @@ from .tiles import LOG2_E, block_channels, last_rows, load_row, load_rows, produ
 _SMALLEST_SCALE = 1e-30
 
 
-def attention(q, k, v, out, lse, scale, maximum=None, total=None):
+def attention(q, k, v, out, lse, scale, maximum=None, inverse=None):
     """Write softmax attention into ``out`` ``[B, H, M, D]`` and the logits' log-sum-exp into ``lse`` ``[B, H, M]``.
 
     ``q`` ``[B, H, M, D]``, ``k`` and ``v`` ``[B, H, N, D]``: any strides with contiguous channels. ``lse`` is float32.
-    ``maximum`` and ``total``, both or neither, float32 ``[B, H, M]``: each row's decisive product of query and key, and
-    the sum of its ``exp(scale * (product - maximum))``. They are exact where the log-sum-exp of large logits is rounded.
+    ``maximum`` and ``inverse``, both or neither, float32 ``[B, H, M]``: each row's decisive product of query and key,
+    and one over the sum of its ``exp(scale * (product - maximum))``. Together they are the row's weights to rounding,
+    where the log-sum-exp of large logits has lost them.
     """
-    launch(q, k, v, out, lse, scale, maximum, total, choose("attention", q, q.shape[2])).run(q)
+    launch(q, k, v, out, lse, scale, maximum, inverse, choose("attention", q, q.shape[2])).run(q)
 
 
-def launch(q, k, v, out, lse, scale, maximum, total, config):
+def launch(q, k, v, out, lse, scale, maximum, inverse, config):
     """The launch of :func:`attention` with these tile sizes."""
     batch, heads, rows, channels = q.shape
     keys = k.shape[2]
@@ -32,7 +33,7 @@ def launch(q, k, v, out, lse, scale, maximum, total, config):
             **heads_of(q=q, k=k, v=v, out=out),
             lse=lse,
             maximum=maximum,
-            total=total,
+            inverse=inverse,
             heads=heads,
             rows=rows,
             keys=keys,
@@ -56,7 +57,7 @@ def _attention(
     k, k_batch, k_head, k_row,
     v, v_batch, v_head, v_row,
     out, out_batch, out_head, out_row,
-    lse, maximum, total, heads, rows, keys, scale,
+    lse, maximum, inverse, heads, rows, keys, scale,
     NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -71,18 +72,18 @@ def _attention(
     lse += head_number * rows
     if maximum is not None:
         maximum += head_number * rows
-        total += head_number * rows
+        inverse += head_number * rows
     if LAST_M == 0 or tile < rows // BLOCK_M:
-        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, total, tile * BLOCK_M, rows, keys,
+        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, inverse, tile * BLOCK_M, rows, keys,
               scale, NEGATIVE, D, C, BLOCK_M, False, BLOCK_N, APART, MASKED)  # fmt: skip
     else:
-        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, total, tile * BLOCK_M, rows, keys,
+        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, inverse, tile * BLOCK_M, rows, keys,
               scale, NEGATIVE, D, C, LAST_M, True, BLOCK_N, APART, MASKED)  # fmt: skip
 
 
 @triton.jit
 def _rows(
-    q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, total, first, rows, keys, scale,
+    q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, inverse, first, rows, keys, scale,
     NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, LAST: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -106,12 +107,13 @@ def _rows(
         largest, mass, acc = _add_tile(
             queries, k, k_row, v, v_row, whole, keys, largest, mass, acc, factor, NEGATIVE, D, C, BLOCK_N, True
         )
-    store_rows(out, acc / mass[:, None], first, rows, out_row, ROWS, D, C)
+    share = 1 / mass
+    store_rows(out, acc * share[:, None], first, rows, out_row, ROWS, D, C)
     row = first + tl.arange(0, ROWS)
     tl.store(lse + row, (largest * factor + tl.log2(mass)) / LOG2_E, mask=row < rows)
     if maximum is not None:
         tl.store(maximum + row, -largest if NEGATIVE else largest, mask=row < rows)
-        tl.store(total + row, mass, mask=row < rows)
+        tl.store(inverse + row, share, mask=row < rows)
 
 
 @triton.jit

@@ -12,17 +12,17 @@ from .launch import Launch, choose, heads_of
 from .tiles import LOG2_E, block_channels, last_rows, load_rows, product
 
 
-def column_sums(q, k, maximum, total, sums, extra_tokens, scale):
+def column_sums(q, k, maximum, inverse, sums, extra_tokens, scale):
     """Write each head's share of the column means into ``sums`` float32 ``[B, H, N - extra_tokens]``: add up its heads.
 
-    ``q`` and ``k`` ``[B, H, N, D]``: any strides with contiguous channels. ``maximum`` and ``total`` float32
+    ``q`` and ``k`` ``[B, H, N, D]``: any strides with contiguous channels. ``maximum`` and ``inverse`` float32
     ``[B, H, N]``, of :func:`pruneattn.kernels.attention.attention` with the same scale.
     """
     config = choose("column_sums", k, k.shape[2] - extra_tokens)
-    launch(q, k, maximum, total, sums, extra_tokens, scale, config).run(q)
+    launch(q, k, maximum, inverse, sums, extra_tokens, scale, config).run(q)
 
 
-def launch(q, k, maximum, total, sums, extra_tokens, scale, config):
+def launch(q, k, maximum, inverse, sums, extra_tokens, scale, config):
     """The launch of :func:`column_sums` with these tile sizes."""
     batch, heads, tokens, channels = q.shape
     patches = tokens - extra_tokens
@@ -32,7 +32,7 @@ def launch(q, k, maximum, total, sums, extra_tokens, scale, config):
         dict(
             **heads_of(q=q, k=k),
             maximum=maximum,
-            total=total,
+            inverse=inverse,
             sums=sums,
             heads=heads,
             patches=patches,
@@ -54,7 +54,7 @@ def launch(q, k, maximum, total, sums, extra_tokens, scale, config):
 def _column_sums(
     q, q_batch, q_head, q_row,
     k, k_batch, k_head, k_row,
-    maximum, total, sums, heads, patches, extra_tokens, scale, share,
+    maximum, inverse, sums, heads, patches, extra_tokens, scale, share,
     D: tl.constexpr, C: tl.constexpr,
     BLOCK_N: tl.constexpr, LAST_N: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -65,19 +65,19 @@ def _column_sums(
     q += clip * q_batch + head * q_head + extra_tokens * q_row
     k += clip * k_batch + head * k_head + extra_tokens * k_row
     maximum += head_number * (patches + extra_tokens) + extra_tokens
-    total += head_number * (patches + extra_tokens) + extra_tokens
+    inverse += head_number * (patches + extra_tokens) + extra_tokens
     sums += head_number * patches
     if LAST_N == 0 or tile < patches // BLOCK_N:
-        _columns(q, q_row, k, k_row, maximum, total, sums, tile * BLOCK_N, patches, scale, share,
+        _columns(q, q_row, k, k_row, maximum, inverse, sums, tile * BLOCK_N, patches, scale, share,
                  D, C, BLOCK_N, False, BLOCK_M, MASKED)  # fmt: skip
     else:
-        _columns(q, q_row, k, k_row, maximum, total, sums, tile * BLOCK_N, patches, scale, share,
+        _columns(q, q_row, k, k_row, maximum, inverse, sums, tile * BLOCK_N, patches, scale, share,
                  D, C, LAST_N, True, BLOCK_M, MASKED)  # fmt: skip
 
 
 @triton.jit
 def _columns(
-    q, q_row, k, k_row, maximum, total, sums, first, patches, scale, share,
+    q, q_row, k, k_row, maximum, inverse, sums, first, patches, scale, share,
     D: tl.constexpr, C: tl.constexpr,
     KEYS: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -87,23 +87,23 @@ def _columns(
     acc = tl.zeros([KEYS], tl.float32)
     whole = patches // BLOCK_M * BLOCK_M
     for start in range(0, whole, BLOCK_M):
-        acc += _tile_sums(keys, q, q_row, maximum, total, start, patches, factor, D, C, BLOCK_M, False)
+        acc += _tile_sums(keys, q, q_row, maximum, inverse, start, patches, factor, D, C, BLOCK_M, False)
     if MASKED:
-        acc += _tile_sums(keys, q, q_row, maximum, total, whole, patches, factor, D, C, BLOCK_M, True)
+        acc += _tile_sums(keys, q, q_row, maximum, inverse, whole, patches, factor, D, C, BLOCK_M, True)
     column = first + tl.arange(0, KEYS)
     tl.store(sums + column, acc * share, mask=column < patches)
 
 
 @triton.jit
 def _tile_sums(
-    keys, q, q_row, maximum, total, start, patches, factor,
+    keys, q, q_row, maximum, inverse, start, patches, factor,
     D: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Sums of the columns over the queries from ``start`` on."""
     row = start + tl.arange(0, BLOCK_M)
     inside = row < patches if MASKED else None
     largest = tl.load(maximum + row, mask=inside)[None, :]
-    share = 1 / tl.load(total + row, mask=inside)[None, :]
+    share = tl.load(inverse + row, mask=inside)[None, :]
     logits = product(keys, tl.trans(load_rows(q, start, patches, q_row, BLOCK_M, MASKED, D, C)))  # [KEYS, BLOCK_M]
     # A logit computed a second time, in another order, may exceed the largest one of the first time by a rounding error.
     exponent = tl.minimum((logits - largest) * factor, 0.0, propagate_nan=tl.PropagateNan.ALL)

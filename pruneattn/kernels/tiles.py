@@ -13,7 +13,7 @@ import triton.language as tl
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _MOST_APART = 2
 # How float32 is multiplied. TF32 alone would be too coarse for a score; three of its products on tensor cores are what
-# PyTorch's own attention takes. Elsewhere it is plain float32.
+# PyTorch's memory-efficient attention takes. AMD's compiler has plain float32.
 _FLOAT32: tl.constexpr = tl.constexpr("tf32x3" if torch.version.hip is None else "ieee")
 
 

@@ -76,10 +76,10 @@ def _triton(q, k, v, extra_tokens, scale=None):
         return reference(q, k, v, extra_tokens, scale)
     q, k, v = map(together, (q, k, v))
     out, lse = empty_outputs(q)
-    maximum, total = torch.empty_like(lse), torch.empty_like(lse)
-    attention.attention(q, k, v, out, lse, scale_of(q, scale), maximum, total)
+    maximum, inverse = torch.empty_like(lse), torch.empty_like(lse)
+    attention.attention(q, k, v, out, lse, scale_of(q, scale), maximum, inverse)
     sums = lse.new_empty((*q.shape[:2], q.shape[2] - extra_tokens))  # [B, H, N - extra_tokens]
-    column_mean_attention.column_sums(q, k, maximum, total, sums, extra_tokens, scale_of(q, scale))
+    column_mean_attention.column_sums(q, k, maximum, inverse, sums, extra_tokens, scale_of(q, scale))
     return out, sums.sum(1), lse
 
 
