@@ -14,7 +14,7 @@ def providers(case):
     args = q, k, v, extra_tokens(case)
     ways = ALTERNATIVES | by_each_kernel("SDPA, no score", ALTERNATIVES["SDPA, no score"], *args)
     ours = forward_and_backward(column_mean_attention)
-    ours.__name__ = OP
+    ours.__name__ = OP  # whose backends the rows name
     return op_providers(case, ours, ways, *args, macs=7 * q.numel() * case.tokens)
 
 

@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pruneattn
 from bench import peers
@@ -64,23 +63,11 @@ def dense(subject):
     variant = {"name": "SDPA", "keep_rate": 1.0, "work": subject.work(), "check": subject.check()}
     yield Provider(call=partial(model, fbank), backend="eager", **variant)
     if fbank.is_cuda:
-        for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-            yield _with_kernel(model, fbank, kernel, variant)
-    yield Provider(call=partial(peers.compiled(model, fbank), fbank), backend="compiled", **variant)
-
-
-def _with_kernel(model, fbank, kernel, variant):
-    def call():
-        with sdpa_kernel(kernel):
-            return model(fbank)
-
-    name = kernel.name.lower()
-    try:
         with torch.inference_mode():
-            call()
-    except RuntimeError as error:  # not for this device or precision
-        return left_out(variant["name"], str(error).splitlines()[0], backend=name, keep_rate=1.0)
-    return Provider(call=call, backend=name, **variant)
+            kernels = list(attention_kernels(model, fbank))
+        for backend, forced, why_not in kernels:
+            yield Provider(call=None if why_not else partial(forced, fbank), backend=backend, why_not=why_not, **variant)
+    yield Provider(call=partial(peers.compiled(model, fbank), fbank), backend="compiled", **variant)
 
 
 def papers_way(subject, sizes):

@@ -4,12 +4,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.guards import check_close, check_same
 from bench.measure import Provider, Work
 from pruneattn import backends, use_backend
 from pruneattn.backend import _C, DEVICES, NAMES
+from pruneattn.timing import attention_kernels
 
 HEADS, HEAD_DIM, DIM = 12, 64, 768
 
@@ -86,25 +86,17 @@ def _ours(case, op, args):
 def within(context, function):
     """The function, each call of it in a new ``context()``."""
 
-    def call(*args):
+    def call():
         with context():
-            return function(*args)
+            return function()
 
     return call
 
 
 def by_each_kernel(name, function, *args):
-    """The function by each kernel of PyTorch's attention that runs these arguments, by name; on a CPU there is one."""
-    ways = {}
-    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        if args[0].is_cuda:
-            way = within(partial(sdpa_kernel, kernel), function)
-            try:
-                way(*args)
-            except RuntimeError:  # not for this device or precision
-                continue
-            ways[f"{name}, {kernel.name.lower()}"] = way
-    return ways
+    """The function by each of PyTorch's attention kernels that runs these arguments; none on a CPU, which has but one."""
+    kernels = attention_kernels(function, *args) if args[0].is_cuda else ()
+    return {f"{name}, {kernel}": forced for kernel, forced, why_not in kernels if not why_not}
 
 
 def forward_and_backward(function):

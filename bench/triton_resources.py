@@ -14,11 +14,14 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import mangle_type
 
 from bench.machine import RESULTS
 from bench.op_cases import HEADS
@@ -78,10 +81,6 @@ def launches(dtype, channels, tokens, architecture):
 
 def compile_for(launch, architecture):
     """The compiled kernel of a `Launch`, as it would be compiled at its call on a GPU of that architecture."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import mangle_type
-
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -105,8 +104,6 @@ def _is_cuda(architecture):
 
 def usage(compiled):
     """(registers, spilled bytes) of a compiled kernel: by its listing, or the disassembler in Triton's wheel."""
-    import triton
-
     if "amdgcn" in compiled.asm:
         names = ("vgpr_count", "vgpr_spill_count")
         registers, spilled = (int(re.search(rf"\.{name}: +(\d+)", compiled.asm["amdgcn"]).group(1)) for name in names)
@@ -134,7 +131,7 @@ def rows_of(case, architecture):
         compiled = compile_for(launch, architecture)
         registers, spilled = usage(compiled)
         listing = compiled.asm["ptx" if _is_cuda(architecture) else "amdgcn"]
-        rows.append((version("triton"), name, str(dtype)[6:], channels, tokens, architecture, *launch.config,
+        rows.append((triton.__version__, name, str(dtype)[6:], channels, tokens, architecture, *launch.config,
                      registers, spilled, compiled.metadata.shared, matrix_instruction(listing)))  # fmt: skip
     return rows
 
@@ -151,8 +148,6 @@ def table(cases):
 
 def _as_on_rocm():
     """Make this process, which has another build of PyTorch, compile what ROCm's would."""
-    import triton.language as tl
-
     tiles._FLOAT32 = tl.constexpr("ieee")
 
 

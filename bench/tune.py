@@ -11,10 +11,13 @@ import argparse
 import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
 
 from bench.cuda_clock import rounds_by_events
 from bench.guards import WrongResult, check_close
@@ -67,20 +70,13 @@ def measure(kernel, launch, written, configs, before, clock):
             call(config)
             for tensor, right in zip(written, expected):
                 check_close("the values", tensor, right, TOLERANCE[tensor.dtype])
-        except (WrongResult, RuntimeError, *_out_of_resources()) as error:
+        except (WrongResult, RuntimeError, OutOfResources, CompilationError) as error:
             tqdm.write(f"{kernel} {config}: left out: {str(error).splitlines()[0]}")
             continue
-        calls[config] = lambda config=config: call(config)
+        calls[config] = partial(call, config)
     seconds = clock(calls)
     call(before)  # what the next kernel reads
     return seconds
-
-
-def _out_of_resources():
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
-
-    return OutOfResources, CompilationError
 
 
 def tune(dtype, channels, device, architecture, clock, table=TABLE, sizes=(TOKENS, BATCH, HEADS), configs=candidates):

@@ -131,8 +131,8 @@ def measure_speed(model, keep_rates, device, *, amp="fp32", batch_size=32, round
     fast, fast_amp = optimized(copy.deepcopy(model), device, amp)
     name = "optimized" if can_optimize(device, amp) else "eager"
 
-    def call(module, amp=amp, kernel=None):
-        with torch.inference_mode(), autocast(device, amp), nullcontext() if kernel is None else sdpa_kernel(kernel):
+    def call(module, amp=amp):
+        with torch.inference_mode(), autocast(device, amp):
             return module(fbank)
 
     variants = {}
@@ -142,7 +142,9 @@ def measure_speed(model, keep_rates, device, *, amp="fp32", batch_size=32, round
             pruned = torch.compile(_at_keep_rate(model, keep_rate), dynamic=False)
             variants[keep_rate, "compiled"] = partial(call, pruned)
     if torch.device(device).type == "cuda":
-        variants |= _attention_kernels(partial(call, _at_keep_rate(model, 1.0)))
+        for kernel, forced, why_not in attention_kernels(partial(call, _at_keep_rate(model, 1.0))):
+            if not why_not:
+                variants[1.0, f"eager, {kernel}"] = forced
     else:
         variants[1.0, "eager, SDPA"] = partial(call, with_sdpa(_at_keep_rate(model, 1.0)))
     # Each keep-rate is a program of its own, but all count against the limit of one forward function.
@@ -169,16 +171,24 @@ def with_sdpa(model):
     return model
 
 
-def _attention_kernels(call):
-    """The dense model with each attention kernel that runs here, beside PyTorch's own choice."""
-    variants = {}
+def attention_kernels(function, *args):
+    """Call a function by each of PyTorch's fused attention kernels, beside its own choice.
+
+    Yields:
+        ``(name, the function by this kernel alone, why it cannot run these arguments here or "")``.
+    """
     for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        forced, why_not = partial(_by_kernel, kernel, function), ""
         try:
-            call(kernel=kernel)
-        except RuntimeError:  # not for this device or precision
-            continue
-        variants[1.0, f"eager, {kernel.name.lower()}"] = partial(call, kernel=kernel)
-    return variants
+            forced(*args)
+        except RuntimeError as error:  # not for this device or precision
+            why_not = str(error).splitlines()[0]
+        yield kernel.name.lower(), forced, why_not
+
+
+def _by_kernel(kernel, function, *args):
+    with sdpa_kernel(kernel):
+        return function(*args)
 
 
 def rounds_side_by_side(variants, device, rounds=9, called_before=False):

@@ -13,6 +13,17 @@ def medians(variants, device, rounds):
     return {name: median(values) for name, values in rounds_side_by_side(variants, device, rounds).items()}
 
 
+def test_attention_kernels():
+    q = torch.randn(1, 2, 5, 8)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    kernels = {name: (forced, why_not) for name, forced, why_not in timing.attention_kernels(attend, q, q, q)}
+    assert list(kernels) == ["flash_attention", "cudnn_attention", "efficient_attention"]
+    forced, why_not = kernels["flash_attention"]  # the CPU's one
+    assert why_not == ""
+    torch.testing.assert_close(forced(q, q, q), attend(q, q, q))
+    assert "kernel" in kernels["cudnn_attention"][1]
+
+
 def test_rounds_take_turns(monkeypatch):
     """With a clock that only the variants move: a machine that becomes slower and slower hits both alike."""
     clock, order = [0.0], []

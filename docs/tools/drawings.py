@@ -175,7 +175,7 @@ def triton_columns():
                 y, height = (90, 8) if row == 0 else (104 + 36 * (row - 1), 32)
                 drawing.box(x, y, width, height, kind)
     drawing.arrow((296, 156), (330, 156))
-    drawing.text(336, 134, "output,\nlargest logit,\nsum of\nexponentials", "soft")
+    drawing.text(336, 134, "output,\nlargest logit,\n1 / sum of\nexponentials", "soft")
     drawing.text(180, 268, "a program's rows: tile by tile, the first key by itself", "mid soft")
     drawing.arrow((562, 246), (562, 262))
     drawing.text(580, 268, "a program's columns, each summed by its threads: the score", "mid soft")

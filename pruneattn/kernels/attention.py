@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .launch import Launch, choose, heads_of
-from .tiles import LOG2_E, block_channels, last_rows, load_row, load_rows, product, split, store_rows
+from .launch import Launch, choose, strided, tiles_of
+from .tiles import LOG2_E, load_row, load_rows, locate, product, store_rows
 
 # Times the -Inf of a key that is not there, 0 would be NaN.
 _SMALLEST_SCALE = 1e-30
@@ -25,12 +25,11 @@ def launch(q, k, v, out, lse, scale, maximum, inverse, config):
     """The launch of :func:`attention` with these tile sizes."""
     batch, heads, rows, channels = q.shape
     keys = k.shape[2]
-    apart, masked = split(keys, config.BLOCK_N)
     return Launch(
         _attention,
         (batch * heads * triton.cdiv(rows, config.BLOCK_M),),
         dict(
-            **heads_of(q=q, k=k, v=v, out=out),
+            **strided(q=q, k=k, v=v, out=out),
             lse=lse,
             maximum=maximum,
             inverse=inverse,
@@ -39,13 +38,7 @@ def launch(q, k, v, out, lse, scale, maximum, inverse, config):
             keys=keys,
             scale=abs(scale) or _SMALLEST_SCALE,
             NEGATIVE=scale < 0,
-            D=channels,
-            C=block_channels(channels),
-            BLOCK_M=config.BLOCK_M,
-            LAST_M=last_rows(rows, config.BLOCK_M),
-            BLOCK_N=config.BLOCK_N,
-            APART=apart,
-            MASKED=masked,
+            **tiles_of(channels, rows, config.BLOCK_M, keys, config.BLOCK_N),
         ),
         config,
     )
@@ -59,12 +52,9 @@ def _attention(
     out, out_batch, out_head, out_row,
     lse, maximum, inverse, heads, rows, keys, scale,
     NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(rows, BLOCK_M)
-    head_number = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    clip, head = head_number // heads, head_number % heads
+    tile, head_number, clip, head = locate(rows, heads, BLOCK)
     q += clip * q_batch + head * q_head
     k += clip * k_batch + head * k_head
     v += clip * v_batch + head * v_head
@@ -73,23 +63,23 @@ def _attention(
     if maximum is not None:
         maximum += head_number * rows
         inverse += head_number * rows
-    if LAST_M == 0 or tile < rows // BLOCK_M:
-        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, inverse, tile * BLOCK_M, rows, keys,
-              scale, NEGATIVE, D, C, BLOCK_M, False, BLOCK_N, APART, MASKED)  # fmt: skip
+    if LAST == 0 or tile < rows // BLOCK:
+        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, inverse, tile * BLOCK, rows, keys,
+              scale, NEGATIVE, D, C, BLOCK, False, STEP, APART, MASKED)  # fmt: skip
     else:
-        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, inverse, tile * BLOCK_M, rows, keys,
-              scale, NEGATIVE, D, C, LAST_M, True, BLOCK_N, APART, MASKED)  # fmt: skip
+        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, inverse, tile * BLOCK, rows, keys,
+              scale, NEGATIVE, D, C, LAST, True, STEP, APART, MASKED)  # fmt: skip
 
 
 @triton.jit
 def _rows(
     q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, inverse, first, rows, keys, scale,
     NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, LAST: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, ENDS: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of the query rows from ``first`` on."""
     factor = scale * LOG2_E
-    queries = load_rows(q, first, rows, q_row, ROWS, LAST, D, C)  # [ROWS, C]
+    queries = load_rows(q, first, rows, q_row, ROWS, ENDS, D, C)  # [ROWS, C]
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, C], tl.float32)
@@ -98,14 +88,14 @@ def _rows(
         largest, weights, old = _rescale(largest, logits, factor, NEGATIVE)
         mass = mass * old + tl.sum(weights, 1)
         acc = acc * old[:, None] + weights * load_row(v, key, v_row, D, C)
-    whole = APART + (keys - APART) // BLOCK_N * BLOCK_N
-    for start in range(APART, whole, BLOCK_N):
+    whole = APART + (keys - APART) // STEP * STEP
+    for start in range(APART, whole, STEP):
         largest, mass, acc = _add_tile(
-            queries, k, k_row, v, v_row, start, keys, largest, mass, acc, factor, NEGATIVE, D, C, BLOCK_N, False
+            queries, k, k_row, v, v_row, start, keys, largest, mass, acc, factor, NEGATIVE, D, C, STEP, False
         )
     if MASKED:
         largest, mass, acc = _add_tile(
-            queries, k, k_row, v, v_row, whole, keys, largest, mass, acc, factor, NEGATIVE, D, C, BLOCK_N, True
+            queries, k, k_row, v, v_row, whole, keys, largest, mass, acc, factor, NEGATIVE, D, C, STEP, True
         )
     share = 1 / mass
     store_rows(out, acc * share[:, None], first, rows, out_row, ROWS, D, C)
@@ -119,15 +109,15 @@ def _rows(
 @triton.jit
 def _add_tile(
     queries, k, k_row, v, v_row, start, keys, largest, mass, acc, factor,
-    NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The running maximum, sum and output of the rows after the keys from ``start`` on."""
-    logits = product(queries, tl.trans(load_rows(k, start, keys, k_row, BLOCK_N, MASKED, D, C)))  # [ROWS, BLOCK_N]
+    logits = product(queries, tl.trans(load_rows(k, start, keys, k_row, STEP, MASKED, D, C)))  # [ROWS, STEP]
     if MASKED:
-        inside = start + tl.arange(0, BLOCK_N) < keys
+        inside = start + tl.arange(0, STEP) < keys
         logits = tl.where(inside[None, :], logits, float("inf") if NEGATIVE else float("-inf"))
     largest, weights, old = _rescale(largest, logits, factor, NEGATIVE)
-    values = load_rows(v, start, keys, v_row, BLOCK_N, MASKED, D, C)
+    values = load_rows(v, start, keys, v_row, STEP, MASKED, D, C)
     mass = mass * old + tl.sum(weights, 1)
     return largest, mass, acc * old[:, None] + product(weights.to(values.dtype), values)
 

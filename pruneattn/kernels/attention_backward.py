@@ -6,8 +6,8 @@ The first kernel goes by queries and the second by keys, each with the softmax m
 import triton
 import triton.language as tl
 
-from .launch import Launch, choose, heads_of
-from .tiles import LOG2_E, block_channels, last_rows, load_row, load_rows, product, split, store_rows
+from .launch import Launch, choose, strided, tiles_of
+from .tiles import LOG2_E, load_row, load_rows, locate, product, store_rows
 
 
 def attention_backward(grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, delta, scale):
@@ -24,25 +24,18 @@ def launch_queries(grad_out, q, k, v, out, lse, grad_q, delta, scale, config):
     """The launch that writes ``grad_q``, and for the next one ``delta``, with these tile sizes."""
     batch, heads, rows, channels = q.shape
     keys = k.shape[2]
-    apart, masked = split(keys, config.BLOCK_N)
     return Launch(
         _grad_queries,
         (batch * heads * triton.cdiv(rows, config.BLOCK_M),),
         dict(
-            **heads_of(grad_out=grad_out, q=q, k=k, v=v, out=out, grad_q=grad_q),
+            **strided(grad_out=grad_out, q=q, k=k, v=v, out=out, grad_q=grad_q),
             lse=lse,
             delta=delta,
             heads=heads,
             rows=rows,
             keys=keys,
             scale=scale,
-            D=channels,
-            C=block_channels(channels),
-            BLOCK_M=config.BLOCK_M,
-            LAST_M=last_rows(rows, config.BLOCK_M),
-            BLOCK_N=config.BLOCK_N,
-            APART=apart,
-            MASKED=masked,
+            **tiles_of(channels, rows, config.BLOCK_M, keys, config.BLOCK_N),
         ),
         config,
     )
@@ -52,25 +45,18 @@ def launch_keys(grad_out, q, k, v, lse, grad_k, grad_v, delta, scale, config):
     """The launch that writes ``grad_k`` and ``grad_v`` with these tile sizes; ``delta`` is there already."""
     batch, heads, rows, channels = q.shape
     keys = k.shape[2]
-    apart, masked = split(rows, config.BLOCK_M)
     return Launch(
         _grad_keys,
         (batch * heads * triton.cdiv(keys, config.BLOCK_N),),
         dict(
-            **heads_of(grad_out=grad_out, q=q, k=k, v=v, grad_k=grad_k, grad_v=grad_v),
+            **strided(grad_out=grad_out, q=q, k=k, v=v, grad_k=grad_k, grad_v=grad_v),
             lse=lse,
             delta=delta,
             heads=heads,
             rows=rows,
             keys=keys,
             scale=scale,
-            D=channels,
-            C=block_channels(channels),
-            BLOCK_N=config.BLOCK_N,
-            LAST_N=last_rows(keys, config.BLOCK_N),
-            BLOCK_M=config.BLOCK_M,
-            APART=apart,
-            MASKED=masked,
+            **tiles_of(channels, keys, config.BLOCK_N, rows, config.BLOCK_M),
         ),
         config,
     )
@@ -86,12 +72,9 @@ def _grad_queries(
     grad_q, grad_q_batch, grad_q_head, grad_q_row,
     lse, delta, heads, rows, keys, scale,
     D: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, LAST_M: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(rows, BLOCK_M)
-    head_number = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    clip, head = head_number // heads, head_number % heads
+    tile, head_number, clip, head = locate(rows, heads, BLOCK)
     grad_out += clip * grad_out_batch + head * grad_out_head
     q += clip * q_batch + head * q_head
     k += clip * k_batch + head * k_head
@@ -100,12 +83,12 @@ def _grad_queries(
     grad_q += clip * grad_q_batch + head * grad_q_head
     lse += head_number * rows
     delta += head_number * rows
-    if LAST_M == 0 or tile < rows // BLOCK_M:
+    if LAST == 0 or tile < rows // BLOCK:
         _query_rows(grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, out, out_row, grad_q, grad_q_row, lse, delta,
-                    tile * BLOCK_M, rows, keys, scale, D, C, BLOCK_M, False, BLOCK_N, APART, MASKED)  # fmt: skip
+                    tile * BLOCK, rows, keys, scale, D, C, BLOCK, False, STEP, APART, MASKED)  # fmt: skip
     else:
         _query_rows(grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, out, out_row, grad_q, grad_q_row, lse, delta,
-                    tile * BLOCK_M, rows, keys, scale, D, C, LAST_M, True, BLOCK_N, APART, MASKED)  # fmt: skip
+                    tile * BLOCK, rows, keys, scale, D, C, LAST, True, STEP, APART, MASKED)  # fmt: skip
 
 
 @triton.jit
@@ -113,14 +96,14 @@ def _query_rows(
     grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, out, out_row, grad_q, grad_q_row, lse, delta,
     first, rows, keys, scale,
     D: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, LAST: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, ENDS: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the query rows from ``first`` on."""
     factor = scale * LOG2_E
     row = first + tl.arange(0, ROWS)
-    queries = load_rows(q, first, rows, q_row, ROWS, LAST, D, C)  # [ROWS, C]
-    grads = load_rows(grad_out, first, rows, grad_out_row, ROWS, LAST, D, C)
-    outs = load_rows(out, first, rows, out_row, ROWS, LAST, D, C)
+    queries = load_rows(q, first, rows, q_row, ROWS, ENDS, D, C)  # [ROWS, C]
+    grads = load_rows(grad_out, first, rows, grad_out_row, ROWS, ENDS, D, C)
+    outs = load_rows(out, first, rows, out_row, ROWS, ENDS, D, C)
     norm = tl.load(lse + row, mask=row < rows, other=0.0)[:, None] * LOG2_E
     centre = tl.sum(grads.to(tl.float32) * outs.to(tl.float32), 1)
     tl.store(delta + row, centre, mask=row < rows)
@@ -131,26 +114,26 @@ def _query_rows(
         logits = tl.sum(queries.to(tl.float32) * key_row, 1)[:, None]
         grad_weights = tl.sum(grads.to(tl.float32) * load_row(v, key, v_row, D, C), 1)[:, None]
         acc += tl.exp2(logits * factor - norm) * (grad_weights - centre) * key_row
-    whole = APART + (keys - APART) // BLOCK_N * BLOCK_N
-    for start in range(APART, whole, BLOCK_N):
-        acc += _tile_grad(queries, grads, norm, centre, k, k_row, v, v_row, start, keys, factor, D, C, BLOCK_N, False)
+    whole = APART + (keys - APART) // STEP * STEP
+    for start in range(APART, whole, STEP):
+        acc += _tile_grad(queries, grads, norm, centre, k, k_row, v, v_row, start, keys, factor, D, C, STEP, False)
     if MASKED:
-        acc += _tile_grad(queries, grads, norm, centre, k, k_row, v, v_row, whole, keys, factor, D, C, BLOCK_N, True)
+        acc += _tile_grad(queries, grads, norm, centre, k, k_row, v, v_row, whole, keys, factor, D, C, STEP, True)
     store_rows(grad_q, acc * scale, first, rows, grad_q_row, ROWS, D, C)
 
 
 @triton.jit
 def _tile_grad(
     queries, grads, norm, centre, k, k_row, v, v_row, start, keys, factor,
-    D: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """What the keys from ``start`` on add to the gradient of the queries, but for the scale."""
-    tile = load_rows(k, start, keys, k_row, BLOCK_N, MASKED, D, C)
-    values = load_rows(v, start, keys, v_row, BLOCK_N, MASKED, D, C)
-    weights = tl.exp2(product(queries, tl.trans(tile)) * factor - norm)  # [ROWS, BLOCK_N]
+    tile = load_rows(k, start, keys, k_row, STEP, MASKED, D, C)
+    values = load_rows(v, start, keys, v_row, STEP, MASKED, D, C)
+    weights = tl.exp2(product(queries, tl.trans(tile)) * factor - norm)  # [ROWS, STEP]
     grad_logits = weights * (product(grads, tl.trans(values)) - centre)
     if MASKED:
-        inside = start + tl.arange(0, BLOCK_N) < keys
+        inside = start + tl.arange(0, STEP) < keys
         grad_logits = tl.where(inside[None, :], grad_logits, 0.0)
     return product(grad_logits.to(tile.dtype), tile)
 
@@ -165,12 +148,9 @@ def _grad_keys(
     grad_v, grad_v_batch, grad_v_head, grad_v_row,
     lse, delta, heads, rows, keys, scale,
     D: tl.constexpr, C: tl.constexpr,
-    BLOCK_N: tl.constexpr, LAST_N: tl.constexpr, BLOCK_M: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(keys, BLOCK_N)
-    head_number = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    clip, head = head_number // heads, head_number % heads
+    tile, head_number, clip, head = locate(keys, heads, BLOCK)
     grad_out += clip * grad_out_batch + head * grad_out_head
     q += clip * q_batch + head * q_head
     k += clip * k_batch + head * k_head
@@ -179,14 +159,14 @@ def _grad_keys(
     grad_v += clip * grad_v_batch + head * grad_v_head
     lse += head_number * rows
     delta += head_number * rows
-    if LAST_N == 0 or tile < keys // BLOCK_N:
+    if LAST == 0 or tile < keys // BLOCK:
         _key_rows(grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, grad_k, grad_k_row, grad_v, grad_v_row,
-                  lse, delta, tile * BLOCK_N, rows, keys, scale,
-                  D, C, BLOCK_N, False, BLOCK_M, APART, MASKED)  # fmt: skip
+                  lse, delta, tile * BLOCK, rows, keys, scale,
+                  D, C, BLOCK, False, STEP, APART, MASKED)  # fmt: skip
     else:
         _key_rows(grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, grad_k, grad_k_row, grad_v, grad_v_row,
-                  lse, delta, tile * BLOCK_N, rows, keys, scale,
-                  D, C, LAST_N, True, BLOCK_M, APART, MASKED)  # fmt: skip
+                  lse, delta, tile * BLOCK, rows, keys, scale,
+                  D, C, LAST, True, STEP, APART, MASKED)  # fmt: skip
 
 
 @triton.jit
@@ -194,12 +174,12 @@ def _key_rows(
     grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, grad_k, grad_k_row, grad_v, grad_v_row, lse, delta,
     first, rows, keys, scale,
     D: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, ENDS: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values from ``first`` on, by the softmax matrix transposed: ``[keys, queries]``."""
     factor = scale * LOG2_E
-    tile = load_rows(k, first, keys, k_row, ROWS, LAST, D, C)  # [ROWS, C]
-    values = load_rows(v, first, keys, v_row, ROWS, LAST, D, C)
+    tile = load_rows(k, first, keys, k_row, ROWS, ENDS, D, C)  # [ROWS, C]
+    values = load_rows(v, first, keys, v_row, ROWS, ENDS, D, C)
     acc_k = tl.zeros([ROWS, C], tl.float32)
     acc_v = tl.zeros([ROWS, C], tl.float32)
     for query in tl.static_range(APART):
@@ -209,16 +189,16 @@ def _key_rows(
         acc_v += weights * grad_row
         grad_weights = tl.sum(values.to(tl.float32) * grad_row, 1)[:, None]
         acc_k += weights * (grad_weights - tl.load(delta + query)) * query_row
-    whole = APART + (rows - APART) // BLOCK_M * BLOCK_M
-    for start in range(APART, whole, BLOCK_M):
+    whole = APART + (rows - APART) // STEP * STEP
+    for start in range(APART, whole, STEP):
         more_k, more_v = _tile_grads(
-            tile, values, q, q_row, grad_out, grad_out_row, lse, delta, start, rows, factor, D, C, BLOCK_M, False
+            tile, values, q, q_row, grad_out, grad_out_row, lse, delta, start, rows, factor, D, C, STEP, False
         )
         acc_k += more_k
         acc_v += more_v
     if MASKED:
         more_k, more_v = _tile_grads(
-            tile, values, q, q_row, grad_out, grad_out_row, lse, delta, whole, rows, factor, D, C, BLOCK_M, True
+            tile, values, q, q_row, grad_out, grad_out_row, lse, delta, whole, rows, factor, D, C, STEP, True
         )
         acc_k += more_k
         acc_v += more_v
@@ -229,16 +209,16 @@ def _key_rows(
 @triton.jit
 def _tile_grads(
     tile, values, q, q_row, grad_out, grad_out_row, lse, delta, start, rows, factor,
-    D: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """What the queries from ``start`` on add to the gradients of keys and values, but for the keys' scale."""
-    row = start + tl.arange(0, BLOCK_M)
+    row = start + tl.arange(0, STEP)
     inside = row < rows if MASKED else None
-    queries = load_rows(q, start, rows, q_row, BLOCK_M, MASKED, D, C)
-    grads = load_rows(grad_out, start, rows, grad_out_row, BLOCK_M, MASKED, D, C)
+    queries = load_rows(q, start, rows, q_row, STEP, MASKED, D, C)
+    grads = load_rows(grad_out, start, rows, grad_out_row, STEP, MASKED, D, C)
     norm = tl.load(lse + row, mask=inside)[None, :] * LOG2_E
     centre = tl.load(delta + row, mask=inside)[None, :]
-    weights = tl.exp2(product(tile, tl.trans(queries)) * factor - norm)  # [ROWS, BLOCK_M]
+    weights = tl.exp2(product(tile, tl.trans(queries)) * factor - norm)  # [ROWS, STEP]
     grad_logits = weights * (product(values, tl.trans(grads)) - centre)
     if MASKED:
         weights = tl.where(inside[None, :], weights, 0.0)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .launch import Launch, choose, heads_of
+from .launch import Launch, choose, strided
 from .tiles import LOG2_E, block_channels, load_rows
 
 
@@ -22,7 +22,7 @@ def launch(q_cls, k, weights, scale, config):
         _cls_weights,
         (batch * heads,),
         dict(
-            **heads_of(q=q_cls, k=k),
+            **strided(q=q_cls, k=k),
             weights=weights,
             heads=heads,
             keys=keys,

@@ -8,8 +8,8 @@ tokens are no part of the score, so that the 512 patches of 513 tokens are whole
 import triton
 import triton.language as tl
 
-from .launch import Launch, choose, heads_of
-from .tiles import LOG2_E, block_channels, last_rows, load_rows, product
+from .launch import Launch, choose, strided, tiles_of
+from .tiles import LOG2_E, load_row, load_rows, locate, product
 
 
 def column_sums(q, k, maximum, inverse, sums, extra_tokens, scale):
@@ -30,7 +30,7 @@ def launch(q, k, maximum, inverse, sums, extra_tokens, scale, config):
         _column_sums,
         (batch * heads * triton.cdiv(patches, config.BLOCK_N),),
         dict(
-            **heads_of(q=q, k=k),
+            **strided(q=q, k=k),
             maximum=maximum,
             inverse=inverse,
             sums=sums,
@@ -39,12 +39,7 @@ def launch(q, k, maximum, inverse, sums, extra_tokens, scale, config):
             extra_tokens=extra_tokens,
             scale=scale,
             share=1 / (heads * patches),
-            D=channels,
-            C=block_channels(channels),
-            BLOCK_N=config.BLOCK_N,
-            LAST_N=last_rows(patches, config.BLOCK_N),
-            BLOCK_M=config.BLOCK_M,
-            MASKED=patches % config.BLOCK_M != 0,
+            **tiles_of(channels, patches, config.BLOCK_N, patches, config.BLOCK_M),
         ),
         config,
     )
@@ -56,40 +51,40 @@ def _column_sums(
     k, k_batch, k_head, k_row,
     maximum, inverse, sums, heads, patches, extra_tokens, scale, share,
     D: tl.constexpr, C: tl.constexpr,
-    BLOCK_N: tl.constexpr, LAST_N: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(patches, BLOCK_N)
-    head_number = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    clip, head = head_number // heads, head_number % heads
+    tile, head_number, clip, head = locate(patches, heads, BLOCK)
     q += clip * q_batch + head * q_head + extra_tokens * q_row
     k += clip * k_batch + head * k_head + extra_tokens * k_row
     maximum += head_number * (patches + extra_tokens) + extra_tokens
     inverse += head_number * (patches + extra_tokens) + extra_tokens
     sums += head_number * patches
-    if LAST_N == 0 or tile < patches // BLOCK_N:
-        _columns(q, q_row, k, k_row, maximum, inverse, sums, tile * BLOCK_N, patches, scale, share,
-                 D, C, BLOCK_N, False, BLOCK_M, MASKED)  # fmt: skip
+    if LAST == 0 or tile < patches // BLOCK:
+        _columns(q, q_row, k, k_row, maximum, inverse, sums, tile * BLOCK, patches, scale, share,
+                 D, C, BLOCK, False, STEP, APART, MASKED)  # fmt: skip
     else:
-        _columns(q, q_row, k, k_row, maximum, inverse, sums, tile * BLOCK_N, patches, scale, share,
-                 D, C, LAST_N, True, BLOCK_M, MASKED)  # fmt: skip
+        _columns(q, q_row, k, k_row, maximum, inverse, sums, tile * BLOCK, patches, scale, share,
+                 D, C, LAST, True, STEP, APART, MASKED)  # fmt: skip
 
 
 @triton.jit
 def _columns(
     q, q_row, k, k_row, maximum, inverse, sums, first, patches, scale, share,
     D: tl.constexpr, C: tl.constexpr,
-    KEYS: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    KEYS: tl.constexpr, ENDS: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Sums of the columns from ``first`` on."""
     factor = scale * LOG2_E
-    keys = load_rows(k, first, patches, k_row, KEYS, LAST, D, C)  # [KEYS, C]
+    keys = load_rows(k, first, patches, k_row, KEYS, ENDS, D, C)  # [KEYS, C]
     acc = tl.zeros([KEYS], tl.float32)
-    whole = patches // BLOCK_M * BLOCK_M
-    for start in range(0, whole, BLOCK_M):
-        acc += _tile_sums(keys, q, q_row, maximum, inverse, start, patches, factor, D, C, BLOCK_M, False)
+    for query in tl.static_range(APART):
+        logits = tl.sum(keys.to(tl.float32) * load_row(q, query, q_row, D, C), 1)
+        acc += _weights(logits, tl.load(maximum + query), tl.load(inverse + query), factor)
+    whole = APART + (patches - APART) // STEP * STEP
+    for start in range(APART, whole, STEP):
+        acc += _tile_sums(keys, q, q_row, maximum, inverse, start, patches, factor, D, C, STEP, False)
     if MASKED:
-        acc += _tile_sums(keys, q, q_row, maximum, inverse, whole, patches, factor, D, C, BLOCK_M, True)
+        acc += _tile_sums(keys, q, q_row, maximum, inverse, whole, patches, factor, D, C, STEP, True)
     column = first + tl.arange(0, KEYS)
     tl.store(sums + column, acc * share, mask=column < patches)
 
@@ -97,17 +92,21 @@ def _columns(
 @triton.jit
 def _tile_sums(
     keys, q, q_row, maximum, inverse, start, patches, factor,
-    D: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Sums of the columns over the queries from ``start`` on."""
-    row = start + tl.arange(0, BLOCK_M)
+    row = start + tl.arange(0, STEP)
     inside = row < patches if MASKED else None
     largest = tl.load(maximum + row, mask=inside)[None, :]
     share = tl.load(inverse + row, mask=inside)[None, :]
-    logits = product(keys, tl.trans(load_rows(q, start, patches, q_row, BLOCK_M, MASKED, D, C)))  # [KEYS, BLOCK_M]
-    # A logit computed a second time, in another order, may exceed the largest one of the first time by a rounding error.
-    exponent = tl.minimum((logits - largest) * factor, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    weights = tl.exp2(exponent) * share
+    logits = product(keys, tl.trans(load_rows(q, start, patches, q_row, STEP, MASKED, D, C)))  # [KEYS, STEP]
+    weights = _weights(logits, largest, share, factor)
     if MASKED:
         weights = tl.where(inside[None, :], weights, 0.0)
     return tl.sum(weights, 1)
+
+
+@triton.jit
+def _weights(logits, largest, share, factor):
+    # A logit computed a second time, in another order, may exceed the largest one of the first time by a rounding error.
+    return tl.exp2(tl.minimum((logits - largest) * factor, 0.0, propagate_nan=tl.PropagateNan.ALL)) * share

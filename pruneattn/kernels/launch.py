@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .tiles import block_channels, tiled
+from .tiles import block_channels, last_rows, split, tiled
 
 #: What the kernels compute in; other dtypes, and larger heads, run the reference.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,12 +48,19 @@ class Launch(NamedTuple):
             self.kernel[self.grid](**self.arguments, **options)
 
 
+def tiles_of(channels, count, block, steps, step):
+    """Constants of a kernel whose programs share out ``count`` rows by ``block`` and go through ``steps`` by ``step``."""
+    apart, masked = split(steps, step)
+    return {"D": channels, "C": block_channels(channels), "BLOCK": block, "LAST": last_rows(count, block),
+            "STEP": step, "APART": apart, "MASKED": masked}  # fmt: skip
+
+
 def takes(q):
     """Whether the kernels take such queries, keys and values ``[.., D]``."""
     return q.dtype in DTYPES and q.shape[-1] <= MOST_CHANNELS
 
 
-def heads_of(**tensors):
+def strided(**tensors):
     """Arguments of a kernel for tensors ``[B, H, N, D]`` with contiguous channels: pointer, strides of clip, head, row."""
     arguments = {}
     for name, tensor in tensors.items():

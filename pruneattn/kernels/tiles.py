@@ -40,6 +40,14 @@ def block_channels(channels):
 
 
 @triton.jit
+def locate(count, heads, BLOCK: tl.constexpr):
+    """Where a program works: its tile of the ``count`` rows, the number of its head among all clips', clip and head."""
+    tiles = tl.cdiv(count, BLOCK)
+    number = (tl.program_id(0) // tiles).to(tl.int64)
+    return tl.program_id(0) % tiles, number, number // heads, number % heads
+
+
+@triton.jit
 def load_rows(base, first, count, stride, ROWS: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, C: tl.constexpr):
     """Rows from ``first`` on of a matrix ``[count, D]``: ``[ROWS, C]``, zeros outside of it."""
     row = first + tl.arange(0, ROWS)[:, None]

@@ -23,6 +23,16 @@ def triton():
         yield
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that ran, as they do."""
+    from pruneattn.kernels.launch import Launch
+
+    names, run = set(), Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self, tensor: (names.add(self.kernel.fn.__name__), run(self, tensor))[1])
+    return names
+
+
 def make(name, frames=64):
     """A model of two pruning blocks, and two inputs."""
     model = pruneattn.create_model(
@@ -37,7 +47,8 @@ def step(model, fbank, amp=torch.float32, call=None):
     with torch.autocast(DEVICE, amp, enabled=amp != torch.float32):
         loss = (model if call is None else call)(fbank).float().square().mean()
     loss.backward()
-    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in trained.items()}
 
 
 def assert_same(ours, expected, tolerance):
@@ -48,9 +59,11 @@ def assert_same(ours, expected, tolerance):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_forward_and_backward_are_the_references(name):
+def test_forward_and_backward_are_the_references(name, launched):
     model, fbank = make(name)
     ours, kept = step(model, fbank), pruneattn.trace(model, fbank).kept
+    score = "_column_sums" if name == "audiomae_tiny" else "_cls_weights"
+    assert launched == {"_attention", score, "_grad_queries", "_grad_keys"}
     with use_backend("reference"):
         expected, expected_kept = step(model, fbank), pruneattn.trace(model, fbank).kept
     assert all(torch.equal(a, b) for a, b in zip(kept, expected_kept))
@@ -85,11 +98,12 @@ def test_exported(name):
         torch.testing.assert_close(program.module()(more), model(more))
 
 
-def test_a_forced_kernel_runs_in_a_compiled_attention():
+def test_a_forced_kernel_runs_in_a_compiled_attention(launched):
     torch.compiler.reset()
     q, k, v = torch.randn(3, 1, 2, 9, 16, device=DEVICE).unbind(0)
     attend = torch.compile(pruneattn.ops.attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(attend(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    assert launched == {"_attention"}
 
 
 def test_pytorchs_attention_is_traced_elsewhere():
