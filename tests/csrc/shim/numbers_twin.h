@@ -1,0 +1,64 @@
+// The functions of csrc/cuda/numbers.cuh for g++, to the bit but for the exponential, which is exact here.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace pruneattn::cuda {
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(Bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(Half x) {
+  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
+  float value = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                              : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  if (exponent == 31) {
+    value = fraction ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
+  }
+  return x.bits >> 15 ? -value : value;
+}
+
+template <typename T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline Bfloat16 from_float<Bfloat16>(float x) {
+  if (std::isnan(x)) return {0x7fff};
+  const uint32_t bits = bits_of(x);
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+inline Half from_float<Half>(float x) {
+  if (std::isnan(x)) return {0x7fff};
+  const unsigned sign = std::signbit(x) ? 0x8000 : 0;
+  const float magnitude = std::fabs(x);
+  if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  // In units of the last place of a half of this size. nearbyint rounds ties to even, and what it rounds up to the
+  // next power of two carries into the exponent by itself.
+  const int exponent = magnitude < 6.103515625e-05f ? -14 : std::ilogb(magnitude);
+  const int units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
+  return {static_cast<uint16_t>(sign | (((exponent + 14) << 10) + units))};
+}
+
+inline float exp2_approximate(float x) {
+  const float y = std::exp2(x);
+  return y < std::numeric_limits<float>::min() ? 0.0f : y;  // false for a NaN
+}
+
+}  // namespace pruneattn::cuda
