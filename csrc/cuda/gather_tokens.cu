@@ -29,7 +29,7 @@ void gather_tokens(const int64_t* index, int64_t batch, int64_t patches, int64_t
   const DeviceGuard guard(device);
   const int parts = blocks_per_clip(batch, extra_tokens + keep, device);
   launch([&] { return describe("gather_tokens", batch, patches, keep, extra_tokens, rows); }, gather_tokens_kernel,
-         batch * parts, kThreads, stream, index, patches, keep, extra_tokens, parts, plan_copies(rows));
+         {batch * parts, kThreads}, stream, index, patches, keep, extra_tokens, parts, plan_copies(rows));
 }
 
 }  // namespace pruneattn::cuda

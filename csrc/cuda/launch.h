@@ -3,8 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace pruneattn::cuda {
 
@@ -34,22 +37,54 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-inline int multiprocessors(int device) {
-  int count = 0;
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
 }
+
+inline int multiprocessors(int device) { return device_attribute(cudaDevAttrMultiProcessorCount, device); }
+
+// The most shared memory that a block can have, in bytes.
+inline int shared_limit(int device) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
+
+// More than 48 KB of shared memory have to be asked for, once for each kernel and device.
+inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  constexpr size_t kWithoutAsking = 48 << 10;
+  if (bytes <= kWithoutAsking) return cudaSuccess;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& before = allowed[{kernel, device}];
+  if (bytes <= before) return cudaSuccess;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (status == cudaSuccess) before = bytes;
+  return status;
+}
+
+struct Grid {
+  int64_t blocks;
+  int threads;        // of a block
+  size_t shared = 0;  // bytes of dynamic shared memory of a block
+};
 
 // `describe` returns the kernel's name and shapes; it is called only for an error.
 template <typename Describe, typename... Parameters, typename... Arguments>
-void launch(const Describe& describe, void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+void launch(const Describe& describe, void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
             Arguments... arguments) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = grid.shared;
   config.stream = stream;
-  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (status != cudaSuccess) check_cuda(status, "CUDA kernel " + describe() + " could not be launched");
+  cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel), grid.shared);
+  if (status == cudaSuccess) status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (status == cudaSuccess) return;
+  const std::string shared = grid.shared ? " with " + std::to_string(grid.shared) + " bytes of shared memory" : "";
+  check_cuda(status, "CUDA kernel " + describe() + " could not be launched" + shared);
 }
 
 }  // namespace pruneattn::cuda

@@ -30,7 +30,7 @@ void prune_tokens(const float* scores, int64_t batch, int64_t patches, int64_t b
   const RowCopies copies = plan_copies(rows);
   with_keys_per_thread(patches, [&](auto keys) {
     launch([&] { return describe("prune_tokens", batch, patches, keep, extra_tokens, rows); },
-           prune_tokens_kernel<keys()>, batch * parts, kThreads, stream, scores, patches, batch_stride, keep, index,
+           prune_tokens_kernel<keys()>, {batch * parts, kThreads}, stream, scores, patches, batch_stride, keep, index,
            extra_tokens, parts, copies);
   });
 }

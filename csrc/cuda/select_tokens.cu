@@ -26,7 +26,7 @@ void select_tokens(const float* scores, int64_t batch, int64_t patches, int64_t 
            ", keep=" + std::to_string(keep) + ")";
   };
   with_keys_per_thread(patches, [&](auto keys) {
-    launch(name, select_tokens_kernel<keys()>, batch, kThreads, stream, scores, patches, batch_stride, keep, index);
+    launch(name, select_tokens_kernel<keys()>, {batch, kThreads}, stream, scores, patches, batch_stride, keep, index);
   });
 }
 

@@ -99,24 +99,36 @@ def setup_module():
 
 
 @pytest.fixture(scope="session")
-def shim_module(tmp_path_factory, setup_module):
-    """``_C`` with the CUDA sources compiled by g++ against tests/csrc/shim."""
-    pybind11 = pytest.importorskip("pybind11")
+def build_shim(setup_module):
+    """``build_shim(sources, output, *flags)``: CUDA and C++ sources, compiled by g++ against tests/csrc/shim, as a library."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ on the PATH")
+
+    def build(sources, output, *flags):
+        flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{SHIM}",
+                 f"-I{ROOT / 'csrc'}", *flags]
+        sources = [SHIM / "fibres.cpp", *sources]
+        objects = [output.with_name(f"{source.name}.o") for source in sources]
+        for batch in range(0, len(sources), 2):  # two compilers at a time
+            jobs = [subprocess.Popen(["g++", *flags, *setup_module.isa_flags(source).split(), "-x", "c++", "-c", source, "-o", obj])
+                    for source, obj in list(zip(sources, objects))[batch : batch + 2]]
+            assert [job.wait() for job in jobs] == [0] * len(jobs)
+        subprocess.run(["g++", "-shared", "-fopenmp", *objects, "-ldl", "-o", output], check=True)
+        return output
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def shim_module(tmp_path_factory, build_shim):
+    """``_C`` with the CUDA sources compiled by g++ against tests/csrc/shim."""
+    pybind11 = pytest.importorskip("pybind11")
     folder = tmp_path_factory.mktemp("shim")
     names = ("CUDA_ARCHITECTURES", "CUDA_REASON", "COMPILER")
     (folder / "build_config.h").write_text("".join(f'#define PRUNEATTN_{name} "shim"\n' for name in names))
-    output = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-DPRUNEATTN_CUDA",
-             f"-I{SHIM}", f"-I{folder}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     sources = [*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cpp")]
-    objects = [folder / f"{source.name}.o" for source in sources]
-    for batch in range(0, len(sources), 2):  # two compilers at a time
-        jobs = [subprocess.Popen(["g++", *flags, *setup_module.isa_flags(source).split(), "-x", "c++", "-c", source, "-o", obj])
-                for source, obj in list(zip(sources, objects))[batch : batch + 2]]
-        assert [job.wait() for job in jobs] == [0] * len(jobs)
-    subprocess.run(["g++", "-shared", "-fopenmp", *objects, "-o", output], check=True)
+    output = build_shim(sources, folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "-DPRUNEATTN_CUDA",
+                        f"-I{folder}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     spec = importlib.util.spec_from_file_location("_C", output)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,0 +1,41 @@
+// The threads of a block as fibres of one OS thread, and where they meet. Implemented in fibres.cpp, apart from the
+// kernels, so that `make race` can instrument these and not the scheduler.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#define SHIM_HIDDEN __attribute__((visibility("hidden")))
+
+namespace shim SHIM_HIDDEN {
+
+constexpr int kWarp = 32;
+
+struct Launch {
+  dim3 grid;
+  unsigned threads;
+  size_t shared;           // bytes of dynamic shared memory
+  const void* kernel;      // for its name
+  char *statics, *statics_end;  // the kernel's __shared__ variables
+};
+
+// Runs `body` as every thread of every block; throws std::logic_error on what is wrong with a kernel.
+void run(const Launch& launch, const std::function<void()>& body);
+
+size_t lane();  // number of the running thread in its block
+unsigned char* dynamic_shared();
+
+// Wait for the others; what each of them brought, by its place.
+const uint64_t* meet_block(const char* operation, uint64_t value);
+const uint64_t* meet_warp(const char* operation, unsigned mask, uint64_t value);
+void meet_at_barrier(int id, int threads);
+
+// Of the running thread: it is never resumed, and run() throws.
+[[noreturn]] void fail(const std::string& message);
+
+unsigned atomic_add(unsigned* address, unsigned value);
+void fence();
+
+}  // namespace shim

@@ -1,0 +1,96 @@
+// Small kernels that show what the shim of the CUDA runtime does and what it refuses; test_shim.py runs them.
+#include <string>
+
+#include "cuda/dynamic_shared.cuh"
+#include "cuda/launch.h"
+#include "cuda/synchronize.cuh"
+
+using namespace pruneattn::cuda;
+
+namespace {
+
+// data[i]: what the other end of the block wrote to dynamic shared memory; one thread writes `beyond` bytes too far.
+__global__ void exchange_kernel(int* data, int bytes, int beyond) {
+  int* shared = reinterpret_cast<int*>(dynamic_shared());
+  const int i = threadIdx.x, last = blockDim.x - 1;
+  data[i] = shared[i];
+  shared[i] = i * i;
+  if (i == 0 && beyond > 0) dynamic_shared()[bytes + beyond - 1] = 1;
+  if (i == 0 && beyond < 0) dynamic_shared()[beyond] = 1;
+  __syncthreads();
+  data[blockDim.x + i] = shared[last - i];
+  data[2 * blockDim.x] = reinterpret_cast<uintptr_t>(dynamic_shared()) % kDynamicSharedAlignment;
+}
+
+// Each half of the block has a barrier of its own, and meets at it as often as it likes.
+__global__ void halves_kernel(int* data) {
+  __shared__ int values[128];
+  const int i = threadIdx.x, half = i / 64;
+  for (int round = 0; round <= half; ++round) {
+    values[i] = i + round;
+    barrier_sync(1 + half, 64);
+    data[i] = values[64 * half + 63 - i % 64];
+    barrier_sync(1 + half, 64);
+  }
+}
+
+__global__ void barrier_kernel(int first, int second) { barrier_sync(1, threadIdx.x < 64 ? first : second); }
+__global__ void half_warp_kernel() {
+  if (threadIdx.x % 32 < 16) barrier_sync(3, 32);
+}
+__global__ void divergent_kernel() {
+  if (threadIdx.x < 32) __syncthreads();
+}
+
+// data[0]: how many threads came; data[1 + n]: the nth was here, in this order of blocks and threads.
+__global__ void tickets_kernel(int* data) {
+  const int ticket = atomicAdd(&data[0], 1);
+  data[1 + ticket] = blockIdx.z * 10000 + blockIdx.y * 1000 + blockIdx.x * 100 + threadIdx.x;
+}
+
+__global__ void stack_kernel(int* data) {
+  volatile float many[16000];
+  for (int i = 0; i < 16000; ++i) many[i] = static_cast<float>(i);
+  data[threadIdx.x] = static_cast<int>(many[15999 - threadIdx.x]);
+}
+
+}  // namespace
+
+// Runs a kernel by name; returns its error, "" if there is none.
+extern "C" __attribute__((visibility("default"))) const char* run(const char* kernel, int* data, int a, int b) {
+  static std::string error;
+  const std::string name = kernel;
+  const auto describe = [&] { return name; };
+  error.clear();
+  try {
+    if (name == "exchange") {
+      launch(describe, exchange_kernel, {1, 64, static_cast<size_t>(a)}, nullptr, data, a, b);
+    } else if (name == "halves") {
+      launch(describe, halves_kernel, {1, 128}, nullptr, data);
+    } else if (name == "barrier") {
+      launch(describe, barrier_kernel, {1, 128}, nullptr, a, b);
+    } else if (name == "half_warp") {
+      launch(describe, half_warp_kernel, {1, 64}, nullptr);
+    } else if (name == "divergent") {
+      launch(describe, divergent_kernel, {1, 64}, nullptr);
+    } else if (name == "stack") {
+      launch(describe, stack_kernel, {1, 64}, nullptr, data);
+    } else if (name == "tickets") {
+      cudaLaunchConfig_t config = {dim3(2, 1, 2), dim3(32), 0, nullptr};
+      cudaLaunchKernelEx(&config, tickets_kernel, data);
+    } else if (name == "attributes") {
+      data[0] = shared_limit(0);
+      data[1] = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0);
+      data[2] = device_attribute(cudaDevAttrComputeCapabilityMajor, 0);
+      data[3] = device_attribute(cudaDevAttrComputeCapabilityMinor, 0);
+      data[4] = multiprocessors(0);
+    } else if (name == "round_up") {
+      data[0] = static_cast<int>(__float_as_uint(__fmul_ru(__uint_as_float(a), __uint_as_float(b))));
+    } else {
+      error = "no such kernel";
+    }
+  } catch (const std::exception& exception) {
+    error = exception.what();
+  }
+  return error.c_str();
+}
