@@ -141,12 +141,21 @@ void cuda_gather_tokens(uintptr_t index, int64_t batch, int64_t patches, int64_t
                       stream_of(stream));
 }
 
+void cuda_prune_epilogue(uintptr_t partials, int64_t batch, int64_t partial_rows, int64_t patches,
+                         int64_t batch_stride, int64_t row_stride, int64_t keep, uintptr_t scores, uintptr_t index,
+                         int64_t extra_tokens, const RowsArgument& rows, int device, uintptr_t stream) {
+  check_cuda_selection(batch, patches, keep);
+  check(partial_rows >= 1 && partial_rows <= INT32_MAX,
+        "partial_rows must be in 1..2147483647, got " + std::to_string(partial_rows));
+  cuda::prune_epilogue({scores_of(partials), static_cast<int>(partial_rows), batch_stride, row_stride}, batch, patches,
+                       keep, reinterpret_cast<float*>(scores), index_of(index), extra_tokens,
+                       rows_of(rows, extra_tokens), device, stream_of(stream));
+}
+
 void cuda_prune_tokens(uintptr_t scores, int64_t batch, int64_t patches, int64_t batch_stride, int64_t keep,
                        uintptr_t index, int64_t extra_tokens, const RowsArgument& rows, int device,
                        uintptr_t stream) {
-  check_cuda_selection(batch, patches, keep);
-  cuda::prune_tokens(scores_of(scores), batch, patches, batch_stride, keep, index_of(index), extra_tokens,
-                     rows_of(rows, extra_tokens), device, stream_of(stream));
+  cuda_prune_epilogue(scores, batch, 1, patches, batch_stride, 0, keep, 0, index, extra_tokens, rows, device, stream);
 }
 #endif
 
@@ -205,5 +214,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_prune_tokens", &cuda_prune_tokens, nogil, arg("scores_ptr"), arg("batch"), arg("patches"),
         arg("batch_stride"), arg("keep"), arg("index_ptr"), arg("extra_tokens"), arg("rows"), arg("device"),
         arg("stream"), "cuda_select_tokens and cuda_gather_tokens in one launch.");
+  m.def("cuda_prune_epilogue", &cuda_prune_epilogue, nogil, arg("partials_ptr"), arg("batch"), arg("partial_rows"),
+        arg("patches"), arg("batch_stride"), arg("row_stride"), arg("keep"), arg("scores_ptr"), arg("index_ptr"),
+        arg("extra_tokens"), arg("rows"), arg("device"), arg("stream"),
+        "Adds up the partial rows [batch, partial_rows, patches] into scores [batch, patches] (0: nowhere), in order, and "
+        "does what cuda_prune_tokens does with the sums, in the same launch.");
 #endif
 }

@@ -17,8 +17,16 @@ void select_tokens(const float* scores, int64_t batch, int64_t patches, int64_t 
 void gather_tokens(const int64_t* index, int64_t batch, int64_t patches, int64_t keep, int64_t extra_tokens,
                    const RowsList& rows, int device, Stream stream);
 
-// Both in one launch.
-void prune_tokens(const float* scores, int64_t batch, int64_t patches, int64_t batch_stride, int64_t keep,
-                  int64_t* index, int64_t extra_tokens, const RowsList& rows, int device, Stream stream);
+// Scores in `rows` rows that are yet to be added up: data[clip * batch_stride + row * row_stride + patch].
+struct PartialScores {
+  const float* data;
+  int rows;
+  int64_t batch_stride, row_stride;
+};
+
+// In one launch: adds up the rows, in ascending order, into scores[batch][patches] (unless null), selects by them into
+// index[batch][keep], and gathers.
+void prune_epilogue(const PartialScores& partials, int64_t batch, int64_t patches, int64_t keep, float* scores,
+                    int64_t* index, int64_t extra_tokens, const RowsList& rows, int device, Stream stream);
 
 }  // namespace pruneattn::cuda

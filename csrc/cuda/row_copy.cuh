@@ -71,7 +71,8 @@ __device__ void copy_rows_as(const Rows& rows, int64_t clip, int tokens, Share s
         const int patch = token < extra_tokens ? token - extra_tokens : kept[token - extra_tokens];
         if (patch != kNoPatch) {
           const char* row = src + (extra_tokens + patch) * rows.src_token_stride;
-          value[u] = __ldg(reinterpret_cast<const Access*>(row) + access);
+          // Each is read once, and maybe was written in this launch: past the caches of the multiprocessor.
+          value[u] = __ldcg(reinterpret_cast<const Access*>(row) + access);
         }
       }
       token += row_step;

@@ -8,9 +8,11 @@ namespace {
 // One block per clip.
 template <int kKeys>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    select_tokens_kernel(const float* scores, int patches, int64_t batch_stride, int keep, int64_t* index) {
+    select_tokens_kernel(const PartialScores scores, int patches, int keep, int64_t* index) {
   __shared__ uint16_t kept[kMaxPatches];
-  select_block<kKeys>(scores + blockIdx.x * batch_stride, patches, keep, kept);
+  float score[kKeys];
+  sum_rows(scores, blockIdx.x, patches, score);
+  select_block(score, patches, keep, kept);
   int64_t* out = index + static_cast<int64_t>(blockIdx.x) * keep;
   for (int i = threadIdx.x; i < keep; i += kThreads) out[i] = kept[i];
 }
@@ -26,7 +28,8 @@ void select_tokens(const float* scores, int64_t batch, int64_t patches, int64_t 
            ", keep=" + std::to_string(keep) + ")";
   };
   with_keys_per_thread(patches, [&](auto keys) {
-    launch(name, select_tokens_kernel<keys()>, {batch, kThreads}, stream, scores, patches, batch_stride, keep, index);
+    launch(name, select_tokens_kernel<keys()>, {batch, kThreads}, stream, PartialScores{scores, 1, batch_stride, 0},
+           patches, keep, index);
   });
 }
 

@@ -1,17 +1,14 @@
 // Exact, stable selection of the `keep` best of up to kMaxPatches scores by one block, keys in registers.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <type_traits>
 
-#include "../tokens.h"
+#include "block.cuh"
+#include "kernels.h"
 
 namespace pruneattn::cuda {
-
-constexpr int kWarp = 32;
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlocksPerMultiprocessor = 4;  // at once: 64 registers a thread, 64 KB of row loads in flight
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Calls `f(std::integral_constant<int, keys per thread>)` with the smallest instantiation that holds all patches.
 template <typename F>
@@ -33,24 +30,64 @@ __device__ inline uint32_t sum_over_warps(uint32_t value, uint32_t (&slots)[kWar
   return sum;
 }
 
-// Writes the numbers of the kept patches to kept[0..keep), ascending. All threads call it; ends with a barrier.
-// A warp owns 32 * kKeys patches in a row, lane l those at l, 32 + l, ...: loads coalesce, and the order of patches is
-// (warp, key, lane), so a rank is a sum over earlier warps plus ballots inside this one.
+// A thread's patches are first_patch(), that + 32, ..., kKeys in all: a warp owns 32 * kKeys patches in a row, so loads
+// coalesce, and the order of patches is (warp, key, lane).
 template <int kKeys>
-__device__ void select_block(const float* __restrict__ scores, int patches, int keep, uint16_t* kept) {
+__device__ int first_patch() {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  return warp * kWarp * kKeys + lane;
+}
+
+// The scores of this thread's patches: the clip's rows added up from the first to the last. What other blocks wrote in
+// this launch is seen, if the caller has waited for it.
+template <int kKeys>
+__device__ void sum_rows(const PartialScores& partials, int64_t clip, int patches, float (&score)[kKeys]) {
+  constexpr int kRows = kKeys < 16 ? 16 / kKeys : 1;  // 16 loads in flight per thread
+  constexpr float kNothing = -0.0f;                   // that plus x is x, to the bit
+  int patch[kKeys];                                   // beyond the last one, the last one again
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) {
+    patch[i] = min(first_patch<kKeys>() + i * kWarp, patches - 1);
+    score[i] = kNothing;
+  }
+  const float* data = partials.data + clip * partials.batch_stride;
+  const auto add = [&](int rows) {  // the next ones, at most kRows
+    float value[kRows][kKeys];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) {
+        value[r][i] = r < rows ? __ldcg(data + r * partials.row_stride + patch[i]) : kNothing;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kKeys; ++i) score[i] += value[r][i];
+    }
+  };
+  int left = partials.rows;
+  for (; left >= kRows; left -= kRows, data += kRows * partials.row_stride) add(kRows);
+  if (left > 0) add(left);
+}
+
+// Writes the numbers of the kept patches to kept[0..keep), ascending. All threads call it, each with the scores of its
+// patches (those beyond the last patch may be anything); ends with a barrier. A rank is a sum over earlier warps plus
+// ballots inside this one.
+template <int kKeys>
+__device__ void select_block(const float (&score)[kKeys], int patches, int keep, uint16_t* kept) {
   __shared__ uint32_t all_of_warp[kWarps], any_of_warp[kWarps];
   __shared__ uint32_t counts[2][kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int first = warp * kWarp * kKeys + lane;
+  const int first = first_patch<kKeys>();
 
   uint32_t key[kKeys];  // 0 where there is no patch: below every real key
   uint32_t all = 0xffffffffu, any = 0;
 #pragma unroll
   for (int i = 0; i < kKeys; ++i) {
-    const int patch = first + i * kWarp;
     key[i] = 0;
-    if (patch < patches) {
-      key[i] = score_key(scores[patch]);
+    if (first + i * kWarp < patches) {
+      key[i] = score_key(score[i]);
       all &= key[i];
       any |= key[i];
     }

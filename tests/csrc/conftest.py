@@ -40,7 +40,7 @@ class DeviceMemory(Memory):
 
 
 class Kernels:
-    """The three functions of one implementation over numpy arrays."""
+    """The functions of one implementation over numpy arrays."""
 
     def __init__(self, module, prefix, last, memory):
         self.module, self.prefix, self.last, self.memory = module, prefix, last, memory
@@ -86,6 +86,18 @@ class Kernels:
         out = self.copy(tensors, keep, extra_tokens, lambda rows: self.call(
             "prune_tokens", scores_ptr, *scores.shape, scores.shape[1], keep, index_ptr, extra_tokens, rows), shift)
         return self.memory.get(index), out
+
+    def prune_sums(self, partials, tensors, keep, extra_tokens, write=True):
+        """``prune_epilogue`` of partial scores [B, R, P]: (scores, or None if not to write them; index; outputs)."""
+        batch, rows, patches = partials.shape
+        handle, pointer = self.memory.put(partials)
+        scores, scores_ptr = self.memory.put(np.full((batch, patches), -7, np.float32))
+        index, index_ptr = self.memory.put(np.full((batch, keep), -7, np.int64))
+        strides = (rows * patches, patches)
+        out = self.copy(tensors, keep, extra_tokens, lambda places: self.call(
+            "prune_epilogue", pointer, batch, rows, patches, *strides, keep, scores_ptr if write else 0, index_ptr,
+            extra_tokens, places))
+        return self.memory.get(scores) if write else None, self.memory.get(index), out
 
 
 @pytest.fixture(scope="session")
@@ -163,4 +175,9 @@ def device(compiled):
 
 @pytest.fixture(params=["cpu", "shim", "device"])
 def kernels(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["shim", "device"])
+def cuda(request):
     return request.getfixturevalue(request.param)

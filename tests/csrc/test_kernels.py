@@ -1,4 +1,4 @@
-"""select, gather and prune of every implementation against numpy, over awkward shapes and values."""
+"""select, gather, prune and prune_epilogue of every implementation against numpy, over awkward shapes and values."""
 
 import numpy as np
 import pytest
@@ -16,6 +16,15 @@ def expected_index(scores, keep):
 
 def expected_rows(x, index, extra_tokens):
     return np.stack([np.concatenate([clip[:extra_tokens], clip[extra_tokens:][i]]) for clip, i in zip(x, index)])
+
+
+def expected_sums(partials):
+    """The rows added up in float32, from the first to the last: to the bit."""
+    total = partials[:, 0]
+    with np.errstate(invalid="ignore"):
+        for row in range(1, partials.shape[1]):
+            total = total + partials[:, row]
+    return total
 
 
 def keeps(patches):
@@ -216,12 +225,108 @@ def test_cuda_launch_error_names_kernel_and_shapes(shim, monkeypatch):
     with pytest.raises(RuntimeError, match=r"CUDA kernel select_tokens\(batch=2, patches=8, keep=3\) could not be "
                                            r"launched: invalid configuration argument"):
         shim.select(scores, 3)
-    with pytest.raises(RuntimeError, match=r"prune_tokens\(batch=2, patches=8, keep=3, extra_tokens=1, "
+    with pytest.raises(RuntimeError, match=r"prune_epilogue\(batch=2, patches=8, keep=3, extra_tokens=1, "
                                            r"row_bytes=\[16, 16\]\) could not be launched"):
         shim.prune(scores, [x, x], 3, 1)
     shim.last = (7, 0)
     with pytest.raises(RuntimeError, match=r"cudaSetDevice\(7\): invalid device ordinal"):
         shim.select(scores, 3)
+
+
+def check_prune_sums(cuda, partials, keep, extra_tokens=1, row_bytes=(16, 6)):
+    batch, _, patches = partials.shape
+    rng = np.random.default_rng(0)
+    tensors = [random_rows(rng, batch, extra_tokens + patches, size) for size in row_bytes]
+    scores, index, outs = cuda.prune_sums(partials, tensors, keep, extra_tokens)
+    expected = expected_sums(partials)
+    np.testing.assert_array_equal(scores, expected)
+    np.testing.assert_array_equal(index, expected_index(expected, keep))
+    for out, x in zip(outs, tensors):
+        np.testing.assert_array_equal(out, expected_rows(x, index, extra_tokens))
+
+
+def parts_of_scores(rng, batch, rows, patches):
+    """As weights of heads are: each row positive, the sums close to each other."""
+    return (rng.dirichlet(np.ones(patches), (batch, rows)) / rows).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 12, 37])
+@pytest.mark.parametrize("patches", [1, 31, 64, 100, 257, 512, 513, 1023, 1030])
+def test_prune_sums_of_rows(cuda, rows, patches):
+    partials = parts_of_scores(np.random.default_rng(patches), 2, rows, patches)
+    for keep in sorted({1, int(np.ceil(0.7 * patches)), patches}):
+        check_prune_sums(cuda, partials, keep, extra_tokens=keep % 3)
+
+
+def test_prune_sums_of_a_row_per_block_of_queries(cuda):
+    check_prune_sums(cuda, parts_of_scores(np.random.default_rng(1), 2, 108, 512), 359)
+
+
+def test_prune_sums_are_those_of_float64_to_rounding(cuda):
+    partials = parts_of_scores(np.random.default_rng(2), 2, 37, 130)
+    scores, _, _ = cuda.prune_sums(partials, [np.zeros((2, 130, 4), np.uint8)], 3, 0)
+    np.testing.assert_allclose(scores, partials.astype(np.float64).sum(1), rtol=3e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_prune_sums_with_ties_and_special_values(cuda, rows):
+    rng = np.random.default_rng(rows)
+    for values in ([0.5], [0.25, 0.5], [0.0, -0.0], [np.nan, 1.0], [np.inf, -np.inf, 0.0], [3e38, -3e38, 1e-45]):
+        partials = rng.choice(np.array(values, np.float32), (2, rows, 300))
+        with np.errstate(over="ignore"):
+            for keep in (1, 150, 300):
+                check_prune_sums(cuda, partials, keep)
+
+
+def test_prune_sums_keep_the_sign_of_zero(cuda):
+    """What is there once is not changed at all."""
+    partials = np.array([[[-0.0, 0.0, 1.0]]], np.float32)
+    scores, _, _ = cuda.prune_sums(partials, [np.zeros((1, 3, 4), np.uint8)], 1, 0)
+    np.testing.assert_array_equal(np.signbit(scores), [[True, False, False]])
+
+
+def test_prune_sums_of_strided_rows(cuda):
+    """A view into larger memory: columns 2 to 102 of rows of 130, of clips that are 7 rows apart."""
+    memory = np.random.default_rng(4).standard_normal((3, 7, 130)).astype(np.float32)
+    handle, pointer = cuda.memory.put(memory)
+    scores, scores_ptr = cuda.memory.put(np.zeros((3, 100), np.float32))
+    index, index_ptr = cuda.memory.put(np.zeros((3, 20), np.int64))
+    x, x_ptr = cuda.memory.put(np.zeros((3, 100, 4), np.uint8))
+    out, out_ptr = cuda.memory.put(np.zeros((3, 20, 4), np.uint8))
+    cuda.call("prune_epilogue", pointer + 2 * 4, 3, 5, 100, 7 * 130, 130, 20, scores_ptr, index_ptr, 0,
+              [(x_ptr, out_ptr, 400, 4, 4)])
+    expected = expected_sums(memory[:, :5, 2:102])
+    np.testing.assert_array_equal(cuda.memory.get(scores), expected)
+    np.testing.assert_array_equal(cuda.memory.get(index), expected_index(expected, 20))
+
+
+def test_prune_sums_need_not_be_written(cuda):
+    partials = parts_of_scores(np.random.default_rng(5), 2, 3, 70)
+    scores, index, _ = cuda.prune_sums(partials, [np.zeros((2, 70, 4), np.uint8)], 9, 0, write=False)
+    assert scores is None
+    np.testing.assert_array_equal(index, expected_index(expected_sums(partials), 9))
+
+
+@pytest.mark.parametrize("multiprocessors", ["1", "132"])
+@pytest.mark.parametrize("order", ["reverse", "shuffle"])
+def test_prune_sums_depend_neither_on_order_nor_on_split(shim, monkeypatch, order, multiprocessors):
+    monkeypatch.setenv("SHIM_ORDER", order)
+    monkeypatch.setenv("SHIM_MULTIPROCESSORS", multiprocessors)
+    rng = np.random.default_rng(6)
+    for rows, patches in ((12, 64), (3, 513), (2, 2000)):
+        check_prune_sums(shim, rng.choice(parts_of_scores(rng, 1, rows, patches // 2)[0, 0], (2, rows, patches)), patches // 2)
+
+
+def test_prune_sums_arguments_are_checked(cuda):
+    rows = [(0, 0, 8, 8, 8)]
+    for bad in (0, 2**31):
+        with pytest.raises(ValueError, match=f"partial_rows must be in 1..2147483647, got {bad}"):
+            cuda.call("prune_epilogue", 0, 1, bad, 8, 8, 8, 4, 0, 0, 0, rows)
+    with pytest.raises(ValueError, match="patches must be at most 4096 on CUDA, got 4097"):
+        cuda.call("prune_epilogue", 0, 1, 1, 4097, 8, 8, 4, 0, 0, 0, rows)
+    with pytest.raises(ValueError, match="extra_tokens must not be negative, got -1"):
+        cuda.call("prune_epilogue", 0, 1, 1, 8, 8, 8, 4, 0, 0, -1, rows)
+    cuda.call("prune_epilogue", 0, 0, 1, 8, 8, 8, 4, 0, 0, 0, rows)  # no clips, no work
 
 
 def test_device_graph_replays_prune(device):

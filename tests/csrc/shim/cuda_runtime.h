@@ -117,8 +117,12 @@ inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value ? __builtin_clz(static_cast<unsigned>(value)) : 32; }
 template <typename T>
 T __ldg(const T* pointer) {
-  if (reinterpret_cast<uintptr_t>(pointer) % sizeof(T)) shim::fail("misaligned __ldg");
+  if (reinterpret_cast<uintptr_t>(pointer) % sizeof(T)) shim::fail("misaligned load");
   return *pointer;
+}
+template <typename T>
+T __ldcg(const T* pointer) {
+  return __ldg(pointer);
 }
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
