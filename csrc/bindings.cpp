@@ -157,6 +157,71 @@ void cuda_prune_tokens(uintptr_t scores, int64_t batch, int64_t patches, int64_t
                        uintptr_t stream) {
   cuda_prune_epilogue(scores, batch, 1, patches, batch_stride, 0, keep, 0, index, extra_tokens, rows, device, stream);
 }
+
+cuda::Dtype cuda_dtype_of(const std::string& name) {
+  check(name == "float16" || name == "bfloat16", "dtype must be float16 or bfloat16, got " + name);
+  return name == "float16" ? cuda::Dtype::float16 : cuda::Dtype::bfloat16;
+}
+
+cuda::Heads cuda_heads_of(const char* name, const HeadsArgument& argument) {
+  const auto& [pointer, batch_stride, head_stride, token_stride] = argument;
+  check(pointer % 16 == 0 && batch_stride % 8 == 0 && head_stride % 8 == 0 && token_stride % 8 == 0,
+        std::string(name) + ": pointer and strides must be multiples of 16 bytes");
+  return {reinterpret_cast<char*>(pointer), 2 * batch_stride, 2 * head_stride, 2 * token_stride};
+}
+
+cuda::Attention cuda_attention_of(int64_t batch, int64_t heads, int64_t queries, int64_t tokens, int64_t channels,
+                                  const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v,
+                                  const HeadsArgument& out, uintptr_t lse, double scale, int64_t extra_tokens) {
+  check_sizes(batch, heads, queries, tokens, channels);
+  check_extra_tokens(extra_tokens, tokens);
+  check(channels == 64, "channels must be 64 on CUDA, got " + std::to_string(channels));
+  check(tokens <= cuda::kMaxTokens,
+        "tokens must be at most " + std::to_string(cuda::kMaxTokens) + " on CUDA, got " + std::to_string(tokens));
+  check(scale > 0, "scale must be positive on CUDA, got " + std::to_string(scale));
+  constexpr double kLog2E = 1.4426950408889634;
+  return {cuda_heads_of("q", q),
+          cuda_heads_of("k", k),
+          cuda_heads_of("v", v),
+          cuda_heads_of("out", out),
+          reinterpret_cast<float*>(lse),
+          static_cast<float>(scale * kLog2E),
+          static_cast<int>(heads),
+          static_cast<int>(queries),
+          static_cast<int>(tokens),
+          static_cast<int>(extra_tokens),
+          static_cast<float>(1.0 / (static_cast<double>(heads) * static_cast<double>(tokens - extra_tokens)))};
+}
+
+void cuda_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t queries, int64_t tokens,
+                    int64_t channels, const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v,
+                    const HeadsArgument& out, uintptr_t lse, double scale, int device, uintptr_t stream) {
+  const auto work = cuda_attention_of(batch, heads, queries, tokens, channels, q, k, v, out, lse, scale, 0);
+  cuda::attention(cuda_dtype_of(dtype), batch, work, device, stream_of(stream));
+}
+
+void cuda_column_mean_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t tokens,
+                                int64_t channels, const HeadsArgument& q, const HeadsArgument& k,
+                                const HeadsArgument& v, const HeadsArgument& out, uintptr_t lse, double scale,
+                                int64_t extra_tokens, uintptr_t partials, int parts, int device, uintptr_t stream) {
+  const auto work =
+      cuda_attention_of(batch, heads, tokens, tokens, channels, q, k, v, out, lse, scale, extra_tokens);
+  cuda::column_mean_attention(cuda_dtype_of(dtype), batch, work, reinterpret_cast<float*>(partials), parts, device,
+                              stream_of(stream));
+}
+
+void cuda_pruned_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t tokens, int64_t channels,
+                           const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v,
+                           const HeadsArgument& out, uintptr_t lse, double scale, int64_t extra_tokens,
+                           uintptr_t partials, int parts, uintptr_t finished, int64_t keep, uintptr_t scores,
+                           uintptr_t index, const RowsArgument& rows, int device, uintptr_t stream) {
+  const auto work =
+      cuda_attention_of(batch, heads, tokens, tokens, channels, q, k, v, out, lse, scale, extra_tokens);
+  check_cuda_selection(batch, tokens - extra_tokens, keep);
+  cuda::pruned_attention(cuda_dtype_of(dtype), batch, work, reinterpret_cast<float*>(partials), parts,
+                         reinterpret_cast<uint32_t*>(finished), keep, reinterpret_cast<float*>(scores),
+                         index_of(index), rows_of(rows, extra_tokens), device, stream_of(stream));
+}
 #endif
 
 py::dict build_info() {
@@ -219,5 +284,22 @@ PYBIND11_MODULE(_C, m) {
         arg("extra_tokens"), arg("rows"), arg("device"), arg("stream"),
         "Adds up the partial rows [batch, partial_rows, patches] into scores [batch, patches] (0: nowhere), in order, and "
         "does what cuda_prune_tokens does with the sums, in the same launch.");
+  m.def("cuda_most_tokens", &cuda::most_tokens, arg("device"),
+        "The most tokens of a clip that the attention kernels take on this device; 0 if they do not run there.");
+  m.def("cuda_attention_parts", &cuda::attention_parts, arg("heads"), arg("queries"), arg("device"),
+        "Blocks that share a head; `heads` of all clips together.");
+  m.def("cuda_attention", &cuda_attention, nogil, arg("dtype"), arg("batch"), arg("heads"), arg("queries"),
+        arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
+        arg("device"), arg("stream"),
+        "cpu_attention in half precision, for heads of 64 channels and at most cuda_most_tokens keys.");
+  m.def("cuda_column_mean_attention", &cuda_column_mean_attention, nogil, arg("dtype"), arg("batch"), arg("heads"),
+        arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
+        arg("extra_tokens"), arg("partials_ptr"), arg("parts"), arg("device"), arg("stream"),
+        "cuda_attention, and the column means in heads * cuda_attention_parts rows that are yet to be added up.");
+  m.def("cuda_pruned_attention", &cuda_pruned_attention, nogil, arg("dtype"), arg("batch"), arg("heads"),
+        arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
+        arg("extra_tokens"), arg("partials_ptr"), arg("parts"), arg("finished_ptr"), arg("keep"), arg("scores_ptr"),
+        arg("index_ptr"), arg("rows"), arg("device"), arg("stream"),
+        "cuda_column_mean_attention and cuda_prune_epilogue in one launch. `finished`: a zero per clip.");
 #endif
 }

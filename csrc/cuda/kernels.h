@@ -29,4 +29,46 @@ struct PartialScores {
 void prune_epilogue(const PartialScores& partials, int64_t batch, int64_t patches, int64_t keep, float* scores,
                     int64_t* index, int64_t extra_tokens, const RowsList& rows, int device, Stream stream);
 
+enum class Dtype { float16, bfloat16 };
+
+// Half-precision heads [batch, heads, rows, 64] with contiguous channels; strides in bytes, multiples of 16.
+struct Heads {
+  char* data;
+  int64_t clip_bytes, head_bytes, row_bytes;
+
+  PRUNEATTN_HOST_DEVICE char* at(int64_t clip, int64_t head) const {
+    return data + clip * clip_bytes + head * head_bytes;
+  }
+};
+
+struct Attention {
+  Heads q, k, v, out;
+  float* lse;           // [batch, heads, queries]
+  float scale;          // of the logits, times log2(e)
+  int heads, queries, tokens;
+  int extra_tokens;     // rows and columns that are no part of the column means
+  float column_share;   // 1 / (heads * patches)
+};
+
+// What attention.cuh holds on chip: heads of 64 channels and at most kMaxTokens keys. The largest number that fits a
+// block's shared memory on this device.
+constexpr int kMaxTokens = 576;
+int64_t most_tokens(int device);
+
+// Softmax attention: out and lse.
+void attention(Dtype dtype, int64_t batch, const Attention& attention, int device, Stream stream);
+
+// Blocks that share a head, each with a row of partial column sums.
+int attention_parts(int64_t heads, int64_t queries, int device);
+
+// The same, and the means of the softmax matrix's columns in parts that are yet to be added up, in a fixed order:
+// partials[batch][heads * parts][tokens - extra_tokens]. queries = tokens.
+void column_mean_attention(Dtype dtype, int64_t batch, const Attention& attention, float* partials, int parts,
+                           int device, Stream stream);
+
+// column_mean_attention and prune_epilogue in one launch. finished[batch]: zeros.
+void pruned_attention(Dtype dtype, int64_t batch, const Attention& attention, float* partials, int parts,
+                      uint32_t* finished, int64_t keep, float* scores, int64_t* index, const RowsList& rows,
+                      int device, Stream stream);
+
 }  // namespace pruneattn::cuda

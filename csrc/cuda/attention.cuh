@@ -1,0 +1,298 @@
+// Softmax attention of one head for up to 2 * kKeys keys, with the sums of the softmax matrix's columns: each row of the
+// matrix stays in registers from its logits to its share of the sums, so there is one product, one exponential and one
+// read of everything.
+//
+// A block of 256 threads goes through queries 64 at a time. Its two groups of 4 warps have the same queries and half the
+// keys each: they meet once for the statistics of the rows and once to add up the output.
+#pragma once
+
+#include "kernels.h"
+#include "synchronize.cuh"
+#include "tensor_cores.cuh"
+
+namespace pruneattn::cuda {
+
+constexpr int kAttentionThreads = 256;
+constexpr int kGroupThreads = kAttentionThreads / 2;
+constexpr int kChunk = 96;  // keys of one product of logits
+constexpr unsigned kAll = 0xffffffffu;
+
+// Calls f(integral_constant) for 0..kCount-1.
+template <int kCount, int kFirst = 0, typename F>
+__device__ inline void unrolled(const F& f) {
+  if constexpr (kFirst < kCount) {
+    f(std::integral_constant<int, kFirst>{});
+    unrolled<kCount, kFirst + 1>(f);
+  }
+}
+
+template <int kKeys>
+constexpr int kChunks = (kKeys + kChunk - 1) / kChunk;
+template <int kKeys, int kIndex>
+constexpr int kChunkKeys = kKeys - kIndex * kChunk < kChunk ? kKeys - kIndex * kChunk : kChunk;
+template <int kKeys, int kIndex>
+using Logits = float (&)[kChunkKeys<kKeys, kIndex> / 2];
+
+// Shared memory of a block.
+template <int kKeys>
+struct AttentionMemory {
+  unsigned char keys[2 * kKeys * kRowBytes], values[2 * kKeys * kRowBytes];
+  unsigned char queries[2][kTileRows * kRowBytes];  // of this tile and of the next one
+  float4 output[2][4][kGroupThreads];               // half of each group's output, for the other group
+  float2 statistics[2][kTileRows];                  // of each group: maximum in powers of 2, sum
+  float columns[8][kKeys];                          // of each warp
+};
+
+struct AttentionPart {
+  int first_tile, last_tile;  // tiles of 64 queries: [first, last)
+};
+
+__device__ inline AttentionPart part_of(int part, int parts, int queries) {
+  const int tiles = (queries + kTileRows - 1) / kTileRows;
+  return {tiles * part / parts, tiles * (part + 1) / parts};
+}
+
+// Rows first.. of a head into a tile, zeros from `count` on; by `threads` threads of which this is number `thread`.
+__device__ inline void load_tile(unsigned char* tile, const char* head, int64_t row_bytes, int first, int rows,
+                                 int count, int thread, int threads) {
+  for (int i = thread; i < rows * 8; i += threads) {
+    const int row = i / 8, piece = i % 8;
+    const bool there = first + row < count;
+    const char* source = head + (there ? first + row : 0) * row_bytes + piece * 16;
+    copy_async(tile + tile_offset(row, piece), source, there);
+  }
+}
+
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+}
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(kAll, x, 1);
+  return x + __shfl_xor_sync(kAll, x, 2);
+}
+
+// Adds up `sums` over the 8 lanes that have the same columns. A lane gives half of what it has to the lane that keeps
+// that half, as long as it has an even number: so no sum is made twice. Each lane ends with kShared of them in sums[0..],
+// from number `first` on, and is to use them if `mine`.
+template <int kCount>
+constexpr int kShared = kCount % 8 == 0 ? kCount / 8 : kCount / 4;
+
+template <int kCount>
+__device__ inline int share_out(float (&sums)[kCount], int lane, bool& mine) {
+  static_assert(kCount % 4 == 0);
+  int first = 0;
+  mine = true;
+#pragma unroll
+  for (int step = 0; step < 3; ++step) {
+    const int count = kCount >> step, distance = 16 >> step;
+    const bool halve = count % 2 == 0;
+    const int width = halve ? count / 2 : kShared<kCount>;
+    const bool upper = lane & distance;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      if (i >= width) continue;
+      if (halve) {
+        const float kept = upper ? sums[i + width] : sums[i];
+        const float given = upper ? sums[i] : sums[i + width];
+        sums[i] = kept + __shfl_xor_sync(kAll, given, distance);
+      } else {
+        sums[i] += __shfl_xor_sync(kAll, sums[i], distance);
+      }
+    }
+    if (halve) {
+      first += upper ? width : 0;
+    } else {
+      mine = mine && !upper;
+    }
+  }
+  return first;
+}
+
+// The head's output and log-sum-exp for the queries of a part; if kColumns, `partial` gets the sums of its columns.
+template <typename T, int kKeys, bool kColumns>
+__device__ void attend(const Attention& a, int64_t head_number, AttentionPart part, float* partial,
+                       AttentionMemory<kKeys>& shared) {
+  const int thread = threadIdx.x % kGroupThreads, lane = thread % 32, warp = thread / 32;
+  const int group = threadIdx.x / kGroupThreads;
+  const int64_t clip = head_number / a.heads, head = head_number % a.heads;
+  const char* q = a.q.at(clip, head);
+  const int first_key = group * kKeys;
+  const int keys = min(max(a.tokens - first_key, 0), kKeys);
+  unsigned char* const my_keys = shared.keys + first_key * kRowBytes;
+  unsigned char* const my_values = shared.values + first_key * kRowBytes;
+
+  load_tile(shared.queries[0], q, a.q.row_bytes, part.first_tile * kTileRows, kTileRows, a.queries, threadIdx.x,
+            kAttentionThreads);
+  load_tile(my_keys, a.k.at(clip, head), a.k.row_bytes, first_key, kKeys, a.tokens, thread, kGroupThreads);
+  commit_copies();
+  load_tile(my_values, a.v.at(clip, head), a.v.row_bytes, first_key, kKeys, a.tokens, thread, kGroupThreads);
+  commit_copies();
+  if constexpr (kColumns) {
+    for (int i = lane; i < kKeys; i += 32) shared.columns[4 * group + warp][i] = 0;
+  }
+  wait_copies<1>();
+  __syncthreads();
+
+  float s[kKeys / 2];  // logits, then weights, of rows 16 warp + lane / 4 and that + 8
+  const auto start_chunk = [&](auto number, const unsigned char* queries) {
+    constexpr int c = decltype(number)::value;
+    auto& logits = reinterpret_cast<Logits<kKeys, c>>(s[c * kChunk / 2]);
+    start_logits<T, kChunkKeys<kKeys, c>>(logits, queries, my_keys + c * kChunk * kRowBytes);
+  };
+  if constexpr (kInBackground) {
+    unrolled<kChunks<kKeys>>([&](auto number) { start_chunk(number, shared.queries[0]); });
+    wait_products(s);
+  }
+  for (int tile = part.first_tile; tile < part.last_tile; ++tile) {
+    const int row = tile * kTileRows + 16 * warp + lane / 4;
+    unsigned char* const next_queries = shared.queries[(tile - part.first_tile + 1) % 2];
+    const bool more = tile + 1 < part.last_tile;
+    if (more) {
+      load_tile(next_queries, q, a.q.row_bytes, (tile + 1) * kTileRows, kTileRows, a.queries, threadIdx.x,
+                kAttentionThreads);
+    }
+    commit_copies();
+    if constexpr (!kInBackground) {
+      unrolled<kChunks<kKeys>>([&](auto number) { start_chunk(number, shared.queries[(tile - part.first_tile) % 2]); });
+    }
+
+    float largest[2] = {-INFINITY, -INFINITY};
+    unrolled<kChunks<kKeys>>([&](auto number) {
+      constexpr int c = decltype(number)::value;
+      auto& logits = reinterpret_cast<Logits<kKeys, c>>(s[c * kChunk / 2]);
+      constexpr int kCount = kChunkKeys<kKeys, c> / 2;
+      if (keys < c * kChunk + 2 * kCount) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (c * kChunk + i / 4 * 8 + lane % 4 * 2 + i % 2 >= keys) logits[i] = -INFINITY;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], logits[i]);
+    });
+    // In powers of 2, rounded up so that no weight exceeds 1.
+    float base[2], shift[2], sum[2] = {0, 0};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      base[r] = __fmul_ru(quad_max(largest[r]), a.scale);
+      shift[r] = base[r] == -INFINITY ? 0 : base[r];
+    }
+    if (tile == part.first_tile) {  // the values, and not the next queries
+      wait_copies<1>();
+      barrier_sync(1 + group, kGroupThreads);
+    }
+
+    float out[kHeadSize / 2];
+    unrolled<kKeys / 16>([&](auto number) {
+      constexpr int step = decltype(number)::value;
+      uint32_t weights[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float(&pair)[2] = reinterpret_cast<float(&)[2]>(s[step * 8 + 2 * i]);
+        pair[0] = exp2_approximate(fmaf(pair[0], a.scale, -shift[i % 2]));
+        pair[1] = exp2_approximate(fmaf(pair[1], a.scale, -shift[i % 2]));
+        sum[i % 2] += pair[0];
+        sum[i % 2] += pair[1];
+        weights[i] = pack<T>(pair[0], pair[1]);
+      }
+      add_values<T, step == 0>(out, weights, my_values + step * 16 * kRowBytes);
+      if constexpr (step > 0) wait_products<1>();  // frees registers
+    });
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] = quad_sum(sum[r]);
+      if (lane % 4 == 0) shared.statistics[group][16 * warp + lane / 4 + 8 * r] = make_float2(base[r], sum[r]);
+    }
+    wait_copies<0>();  // the next queries
+    __syncthreads();
+
+    float share[2];  // what a weight of this group is to be multiplied by
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float2 first = shared.statistics[0][16 * warp + lane / 4 + 8 * r];
+      const float2 second = shared.statistics[1][16 * warp + lane / 4 + 8 * r];
+      const float common = fmaxf(first.x, second.x);
+      const float of_first = exp2_approximate(first.x - common), of_second = exp2_approximate(second.x - common);
+      const float total = of_first * first.y + of_second * second.y;
+      share[r] = (group == 0 ? of_first : of_second) / total;
+      if (group == 0 && lane % 4 == 0 && row + 8 * r < a.queries) {
+        a.lse[head_number * a.queries + row + 8 * r] = (common + log2f(total)) * 0.6931471805599453f;
+      }
+    }
+    wait_products(out);
+#pragma unroll
+    for (int i = 0; i < kHeadSize / 2; ++i) out[i] *= share[i / 2 % 2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // channels 32..63 from the first group, 0..31 from the second
+      float given[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) given[e] = group ? out[4 * i + e] : out[16 + 4 * i + e];
+      shared.output[group][i][thread] = make_float4(given[0], given[1], given[2], given[3]);
+    }
+
+    const bool scored[2] = {row >= a.extra_tokens && row < a.queries, row + 8 >= a.extra_tokens && row + 8 < a.queries};
+    const bool all_scored = __ballot_sync(kAll, scored[0] && scored[1]) == kAll;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) share[r] = scored[r] ? share[r] : 0;
+    unrolled<kChunks<kKeys>>([&](auto number) {
+      constexpr int c = decltype(number)::value;
+      if constexpr (kColumns) {
+        auto& weights = reinterpret_cast<Logits<kKeys, c>>(s[c * kChunk / 2]);
+        constexpr int kCount = kChunkKeys<kKeys, c> / 4;  // columns of a lane
+        float sums[kCount];
+        if (!all_scored) {  // not by a share of 0: they may be NaN
+#pragma unroll
+          for (int i = 0; i < 2 * kCount; ++i) weights[i] = scored[i / 2 % 2] ? weights[i] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const int at = i / 2 * 4 + i % 2;
+          sums[i] = weights[at] * share[0] + weights[at + 2] * share[1];
+        }
+        bool mine;
+        const int first = share_out(sums, lane, mine);
+        float* columns = shared.columns[4 * group + warp] + c * kChunk;
+#pragma unroll
+        for (int i = 0; i < kShared<kCount>; ++i) {
+          const int n = first + i;
+          if (mine) columns[n / 2 * 8 + lane % 4 * 2 + n % 2] += sums[i];
+        }
+      }
+      // After the last tile, of queries that nobody reads: a branch here would make the compiler wait for the products.
+      if constexpr (kInBackground) start_chunk(number, next_queries);
+    });
+
+    __syncthreads();
+    char* to = a.out.at(clip, head) + (32 * group + lane % 4 * 2) * sizeof(T);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 other = shared.output[1 - group][i][thread];
+      float mine[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) mine[e] = group ? out[16 + 4 * i + e] : out[4 * i + e];
+      const uint32_t packed[2] = {pack<T>(mine[0] + other.x, mine[1] + other.y),
+                                  pack<T>(mine[2] + other.z, mine[3] + other.w)};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (row + 8 * r < a.queries) {
+          *reinterpret_cast<uint32_t*>(to + (row + 8 * r) * a.out.row_bytes + i * 8 * sizeof(T)) = packed[r];
+        }
+      }
+    }
+    wait_products(s);
+  }
+
+  if constexpr (kColumns) {
+    barrier_sync(1 + group, kGroupThreads);
+    for (int i = thread; i < keys; i += kGroupThreads) {
+      const int patch = first_key + i - a.extra_tokens;
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) sum += shared.columns[4 * group + w][i];
+      if (patch >= 0) partial[patch] = sum * a.column_share;
+    }
+  }
+}
+
+}  // namespace pruneattn::cuda

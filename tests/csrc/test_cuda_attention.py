@@ -1,0 +1,242 @@
+"""The CUDA attention kernels against numpy in float64: under the shim, and on a GPU where there is one."""
+
+import numpy as np
+import pytest
+
+from tests.csrc.test_kernels import expected_index, expected_rows
+
+D = 64
+TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2}  # of outputs of about 1: a rounding of the weights and one of the sum
+
+
+def to_bits(x, dtype):
+    """float32 rounded to half precision, as uint16."""
+    if dtype == "float16":
+        return x.astype(np.float16).view(np.uint16)
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+def from_bits(bits, dtype):
+    if dtype == "float16":
+        return bits.view(np.float16).astype(np.float64)
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def softmax_matrix(q, k, scale):
+    with np.errstate(all="ignore"):
+        logits = q @ k.swapaxes(-1, -2) * scale
+        shifted = np.exp(logits - logits.max(-1, keepdims=True))
+        return shifted / shifted.sum(-1, keepdims=True), logits
+
+
+class Case:
+    """Packed qkv [B, N, 3, H, 64] of random numbers, in one implementation's memory, and what is expected of them."""
+
+    def __init__(self, kernels, batch, heads, tokens, extra=1, dtype="bfloat16", scale=0.125, change=None, spread=1.0):
+        rng = np.random.default_rng(tokens)
+        self.kernels, self.shape, self.extra, self.dtype, self.scale = kernels, (batch, heads, tokens), extra, dtype, scale
+        packed = spread * rng.standard_normal((batch, tokens, 3, heads, D))
+        if change:
+            change(packed)
+        self.bits = to_bits(packed.astype(np.float32), dtype)
+        self.q, self.k, self.v = from_bits(self.bits, dtype).transpose(2, 0, 3, 1, 4)
+
+    def run(self, name, queries=None, **more):
+        """Calls the kernel; returns out [B, H, M, 64] and lse [B, H, M] in float64, and what ``more`` was given to fill."""
+        batch, heads, tokens = self.shape
+        put = self.kernels.memory.put
+        source, pointer = put(self.bits)
+        strides = (tokens * 3 * heads * D, D, 3 * heads * D)
+        q, k, v = ((pointer + 2 * part * heads * D, *strides) for part in range(3))
+        rows = queries or tokens
+        out, out_ptr = put(np.full((batch, rows, heads, D), 0xFFFF, np.uint16))
+        lse, lse_ptr = put(np.full((batch, heads, rows), np.nan, np.float32))
+        places = (q, k, v, (out_ptr, rows * heads * D, D, heads * D), lse_ptr, self.scale)
+        sizes = (self.dtype, batch, heads, *((rows,) if name == "attention" else ()), tokens, D)
+        self.kernels.call(name, *sizes, *places, *more.get("arguments", lambda *_: ())(out_ptr))
+        get = self.kernels.memory.get
+        return from_bits(get(out), self.dtype).transpose(0, 2, 1, 3), get(lse).astype(np.float64)
+
+    def parts(self):
+        batch, heads, tokens = self.shape
+        return self.kernels.module.cuda_attention_parts(batch * heads, tokens, 0)
+
+    def column_means(self):
+        """(out, lse, partial sums [B, H * parts, P]) of column_mean_attention."""
+        batch, heads, tokens = self.shape
+        parts = self.parts()
+        sums, pointer = self.kernels.memory.put(
+            np.full((batch, heads * parts, tokens - self.extra), np.nan, np.float32))
+        out, lse = self.run("column_mean_attention", arguments=lambda _: (self.extra, pointer, parts))
+        return out, lse, self.kernels.memory.get(sums)
+
+    def pruned(self, keep, residual):
+        """(scores, index, rows kept of the residual, rows kept of the output) of pruned_attention, rows as bytes."""
+        batch, heads, tokens = self.shape
+        parts, patches, put = self.parts(), tokens - self.extra, self.kernels.memory.put
+        sums, sums_ptr = put(np.full((batch, heads * parts, patches), np.nan, np.float32))
+        finished, finished_ptr = put(np.zeros(batch, np.uint32))
+        scores, scores_ptr = put(np.full((batch, patches), np.nan, np.float32))
+        index, index_ptr = put(np.full((batch, keep), -7, np.int64))
+        x, x_ptr = put(residual)
+        row = 2 * heads * D
+        kept = [put(np.full((batch, self.extra + keep, size), 0xEE, np.uint8)) for size in (residual.shape[2], row)]
+        self.run("pruned_attention", arguments=lambda out_ptr: (
+            self.extra, sums_ptr, parts, finished_ptr, keep, scores_ptr, index_ptr,
+            [(x_ptr, kept[0][1], residual[0].nbytes, residual.shape[2], residual.shape[2]),
+             (out_ptr, kept[1][1], tokens * row, row, row)]))
+        get = self.kernels.memory.get
+        return get(scores), get(index), get(kept[0][0]), get(kept[1][0])
+
+    def expected(self):
+        """Output, log-sum-exp and column means in float64."""
+        weights, logits = softmax_matrix(self.q, self.k, self.scale)
+        with np.errstate(all="ignore"):
+            top = logits.max(-1)
+            lse = top + np.log(np.exp(logits - top[..., None]).sum(-1))
+            # Over the patches that are queried: all of them, where scores are asked for.
+            return weights @ self.v, lse, weights[:, :, self.extra:, self.extra:].sum((1, 2)) / (
+                weights.shape[1] * (self.shape[2] - self.extra))
+
+    def check(self, out, lse, scores):
+        expected_out, expected_lse, expected_scores = self.expected()
+        np.testing.assert_allclose(out, expected_out, rtol=0, atol=TOLERANCE[self.dtype] * max(1, np.abs(self.v).max() / 4))
+        np.testing.assert_allclose(lse, expected_lse, rtol=2e-6, atol=2e-5)
+        if scores is not None:
+            np.testing.assert_allclose(scores, expected_scores, rtol=3e-5, atol=1e-9)
+
+
+@pytest.fixture(params=["shim", "device"])
+def cuda(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("tokens", [65, 257, 513, 514, 360, 450, 576])
+def test_real_sizes(cuda, tokens, dtype):
+    case = Case(cuda, 1, 2, tokens, 2 if tokens == 514 else 1, dtype)
+    out, lse, sums = case.column_means()
+    case.check(out, lse, sums.astype(np.float64).sum(1))
+
+
+@pytest.mark.parametrize("extra", [0, 1, 2])
+def test_every_small_number_of_tokens(cuda, extra):
+    for tokens in range(max(2, extra + 1), 131):
+        case = Case(cuda, 1, 1, tokens, extra, "bfloat16" if tokens % 2 else "float16")
+        out, lse, sums = case.column_means()
+        case.check(out, lse, sums.astype(np.float64).sum(1))
+
+
+@pytest.mark.parametrize("queries", [1, 64, 100])
+def test_attention_of_some_queries(cuda, queries):
+    case = Case(cuda, 2, 3, 130)
+    out, lse = case.run("attention", queries=queries)
+    case.q = case.q[:, :, :queries]
+    case.check(out, lse, None)
+
+
+@pytest.mark.parametrize("tokens,extra", [(65, 1), (130, 2), (300, 0)])
+def test_pruned_attention_is_attention_then_epilogue(cuda, tokens, extra):
+    case = Case(cuda, 3, 2, tokens, extra)
+    out, _, sums = case.column_means()
+    residual = np.random.default_rng(1).integers(0, 256, (3, tokens, 48), dtype=np.uint8)
+    rows = np.ascontiguousarray(to_bits(out.transpose(0, 2, 1, 3).astype(np.float32), case.dtype)).view(np.uint8)
+    rows = rows.reshape(3, tokens, -1)
+    for keep in {1, (tokens - extra) // 2, tokens - extra}:
+        scores, index, x_kept, out_kept = case.pruned(keep, residual)
+        one_by_one = np.zeros_like(scores)
+        for i in range(sums.shape[1]):
+            one_by_one = one_by_one + sums[:, i]  # float32, in ascending order
+        np.testing.assert_array_equal(scores, one_by_one)
+        np.testing.assert_array_equal(index, expected_index(scores, keep))
+        np.testing.assert_array_equal(x_kept, expected_rows(residual, index, extra))
+        np.testing.assert_array_equal(out_kept, expected_rows(rows, index, extra))
+
+
+@pytest.mark.parametrize("order", ["reverse", "shuffle"])
+def test_result_does_not_depend_on_order(shim, monkeypatch, order):
+    case = Case(shim, 2, 2, 130)
+    residual = np.arange(2 * 130 * 16, dtype=np.uint8).reshape(2, 130, 16)
+    first = [*case.column_means(), *case.pruned(50, residual)]
+    monkeypatch.setenv("SHIM_ORDER", order)
+    for one, other in zip(first, [*case.column_means(), *case.pruned(50, residual)]):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_same_bits_in_every_run(cuda):
+    case = Case(cuda, 4, 2, 257)
+    first = case.column_means()
+    for _ in range(3):
+        for one, other in zip(first, case.column_means()):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("spread", [30.0, 1e-3])
+def test_sharp_and_flat_rows(cuda, spread):
+    case = Case(cuda, 1, 2, 200, spread=spread)
+    out, lse, sums = case.column_means()
+    expected = case.expected()
+    np.testing.assert_allclose(out, expected[0], rtol=2e-2, atol=TOLERANCE["bfloat16"] * spread)
+    np.testing.assert_allclose(sums.astype(np.float64).sum(1), expected[2], rtol=2e-4, atol=1e-8)
+
+
+def unscored_row(packed):
+    packed[:, 0, 0] = np.nan  # the class token's query: its output is lost, no score is
+
+
+def one_query(packed):
+    packed[:, 70, 0] = np.nan
+
+
+def one_key(packed):
+    packed[:, 70, 1, 0] = np.inf
+
+
+def one_value(packed):
+    packed[:, 70, 2, 0, 5] = np.nan
+
+
+@pytest.mark.parametrize("change", [unscored_row, one_query, one_key, one_value])
+def test_what_is_not_finite_goes_where_the_definition_says(cuda, change):
+    case = Case(cuda, 1, 2, 130, change=change)
+    out, _, sums = case.column_means()
+    expected_out, _, expected_scores = case.expected()
+    np.testing.assert_array_equal(np.isnan(out), np.isnan(expected_out))
+    np.testing.assert_array_equal(np.isnan(sums.sum(1)), np.isnan(expected_scores))
+    there = ~np.isnan(expected_scores)
+    np.testing.assert_allclose(sums.sum(1)[there], expected_scores[there], rtol=3e-5)
+
+
+@pytest.mark.parametrize("multiprocessors", ["1", "4", "132"])
+def test_queries_shared_by_blocks(shim, monkeypatch, multiprocessors):
+    monkeypatch.setenv("SHIM_MULTIPROCESSORS", multiprocessors)
+    case = Case(shim, 1, 2, 257)
+    assert case.parts() == {"1": 1, "4": 2, "132": 5}[multiprocessors]
+    out, lse, sums = case.column_means()
+    case.check(out, lse, sums.astype(np.float64).sum(1))
+    case.pruned(100, np.zeros((1, 257, 16), np.uint8))
+
+
+def test_arguments_are_checked(cuda):
+    place = (0, 64, 64, 64)
+    call = lambda *a: cuda.call("attention", *a)  # noqa: E731
+    with pytest.raises(ValueError, match="channels must be 64 on CUDA, got 32"):
+        call("float16", 1, 1, 5, 5, 32, place, place, place, place, 0, 1.0)
+    with pytest.raises(ValueError, match="tokens must be at most 576 on CUDA, got 577"):
+        call("float16", 1, 1, 577, 577, 64, place, place, place, place, 0, 1.0)
+    with pytest.raises(ValueError, match="dtype must be float16 or bfloat16, got float32"):
+        call("float32", 1, 1, 5, 5, 64, place, place, place, place, 0, 1.0)
+    with pytest.raises(ValueError, match="scale must be positive on CUDA, got -1"):
+        call("float16", 1, 1, 5, 5, 64, place, place, place, place, 0, -1.0)
+    with pytest.raises(ValueError, match="k: pointer and strides must be multiples of 16 bytes"):
+        call("float16", 1, 1, 5, 5, 64, place, (2, 64, 64, 64), place, place, 0, 1.0)
+
+
+def test_tokens_that_fit_a_smaller_gpu(shim, monkeypatch):
+    assert shim.module.cuda_most_tokens(0) == 576
+    monkeypatch.setenv("SHIM_SHARED_LIMIT", str(163 << 10))  # sm_80
+    assert shim.module.cuda_most_tokens(0) == 480
+    with pytest.raises(RuntimeError, match=r"attention\(bfloat16, batch=1, heads=1, queries=481, tokens=481"):
+        Case(shim, 1, 1, 481).run("attention")
