@@ -209,19 +209,6 @@ void cuda_column_mean_attention(const std::string& dtype, int64_t batch, int64_t
   cuda::column_mean_attention(cuda_dtype_of(dtype), batch, work, reinterpret_cast<float*>(partials), parts, device,
                               stream_of(stream));
 }
-
-void cuda_pruned_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t tokens, int64_t channels,
-                           const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v,
-                           const HeadsArgument& out, uintptr_t lse, double scale, int64_t extra_tokens,
-                           uintptr_t partials, int parts, uintptr_t finished, int64_t keep, uintptr_t scores,
-                           uintptr_t index, const RowsArgument& rows, int device, uintptr_t stream) {
-  const auto work =
-      cuda_attention_of(batch, heads, tokens, tokens, channels, q, k, v, out, lse, scale, extra_tokens);
-  check_cuda_selection(batch, tokens - extra_tokens, keep);
-  cuda::pruned_attention(cuda_dtype_of(dtype), batch, work, reinterpret_cast<float*>(partials), parts,
-                         reinterpret_cast<uint32_t*>(finished), keep, reinterpret_cast<float*>(scores),
-                         index_of(index), rows_of(rows, extra_tokens), device, stream_of(stream));
-}
 #endif
 
 py::dict build_info() {
@@ -296,10 +283,5 @@ PYBIND11_MODULE(_C, m) {
         arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
         arg("extra_tokens"), arg("partials_ptr"), arg("parts"), arg("device"), arg("stream"),
         "cuda_attention, and the column means in heads * cuda_attention_parts rows that are yet to be added up.");
-  m.def("cuda_pruned_attention", &cuda_pruned_attention, nogil, arg("dtype"), arg("batch"), arg("heads"),
-        arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
-        arg("extra_tokens"), arg("partials_ptr"), arg("parts"), arg("finished_ptr"), arg("keep"), arg("scores_ptr"),
-        arg("index_ptr"), arg("rows"), arg("device"), arg("stream"),
-        "cuda_column_mean_attention and cuda_prune_epilogue in one launch. `finished`: a zero per clip.");
 #endif
 }

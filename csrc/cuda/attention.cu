@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kBlocks<kKeys>)
 // Blocks that share the queries of a head. Each loads all keys and values, which costs it about as much as a tile of
 // queries; of the splits, the one whose longest multiprocessor has least to do.
 int attention_parts(int64_t heads, int64_t queries, int device) {
-  const int64_t tiles = (queries + kTileRows - 1) / kTileRows, processors = multiprocessors(device);
+  const int64_t tiles = tiles_of(static_cast<int>(queries)), processors = multiprocessors(device);
   int64_t best = 1, least = INT64_MAX;
   for (int64_t parts = 1; parts <= tiles; ++parts) {
     const int64_t rounds = (heads * parts + processors - 1) / processors;

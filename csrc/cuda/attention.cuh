@@ -6,6 +6,7 @@
 // keys each: they meet once for the statistics of the rows and once to add up the output.
 #pragma once
 
+#include "attention_row.cuh"
 #include "kernels.h"
 #include "synchronize.cuh"
 #include "tensor_cores.cuh"
@@ -15,6 +16,10 @@ namespace pruneattn::cuda {
 constexpr int kAttentionThreads = 256;
 constexpr int kGroupThreads = kAttentionThreads / 2;
 constexpr int kChunk = 96;  // keys of one product of logits
+#ifndef BATCH
+#define BATCH 48
+#endif
+constexpr int kBatch = BATCH;  // keys whose weights are multiplied at once
 constexpr unsigned kAll = 0xffffffffu;
 
 // Calls f(integral_constant) for 0..kCount-1.
@@ -43,23 +48,36 @@ struct AttentionMemory {
   float columns[8][kKeys];                          // of each warp
 };
 
+// As many queries beyond whole tiles are attended to one by one.
+constexpr int kFewRows = 2;
+
+PRUNEATTN_HOST_DEVICE inline int tiles_of(int queries) {
+  return queries / kTileRows + (queries < kTileRows || queries % kTileRows > kFewRows);
+}
+
+// The queries of a block: tiles [first, last), and rows [first_row, queries).
 struct AttentionPart {
-  int first_tile, last_tile;  // tiles of 64 queries: [first, last)
+  int first_tile, last_tile, first_row;
 };
 
 __device__ inline AttentionPart part_of(int part, int parts, int queries) {
-  const int tiles = (queries + kTileRows - 1) / kTileRows;
-  return {tiles * part / parts, tiles * (part + 1) / parts};
+  const int tiles = tiles_of(queries);
+  return {tiles * part / parts, tiles * (part + 1) / parts, part == parts - 1 ? tiles * kTileRows : queries};
 }
 
-// Rows first.. of a head into a tile, zeros from `count` on; by `threads` threads of which this is number `thread`.
+// Rows first.. of a head into `rows` rows of a tile, zeros from row `count` of the head on; by kThreads threads of which
+// this is number `thread`.
+template <int kThreads>
 __device__ inline void load_tile(unsigned char* tile, const char* head, int64_t row_bytes, int first, int rows,
-                                 int count, int thread, int threads) {
-  for (int i = thread; i < rows * 8; i += threads) {
-    const int row = i / 8, piece = i % 8;
+                                 int count, int thread) {
+  constexpr int kStep = kThreads / 8;  // 8 threads a row; a multiple of 8, so that every row of a thread is swizzled alike
+  const char* source = head + (first + thread / 8) * row_bytes + thread % 8 * 16;
+  unsigned char* to = tile + tile_offset(thread / 8, thread % 8);
+  for (int row = thread / 8; row < rows; row += kStep) {
     const bool there = first + row < count;
-    const char* source = head + (there ? first + row : 0) * row_bytes + piece * 16;
-    copy_async(tile + tile_offset(row, piece), source, there);
+    copy_async(to, there ? source : head, there);
+    source += kStep * row_bytes;
+    to += kStep * kRowBytes;
   }
 }
 
@@ -122,11 +140,13 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
   unsigned char* const my_keys = shared.keys + first_key * kRowBytes;
   unsigned char* const my_values = shared.values + first_key * kRowBytes;
 
-  load_tile(shared.queries[0], q, a.q.row_bytes, part.first_tile * kTileRows, kTileRows, a.queries, threadIdx.x,
-            kAttentionThreads);
-  load_tile(my_keys, a.k.at(clip, head), a.k.row_bytes, first_key, kKeys, a.tokens, thread, kGroupThreads);
+  const auto load_queries = [&](unsigned char* tile, int number) {
+    load_tile<kAttentionThreads>(tile, q, a.q.row_bytes, number * kTileRows, kTileRows, a.queries, threadIdx.x);
+  };
+  load_queries(shared.queries[0], part.first_tile);
+  load_tile<kGroupThreads>(my_keys, a.k.at(clip, head), a.k.row_bytes, first_key, kKeys, a.tokens, thread);
   commit_copies();
-  load_tile(my_values, a.v.at(clip, head), a.v.row_bytes, first_key, kKeys, a.tokens, thread, kGroupThreads);
+  load_tile<kGroupThreads>(my_values, a.v.at(clip, head), a.v.row_bytes, first_key, kKeys, a.tokens, thread);
   commit_copies();
   if constexpr (kColumns) {
     for (int i = lane; i < kKeys; i += 32) shared.columns[4 * group + warp][i] = 0;
@@ -147,17 +167,13 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
   for (int tile = part.first_tile; tile < part.last_tile; ++tile) {
     const int row = tile * kTileRows + 16 * warp + lane / 4;
     unsigned char* const next_queries = shared.queries[(tile - part.first_tile + 1) % 2];
-    const bool more = tile + 1 < part.last_tile;
-    if (more) {
-      load_tile(next_queries, q, a.q.row_bytes, (tile + 1) * kTileRows, kTileRows, a.queries, threadIdx.x,
-                kAttentionThreads);
-    }
+    if (tile + 1 < part.last_tile) load_queries(next_queries, tile + 1);
     commit_copies();
     if constexpr (!kInBackground) {
       unrolled<kChunks<kKeys>>([&](auto number) { start_chunk(number, shared.queries[(tile - part.first_tile) % 2]); });
     }
 
-    float largest[2] = {-INFINITY, -INFINITY};
+    float largest[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};  // two for each row: shorter chains
     unrolled<kChunks<kKeys>>([&](auto number) {
       constexpr int c = decltype(number)::value;
       auto& logits = reinterpret_cast<Logits<kKeys, c>>(s[c * kChunk / 2]);
@@ -169,13 +185,13 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
         }
       }
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) largest[i / 2 % 2] = fmaxf(largest[i / 2 % 2], logits[i]);
+      for (int i = 0; i < kCount; ++i) largest[i % 4] = fmaxf(largest[i % 4], logits[i]);
     });
     // In powers of 2, rounded up so that no weight exceeds 1.
     float base[2], shift[2], sum[2] = {0, 0};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      base[r] = __fmul_ru(quad_max(largest[r]), a.scale);
+      base[r] = __fmul_ru(quad_max(fmaxf(largest[2 * r], largest[2 * r + 1])), a.scale);
       shift[r] = base[r] == -INFINITY ? 0 : base[r];
     }
     if (tile == part.first_tile) {  // the values, and not the next queries
@@ -184,20 +200,20 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
     }
 
     float out[kHeadSize / 2];
-    unrolled<kKeys / 16>([&](auto number) {
-      constexpr int step = decltype(number)::value;
-      uint32_t weights[4];
+    unrolled<(kKeys + kBatch - 1) / kBatch>([&](auto number) {
+      constexpr int first = decltype(number)::value * kBatch;
+      constexpr int kSteps = (kKeys - first < kBatch ? kKeys - first : kBatch) / 16;
+      uint32_t weights[4 * kSteps];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float(&pair)[2] = reinterpret_cast<float(&)[2]>(s[step * 8 + 2 * i]);
+      for (int i = 0; i < 4 * kSteps; ++i) {
+        float(&pair)[2] = reinterpret_cast<float(&)[2]>(s[first / 2 + 2 * i]);
         pair[0] = exp2_approximate(fmaf(pair[0], a.scale, -shift[i % 2]));
         pair[1] = exp2_approximate(fmaf(pair[1], a.scale, -shift[i % 2]));
-        sum[i % 2] += pair[0];
-        sum[i % 2] += pair[1];
+        sum[i % 2] += pair[0] + pair[1];
         weights[i] = pack<T>(pair[0], pair[1]);
       }
-      add_values<T, step == 0>(out, weights, my_values + step * 16 * kRowBytes);
-      if constexpr (step > 0) wait_products<1>();  // frees registers
+      add_values<T, first == 0, kSteps>(out, weights, my_values + first * kRowBytes);
+      if constexpr (first > 0) wait_products<1>();  // frees registers
     });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -215,9 +231,9 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
       const float common = fmaxf(first.x, second.x);
       const float of_first = exp2_approximate(first.x - common), of_second = exp2_approximate(second.x - common);
       const float total = of_first * first.y + of_second * second.y;
-      share[r] = (group == 0 ? of_first : of_second) / total;
+      share[r] = (group == 0 ? of_first : of_second) * reciprocal_approximate(total);
       if (group == 0 && lane % 4 == 0 && row + 8 * r < a.queries) {
-        a.lse[head_number * a.queries + row + 8 * r] = (common + log2f(total)) * 0.6931471805599453f;
+        a.lse[head_number * a.queries + row + 8 * r] = (common + log2_approximate(total)) * 0.6931471805599453f;
       }
     }
     wait_products(out);
@@ -236,12 +252,13 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
 #pragma unroll
     for (int r = 0; r < 2; ++r) share[r] = scored[r] ? share[r] : 0;
     unrolled<kChunks<kKeys>>([&](auto number) {
-      constexpr int c = decltype(number)::value;
       if constexpr (kColumns) {
+        constexpr int c = decltype(number)::value;
         auto& weights = reinterpret_cast<Logits<kKeys, c>>(s[c * kChunk / 2]);
         constexpr int kCount = kChunkKeys<kKeys, c> / 4;  // columns of a lane
         float sums[kCount];
         if (!all_scored) {  // not by a share of 0: they may be NaN
+          __syncwarp();     // or the compiler makes it selections for all rows
 #pragma unroll
           for (int i = 0; i < 2 * kCount; ++i) weights[i] = scored[i / 2 % 2] ? weights[i] : 0;
         }
@@ -283,8 +300,22 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
     wait_products(s);
   }
 
+  for (int row = part.first_row; row < a.queries; ++row) {
+    // What the products used is free; a tile of queries and the output of the groups are far apart from each other.
+    float* const weights = reinterpret_cast<float*>(shared.queries);
+    __syncthreads();
+    attend_row<T, 2 * kKeys>(reinterpret_cast<const T*>(q + row * a.q.row_bytes), shared.keys, shared.values, a.tokens,
+                             a.scale, reinterpret_cast<T*>(a.out.at(clip, head) + row * a.out.row_bytes),
+                             a.lse + head_number * a.queries + row, weights, *reinterpret_cast<RowMemory*>(shared.output));
+    if constexpr (kColumns) {
+      if (row >= a.extra_tokens) {
+        for (int i = thread; i < keys; i += kGroupThreads) shared.columns[4 * group][i] += weights[first_key + i];
+      }
+    }
+  }
+
   if constexpr (kColumns) {
-    barrier_sync(1 + group, kGroupThreads);
+    __syncthreads();
     for (int i = thread; i < keys; i += kGroupThreads) {
       const int patch = first_key + i - a.extra_tokens;
       float sum = 0;

@@ -66,9 +66,4 @@ int attention_parts(int64_t heads, int64_t queries, int device);
 void column_mean_attention(Dtype dtype, int64_t batch, const Attention& attention, float* partials, int parts,
                            int device, Stream stream);
 
-// column_mean_attention and prune_epilogue in one launch. finished[batch]: zeros.
-void pruned_attention(Dtype dtype, int64_t batch, const Attention& attention, float* partials, int parts,
-                      uint32_t* finished, int64_t keep, float* scores, int64_t* index, const RowsList& rows,
-                      int device, Stream stream);
-
 }  // namespace pruneattn::cuda

@@ -50,6 +50,18 @@ __device__ inline float exp2_approximate(float x) {
   return y;
 }
 
+// 1 / x and log2(x), one instruction each, to 1 and some 2 ulp.
+__device__ inline float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float log2_approximate(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace pruneattn::cuda
 
 #else

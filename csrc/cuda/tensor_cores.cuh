@@ -71,10 +71,11 @@ __device__ inline uint32_t pack(float low, float high) {
 template <typename T, int kColumns>
 __device__ void start_logits(float (&acc)[kColumns / 2], const unsigned char* queries, const unsigned char* keys);
 
-// acc += weights (64 rows x 16 keys, packed as accumulators are laid out) x values (16 rows); kFirst: acc = that. In the
-// background: acc and weights are in use until wait_products.
-template <typename T, bool kFirst>
-__device__ void add_values(float (&acc)[kHeadSize / 2], const uint32_t (&weights)[4], const unsigned char* values);
+// acc += weights (64 rows x 16 kSteps keys, packed as accumulators are laid out) x values (16 kSteps rows); kFirst: acc =
+// that. In the background: acc and weights are in use until wait_products.
+template <typename T, bool kFirst, int kSteps>
+__device__ void add_values(float (&acc)[kHeadSize / 2], const uint32_t (&weights)[4 * kSteps],
+                           const unsigned char* values);
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -125,7 +126,8 @@ __device__ inline void wait_products(float (&acc)[kCount]) {
                "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" R32                                \
                "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;}"                                                        \
                : F8(acc, 0), F8(acc, 8), F8(acc, 16), F8(acc, 24)                                                  \
-               : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "l"(v), "n"(kFirst ? 0 : 1))
+               : "r"(weights[4 * step]), "r"(weights[4 * step + 1]), "r"(weights[4 * step + 2]),                   \
+                 "r"(weights[4 * step + 3]), "l"(v), "r"(add))
 
 template <typename T, int kColumns>
 __device__ inline void start_logits(float (&acc)[kColumns / 2], const unsigned char* queries,
@@ -147,12 +149,17 @@ __device__ inline void start_logits(float (&acc)[kColumns / 2], const unsigned c
   commit_products();
 }
 
-template <typename T, bool kFirst>
-__device__ inline void add_values(float (&acc)[kHeadSize / 2], const uint32_t (&weights)[4],
+template <typename T, bool kFirst, int kSteps>
+__device__ inline void add_values(float (&acc)[kHeadSize / 2], const uint32_t (&weights)[4 * kSteps],
                                   const unsigned char* values) {
-  const uint64_t v = describe_tile(values);
+  uint64_t v = describe_tile(values);
   begin_products();
-  if constexpr (std::is_same_v<T, Half>) VALUES("f16"); else VALUES("bf16");
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int add = step > 0 || !kFirst;
+    if constexpr (std::is_same_v<T, Half>) VALUES("f16"); else VALUES("bf16");
+    v += 16 * kRowBytes >> 4;  // 16 keys further
+  }
   commit_products();
 }
 
@@ -217,20 +224,24 @@ __device__ inline void start_logits(float (&acc)[kColumns / 2], const unsigned c
   }
 }
 
-template <typename T, bool kFirst>
-__device__ inline void add_values(float (&acc)[kHeadSize / 2], const uint32_t (&weights)[4],
+template <typename T, bool kFirst, int kSteps>
+__device__ inline void add_values(float (&acc)[kHeadSize / 2], const uint32_t (&weights)[4 * kSteps],
                                   const unsigned char* values) {
   const int lane = threadIdx.x % 32;
+  if constexpr (kFirst) {
 #pragma unroll
-  for (int j = 0; j < kHeadSize / 16; ++j) {
-    uint32_t b[4];
-    load_transposed(b, values + tile_offset(lane % 16, 2 * j + lane / 16));
-    if constexpr (kFirst) {
+    for (int i = 0; i < kHeadSize / 2; ++i) acc[i] = 0;
+  }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) acc[8 * j + i] = 0;
+  for (int step = 0; step < kSteps; ++step) {
+    const uint32_t a[4] = {weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3]};
+#pragma unroll
+    for (int j = 0; j < kHeadSize / 16; ++j) {
+      uint32_t b[4];
+      load_transposed(b, values + tile_offset(16 * step + lane % 16, 2 * j + lane / 16));
+      multiply<T>(acc + 8 * j, a, b[0], b[1]);
+      multiply<T>(acc + 8 * j + 4, a, b[2], b[3]);
     }
-    multiply<T>(acc + 8 * j, weights, b[0], b[1]);
-    multiply<T>(acc + 8 * j + 4, weights, b[2], b[3]);
   }
 }
 

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 
-from tests.csrc.test_kernels import expected_index, expected_rows
-
 D = 64
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2}  # of outputs of about 1: a rounding of the weights and one of the sum
 
@@ -72,24 +70,6 @@ class Case:
         out, lse = self.run("column_mean_attention", arguments=lambda _: (self.extra, pointer, parts))
         return out, lse, self.kernels.memory.get(sums)
 
-    def pruned(self, keep, residual):
-        """(scores, index, rows kept of the residual, rows kept of the output) of pruned_attention, rows as bytes."""
-        batch, heads, tokens = self.shape
-        parts, patches, put = self.parts(), tokens - self.extra, self.kernels.memory.put
-        sums, sums_ptr = put(np.full((batch, heads * parts, patches), np.nan, np.float32))
-        finished, finished_ptr = put(np.zeros(batch, np.uint32))
-        scores, scores_ptr = put(np.full((batch, patches), np.nan, np.float32))
-        index, index_ptr = put(np.full((batch, keep), -7, np.int64))
-        x, x_ptr = put(residual)
-        row = 2 * heads * D
-        kept = [put(np.full((batch, self.extra + keep, size), 0xEE, np.uint8)) for size in (residual.shape[2], row)]
-        self.run("pruned_attention", arguments=lambda out_ptr: (
-            self.extra, sums_ptr, parts, finished_ptr, keep, scores_ptr, index_ptr,
-            [(x_ptr, kept[0][1], residual[0].nbytes, residual.shape[2], residual.shape[2]),
-             (out_ptr, kept[1][1], tokens * row, row, row)]))
-        get = self.kernels.memory.get
-        return get(scores), get(index), get(kept[0][0]), get(kept[1][0])
-
     def expected(self):
         """Output, log-sum-exp and column means in float64."""
         weights, logits = softmax_matrix(self.q, self.k, self.scale)
@@ -137,31 +117,12 @@ def test_attention_of_some_queries(cuda, queries):
     case.check(out, lse, None)
 
 
-@pytest.mark.parametrize("tokens,extra", [(65, 1), (130, 2), (300, 0)])
-def test_pruned_attention_is_attention_then_epilogue(cuda, tokens, extra):
-    case = Case(cuda, 3, 2, tokens, extra)
-    out, _, sums = case.column_means()
-    residual = np.random.default_rng(1).integers(0, 256, (3, tokens, 48), dtype=np.uint8)
-    rows = np.ascontiguousarray(to_bits(out.transpose(0, 2, 1, 3).astype(np.float32), case.dtype)).view(np.uint8)
-    rows = rows.reshape(3, tokens, -1)
-    for keep in {1, (tokens - extra) // 2, tokens - extra}:
-        scores, index, x_kept, out_kept = case.pruned(keep, residual)
-        one_by_one = np.zeros_like(scores)
-        for i in range(sums.shape[1]):
-            one_by_one = one_by_one + sums[:, i]  # float32, in ascending order
-        np.testing.assert_array_equal(scores, one_by_one)
-        np.testing.assert_array_equal(index, expected_index(scores, keep))
-        np.testing.assert_array_equal(x_kept, expected_rows(residual, index, extra))
-        np.testing.assert_array_equal(out_kept, expected_rows(rows, index, extra))
-
-
 @pytest.mark.parametrize("order", ["reverse", "shuffle"])
 def test_result_does_not_depend_on_order(shim, monkeypatch, order):
     case = Case(shim, 2, 2, 130)
-    residual = np.arange(2 * 130 * 16, dtype=np.uint8).reshape(2, 130, 16)
-    first = [*case.column_means(), *case.pruned(50, residual)]
+    first = case.column_means()
     monkeypatch.setenv("SHIM_ORDER", order)
-    for one, other in zip(first, [*case.column_means(), *case.pruned(50, residual)]):
+    for one, other in zip(first, case.column_means()):
         np.testing.assert_array_equal(one, other)
 
 
@@ -213,10 +174,9 @@ def test_what_is_not_finite_goes_where_the_definition_says(cuda, change):
 def test_queries_shared_by_blocks(shim, monkeypatch, multiprocessors):
     monkeypatch.setenv("SHIM_MULTIPROCESSORS", multiprocessors)
     case = Case(shim, 1, 2, 257)
-    assert case.parts() == {"1": 1, "4": 2, "132": 5}[multiprocessors]
+    assert case.parts() == {"1": 1, "4": 2, "132": 4}[multiprocessors]
     out, lse, sums = case.column_means()
     case.check(out, lse, sums.astype(np.float64).sum(1))
-    case.pruned(100, np.zeros((1, 257, 16), np.uint8))
 
 
 def test_arguments_are_checked(cuda):

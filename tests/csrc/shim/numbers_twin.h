@@ -60,5 +60,7 @@ inline float exp2_approximate(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f : y;  // false for a NaN
 }
+inline float reciprocal_approximate(float x) { return 1 / x; }
+inline float log2_approximate(float x) { return std::log2(x); }
 
 }  // namespace pruneattn::cuda

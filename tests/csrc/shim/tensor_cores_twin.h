@@ -47,13 +47,13 @@ void start_logits(float (&acc)[kColumns / 2], const unsigned char* queries, cons
   }
 }
 
-template <typename T, bool kFirst>
-void add_values(float (&acc)[kHeadSize / 2], const uint32_t (&weights)[4], const unsigned char* values) {
+template <typename T, bool kFirst, int kSteps>
+void add_values(float (&acc)[kHeadSize / 2], const uint32_t (&weights)[4 * kSteps], const unsigned char* values) {
   const int lane = threadIdx.x % 32;
   if (kFirst) std::fill(acc, acc + kHeadSize / 2, 0.0f);
-  for (int key = 0; key < 16; ++key) {
+  for (int key = 0; key < 16 * kSteps; ++key) {
     // The weights of this key are with one lane of the four that share a row.
-    const int owner = lane / 4 * 4 + key % 8 / 2, packed = key / 8 * 2;
+    const int owner = lane / 4 * 4 + key % 8 / 2, packed = key / 16 * 4 + key % 16 / 8 * 2;
     const uint32_t pair[2] = {__shfl_sync(0xffffffffu, weights[packed], owner),
                               __shfl_sync(0xffffffffu, weights[packed + 1], owner)};
     for (int i = 0; i < kHeadSize / 2; ++i) {

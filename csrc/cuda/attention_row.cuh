@@ -1,0 +1,106 @@
+// Attention of a single query by a whole block, without tensor cores. 513 tokens are 8 tiles of 64 queries and one
+// query: a tile for that one would cost as much as the others.
+#pragma once
+
+#include "block.cuh"
+#include "numbers.cuh"
+#include "tensor_cores.cuh"
+
+namespace pruneattn::cuda {
+
+struct RowMemory {
+  float query[kHeadSize], largest[kWarps], sum[kWarps];
+  float partial[kWarps][kHeadSize];
+};
+
+// Eight numbers of half precision from 16 bytes.
+template <typename T>
+__device__ inline void unpack(const unsigned char* piece, float (&x)[8]) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(piece);
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = to_float(T{static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)});
+}
+
+template <typename F>
+__device__ inline float over_warp(float x, const F& f) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x = f(x, __shfl_xor_sync(kAllLanes, x, distance));
+  return x;
+}
+
+// Writes output and log-sum-exp of a query; keys and values lie in tiles. weights[0..tokens) is left with the row of the
+// softmax matrix, to be read after a barrier. All threads call it.
+template <typename T, int kMostKeys>
+__device__ void attend_row(const T* query, const unsigned char* keys, const unsigned char* values, int tokens,
+                           float scale, T* out, float* lse, float* weights, RowMemory& shared) {
+  constexpr int kPerThread = (kMostKeys + kThreads - 1) / kThreads;
+  const int thread = threadIdx.x, lane = thread % kWarp, warp = thread / kWarp;
+  if (thread < kHeadSize) shared.query[thread] = to_float(query[thread]);
+  __syncthreads();
+
+  float logit[kPerThread], largest = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int key = thread + i * kThreads;
+    logit[i] = -INFINITY;
+    if (key < tokens) {
+      float sum = 0;
+#pragma unroll
+      for (int piece = 0; piece < 8; ++piece) {
+        float k[8];
+        unpack<T>(keys + tile_offset(key, piece), k);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) sum = fmaf(shared.query[8 * piece + c], k[c], sum);
+      }
+      logit[i] = sum;
+    }
+    largest = fmaxf(largest, logit[i]);
+  }
+  largest = over_warp(largest, [](float a, float b) { return fmaxf(a, b); });
+  if (lane == 0) shared.largest[warp] = largest;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.largest[w]);
+  const float base = __fmul_ru(largest, scale);
+
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    logit[i] = exp2_approximate(fmaf(logit[i], scale, -base));
+    if (thread + i * kThreads < tokens) sum += logit[i];
+  }
+  sum = over_warp(sum, [](float a, float b) { return a + b; });
+  if (lane == 0) shared.sum[warp] = sum;
+  __syncthreads();
+  sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += shared.sum[w];
+  const float share = reciprocal_approximate(sum);
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    if (thread + i * kThreads < tokens) weights[thread + i * kThreads] = logit[i] * share;
+  }
+  if (thread == 0) *lse = (base + log2_approximate(sum)) * 0.6931471805599453f;
+  __syncthreads();
+
+  // A warp takes every eighth key, a lane two channels.
+  float mine[2] = {0, 0};
+  for (int key = warp; key < tokens; key += kWarps) {
+    const auto pair = *reinterpret_cast<const uint32_t*>(values + tile_offset(key, lane / 4) + lane % 4 * 4);
+    const float weight = weights[key];
+    mine[0] = fmaf(weight, to_float(T{static_cast<uint16_t>(pair)}), mine[0]);
+    mine[1] = fmaf(weight, to_float(T{static_cast<uint16_t>(pair >> 16)}), mine[1]);
+  }
+  shared.partial[warp][2 * lane] = mine[0];
+  shared.partial[warp][2 * lane + 1] = mine[1];
+  __syncthreads();
+  if (thread < kHeadSize) {
+    float total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += shared.partial[w][thread];
+    out[thread] = from_float<T>(total);
+  }
+}
+
+}  // namespace pruneattn::cuda
