@@ -5,6 +5,7 @@
 # make test-core   the tests again on a newer torch, without torchaudio and the other optional packages; what is below the
 #                  extension knows nothing of torch and is not tested twice
 # make sanitize    the CPU kernels' tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make race    the CUDA kernels' tests on the CPU, where two accesses to memory that no barrier orders are an error
 # make gpu     build, tests, sanitizer and benchmarks on a CUDA device in the environment of PYTHON; writes bench/results/
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ SANITIZE := build/sanitize
 SANITIZE_FLAGS := -O1 -g -w -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZE_LIBRARIES = $(foreach name,asan stdc++,$(shell g++ -print-file-name=lib$(name).so))
 
-.PHONY: test test-core demo docs bench sanitize gpu clean
+.PHONY: test test-core demo docs bench sanitize race gpu clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python $(PYTEST)
@@ -46,6 +47,10 @@ sanitize: $(VENV)/installed
 	cd $(SANITIZE) && LD_PRELOAD="$(SANITIZE_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	  $(CURDIR)/$(VENV)/bin/python $(PYTEST) --capture=sys -k "not shim and not device and not cuda" \
 	  $(CURDIR)/tests/csrc/test_kernels.py $(CURDIR)/tests/csrc/test_attention_kernels.py
+
+# The shim of tests/csrc with each access checked; it needs nothing but g++.
+race: $(VENV)/installed
+	SHIM_RACE=1 $(VENV)/bin/python $(PYTEST) tests/csrc -k shim
 
 gpu:
 	$(PYTHON) -m bench.gpu_run

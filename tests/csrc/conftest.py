@@ -1,6 +1,7 @@
 """The compiled kernels as the tests see them: C++ on the CPU, CUDA C++ under the shim, CUDA C++ on a GPU."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -112,18 +113,37 @@ def setup_module():
 
 @pytest.fixture(scope="session")
 def build_shim(setup_module):
-    """``build_shim(sources, output, *flags)``: CUDA and C++ sources, compiled by g++ against tests/csrc/shim, as a library."""
+    """``build_shim(sources, output, *flags, race=...)``: CUDA and C++ sources compiled against tests/csrc/shim, a library.
+
+    ``race``: so that it finds races, too; by default where SHIM_RACE is set, as by ``make race``.
+    """
     if shutil.which("g++") is None:
         pytest.skip("no g++ on the PATH")
 
-    def build(sources, output, *flags):
-        flags = ["-std=c++17", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{SHIM}",
+    def build(sources, output, *flags, race=bool(os.environ.get("SHIM_RACE"))):
+        flags = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{SHIM}",
                  f"-I{ROOT / 'csrc'}", *flags]
-        sources = [SHIM / "fibres.cpp", *sources]
-        objects = [output.with_name(f"{source.name}.o") for source in sources]
-        for batch in range(0, len(sources), 2):  # two compilers at a time
-            jobs = [subprocess.Popen(["g++", *flags, *setup_module.isa_flags(source).split(), "-x", "c++", "-c", source, "-o", obj])
-                    for source, obj in list(zip(sources, objects))[batch : batch + 2]]
+        kernel_flags = ["-O1"]
+        runtime = [SHIM / "fibres.cpp"]
+        if race:
+            probe = ["g++", "-fsanitize=thread", "-x", "c++", "-fsyntax-only", "-"]
+            if subprocess.run(probe, input="", text=True, stderr=subprocess.DEVNULL).returncode:
+                pytest.skip("g++ has no -fsanitize=thread for this machine")
+            flags += ["-DSHIM_RACE", "-g1"]
+            kernel_flags += ["-fsanitize=thread", "-fno-threadsafe-statics"]
+            runtime += [SHIM / "race.cpp"]
+        # The kernels first: of an inline function that others have too, the linker takes the first, an instrumented one.
+        kernels = [source for source in sources if source.suffix == ".cu"]
+        others = [source for source in sources if source not in kernels]
+        edges = [(SHIM / "shared_edge.cpp", [f"-DSHIM_EDGE=shim_shared_{edge}"]) for edge in ("begin", "end")]
+        parts = [edges[0], *((source, kernel_flags) for source in kernels), edges[1]]
+        parts += [(source, ["-O1", *setup_module.isa_flags(source).split()]) for source in others]
+        parts += [(source, ["-O2"]) for source in runtime]
+        objects = [output.with_name(f"{number}-{source.name}.o") for number, (source, _) in enumerate(parts)]
+        commands = [["g++", *flags, *how, "-x", "c++", "-c", source, "-o", where]
+                    for (source, how), where in zip(parts, objects)]
+        for batch in range(0, len(commands), 2):  # two compilers at a time
+            jobs = [subprocess.Popen(command) for command in commands[batch : batch + 2]]
             assert [job.wait() for job in jobs] == [0] * len(jobs)
         subprocess.run(["g++", "-shared", "-fopenmp", *objects, "-ldl", "-o", output], check=True)
         return output

@@ -19,7 +19,15 @@ __global__ void exchange_kernel(int* data, int bytes, int beyond) {
   if (i == 0 && beyond < 0) dynamic_shared()[beyond] = 1;
   __syncthreads();
   data[blockDim.x + i] = shared[last - i];
-  data[2 * blockDim.x] = reinterpret_cast<uintptr_t>(dynamic_shared()) % kDynamicSharedAlignment;
+  if (i == 0) data[2 * blockDim.x] = reinterpret_cast<uintptr_t>(dynamic_shared()) % kDynamicSharedAlignment;
+}
+
+// What is in shared memory before the block writes to it.
+template <int kSize>
+__global__ void poison_kernel(int* data) {
+  __shared__ int shared[kSize];
+  if (threadIdx.x < kSize) data[blockIdx.x * kSize + threadIdx.x] = shared[threadIdx.x];
+  if (threadIdx.x < kSize) shared[threadIdx.x] = 1;
 }
 
 // Each half of the block has a barrier of its own, and meets at it as often as it likes.
@@ -65,6 +73,8 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* ke
   try {
     if (name == "exchange") {
       launch(describe, exchange_kernel, {1, 64, static_cast<size_t>(a)}, nullptr, data, a, b);
+    } else if (name == "poison") {
+      launch(describe, poison_kernel<20>, {3, 32}, nullptr, data);
     } else if (name == "halves") {
       launch(describe, halves_kernel, {1, 128}, nullptr, data);
     } else if (name == "barrier") {

@@ -35,6 +35,11 @@ def test_dynamic_shared_memory(run):
     assert data[128] == 0, "not aligned"
 
 
+def test_shared_memory_of_a_template_is_poisoned(run):
+    error, data = run("poison")
+    assert error == "" and (data[:60].view(np.uint32) == 0xA5A5A5A5).all()
+
+
 @pytest.mark.parametrize("beyond,where", [(1, "past the end of"), (1000, "past the end of"), (-1, "before")])
 def test_writes_beside_dynamic_shared_memory(run, beyond, where):
     error, _ = run("exchange", 64 * 4, beyond)

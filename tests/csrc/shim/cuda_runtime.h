@@ -5,7 +5,7 @@
 // barrier shows. Shared memory is poisoned before each block, and what is written beside dynamic shared memory is found
 // after it. A barrier that some threads never reach, different operations within a warp, and partial masks are errors.
 // SHIM_MULTIPROCESSORS, SHIM_SHARED_LIMIT and SHIM_CAPABILITY (such as 8.0) set what the device claims to have;
-// SHIM_LAUNCH_ERROR makes launches fail. Memory is the host's.
+// SHIM_LAUNCH_ERROR makes launches fail. Memory is the host's. race.h says what `make race` adds.
 #pragma once
 
 #include <algorithm>
@@ -26,13 +26,9 @@
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ static __attribute__((section("shim_shared")))
-
-// Of the module; null where it has no such variable.
-extern char __start_shim_shared[] __attribute__((weak, visibility("hidden")));
-extern char __stop_shim_shared[] __attribute__((weak, visibility("hidden")));
+#define __shared__ static thread_local  // see shared_edge.cpp
 
 using std::max;
 using std::min;
@@ -106,8 +102,8 @@ T __shfl_down_sync(unsigned mask, T value, int delta) {
 }
 
 // Atomic operations and fences.
-inline unsigned atomicAdd(unsigned* address, unsigned value) { return shim::atomic_add(address, value); }
-inline int atomicAdd(int* address, int value) {
+__forceinline__ unsigned atomicAdd(unsigned* address, unsigned value) { return shim::atomic_add(address, value); }
+__forceinline__ int atomicAdd(int* address, int value) {
   return static_cast<int>(shim::atomic_add(reinterpret_cast<unsigned*>(address), static_cast<unsigned>(value)));
 }
 inline void __threadfence() { shim::fence(); }
@@ -221,7 +217,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (threads.x % shim::kWarp) throw std::logic_error("shim: blocks are whole warps");
   blockDim = threads;
   gridDim = grid;
-  shim::run({grid, threads.x, config->dynamicSmemBytes, address, __start_shim_shared, __stop_shim_shared},
-            [&] { kernel(arguments...); });
+  shim::run({grid, threads.x, config->dynamicSmemBytes, address}, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

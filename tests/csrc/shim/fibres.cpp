@@ -8,9 +8,9 @@
 #include <numeric>
 #include <random>
 
-#ifdef SHIM_RACE
 #include "race.h"
-#endif
+
+extern __thread char shim_shared_begin[], shim_shared_end[];  // see shared_edge.cpp
 
 namespace shim {
 namespace {
@@ -49,11 +49,13 @@ std::vector<unsigned char> arena;
 unsigned char* dynamic;
 
 void lane_main() {
+  race::watching = true;
   try {
     (*body)();
   } catch (const std::exception& error) {
     failure = error.what();
   }
+  race::watching = false;
   lanes[current].finished = true;
   _longjmp(scheduler, 1);
 }
@@ -69,6 +71,7 @@ void resume(size_t lane) {
 
 const uint64_t* meet(Meeting& meeting, size_t expected, size_t slot, const std::string& operation,
                      uint64_t value, bool orders_memory) {
+  const race::Pause pause;
   if (meeting.members.empty()) {
     meeting.operation = operation;
     meeting.expected = expected;
@@ -85,11 +88,7 @@ const uint64_t* meet(Meeting& meeting, size_t expected, size_t slot, const std::
   meeting.members.push_back(current);
   if (meeting.members.size() == expected) {
     meeting.published = meeting.brought;
-#ifdef SHIM_RACE
     if (orders_memory) race::order(meeting.members);
-#else
-    (void)orders_memory;
-#endif
     meeting.members.clear();
     ++meeting.generation;
   } else {
@@ -110,8 +109,8 @@ std::vector<size_t> order_of(size_t count, unsigned seed) {
   return order;
 }
 
-void start_block(const Launch& launch) {
-  std::fill(launch.statics, launch.statics_end, static_cast<char>(kPoison));
+void start_block(const Launch& launch, unsigned number) {
+  std::fill(shim_shared_begin, shim_shared_end, static_cast<char>(kPoison));
   arena.assign(launch.shared + 3 * kGuard, kUntouched);
   dynamic = arena.data() + kGuard;
   dynamic += -reinterpret_cast<uintptr_t>(dynamic) % kGuard;
@@ -130,10 +129,8 @@ void start_block(const Launch& launch) {
     lane.started = lane.finished = false;
     lane.waits_for = nullptr;
   }
-#ifdef SHIM_RACE
   const char* bytes = reinterpret_cast<const char*>(dynamic);
-  race::start_block({{launch.statics, launch.statics_end}, {bytes, bytes + launch.shared}});
-#endif
+  race::start_block(number, launch.threads, {{shim_shared_begin, shim_shared_end}, {bytes, bytes + launch.shared}});
 }
 
 bool changed(const unsigned char* first, const unsigned char* last) {
@@ -159,7 +156,7 @@ void check_block(const Launch& launch) {
 
 void run_block(const Launch& launch, unsigned number) {
   failure.clear();
-  start_block(launch);
+  start_block(launch, number);
   const std::vector<size_t> order = order_of(launch.threads, number);
   for (bool progress = true; progress;) {
     progress = false;
@@ -177,20 +174,20 @@ void run_block(const Launch& launch, unsigned number) {
 
 }  // namespace
 
-// "function (file:line)" of an address in this module, as far as addr2line knows it.
 std::string place_of(const void* code) {
   Dl_info info = {};
   if (!dladdr(code, &info)) return "?";
   char offset[32];
   std::snprintf(offset, sizeof(offset), "%#zx",
                 static_cast<size_t>(static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase)));
-  const std::string command = std::string("addr2line -Cfpe '") + info.dli_fname + "' " + offset + " 2>/dev/null";
+  const std::string command = std::string("addr2line -Cfpsie '") + info.dli_fname + "' " + offset + " 2>/dev/null";
   std::string text;
   if (FILE* pipe = popen(command.c_str(), "r")) {
-    char line[1000];
-    if (std::fgets(line, sizeof(line), pipe)) text = line;
+    char part[1000];
+    while (std::fgets(part, sizeof(part), pipe)) text += part;
     pclose(pipe);
   }
+  while (!text.empty() && text.back() == '\n') text.pop_back();
   for (const char* noise : {"\n", "void ", "pruneattn::cuda::", "(anonymous namespace)::"}) {
     for (size_t at; (at = text.find(noise)) != std::string::npos;) text.erase(at, std::strlen(noise));
   }
@@ -199,9 +196,7 @@ std::string place_of(const void* code) {
 
 void run(const Launch& launch, const std::function<void()>& thread) {
   body = &thread;
-#ifdef SHIM_RACE
-  const race::Watch watch(launch.threads);
-#endif
+  race::start_launch();
   const dim3 grid = launch.grid;
   for (size_t number : order_of(size_t{grid.x} * grid.y * grid.z, 0)) {
     const unsigned b = static_cast<unsigned>(number);
@@ -209,10 +204,9 @@ void run(const Launch& launch, const std::function<void()>& thread) {
     try {
       run_block(launch, b);
     } catch (const std::logic_error& error) {
-      const std::string place = place_of(launch.kernel);
-      throw std::logic_error("shim: kernel " + place.substr(0, place.find_first_of("( ")) + ", block " +
-                             std::to_string(b) + " of " + std::to_string(launch.threads) + " threads: " +
-                             error.what());
+      const std::string name = place_of(launch.kernel);
+      throw std::logic_error("shim: kernel " + name.substr(0, name.find_first_of("( ")) + ", block " +
+                             std::to_string(b) + " of " + std::to_string(launch.threads) + " threads: " + error.what());
     }
   }
 }
@@ -220,7 +214,13 @@ void run(const Launch& launch, const std::function<void()>& thread) {
 size_t lane() { return current; }
 unsigned char* dynamic_shared() { return dynamic; }
 
+bool on_own_stack(const void* address) {
+  const char* stack = lanes[current].stack.get();
+  return address >= stack && address < stack + kStack;
+}
+
 void fail(const std::string& message) {
+  race::watching = false;
   failure = message;
   _longjmp(scheduler, 1);
 }
@@ -236,6 +236,7 @@ const uint64_t* meet_warp(const char* operation, unsigned mask, uint64_t value) 
 }
 
 void meet_at_barrier(int id, int threads) {
+  const race::Pause pause;
   const std::string name = "barrier " + std::to_string(id);
   if (id < 1 || id >= kBarriers) fail(name + ": 1..15 are free, 0 is __syncthreads");
   if (threads < kWarp || threads % kWarp || threads > static_cast<int>(blockDim.x)) {
@@ -255,18 +256,16 @@ void meet_at_barrier(int id, int threads) {
 
 // Threads run one at a time: an atomic operation needs nothing but to be told from plain accesses.
 unsigned atomic_add(unsigned* address, unsigned value) {
-#ifdef SHIM_RACE
+  const race::Pause pause;
   race::atomic(address, __builtin_return_address(0));
-#endif
   const unsigned old = *address;
   *address = old + value;
   return old;
 }
 
 void fence() {
-#ifdef SHIM_RACE
+  const race::Pause pause;
   race::fence();
-#endif
 }
 
 }  // namespace shim

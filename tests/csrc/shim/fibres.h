@@ -16,15 +16,16 @@ constexpr int kWarp = 32;
 struct Launch {
   dim3 grid;
   unsigned threads;
-  size_t shared;           // bytes of dynamic shared memory
-  const void* kernel;      // for its name
-  char *statics, *statics_end;  // the kernel's __shared__ variables
+  size_t shared;       // bytes of dynamic shared memory
+  const void* kernel;  // for its name
 };
 
 // Runs `body` as every thread of every block; throws std::logic_error on what is wrong with a kernel.
 void run(const Launch& launch, const std::function<void()>& body);
 
-size_t lane();  // number of the running thread in its block
+// Of the running thread.
+size_t lane();  // number in its block
+bool on_own_stack(const void* address);
 unsigned char* dynamic_shared();
 
 // Wait for the others; what each of them brought, by its place.
@@ -32,10 +33,13 @@ const uint64_t* meet_block(const char* operation, uint64_t value);
 const uint64_t* meet_warp(const char* operation, unsigned mask, uint64_t value);
 void meet_at_barrier(int id, int threads);
 
-// Of the running thread: it is never resumed, and run() throws.
+// The running thread is never resumed, and run() throws.
 [[noreturn]] void fail(const std::string& message);
 
 unsigned atomic_add(unsigned* address, unsigned value);
 void fence();
+
+// Function, file and line of an address in this module, as far as addr2line knows them.
+std::string place_of(const void* code);
 
 }  // namespace shim
