@@ -6,7 +6,7 @@
 #                  extension knows nothing of torch and is not tested twice
 # make sanitize    the CPU kernels' tests once more, under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 # make race    the CUDA kernels' tests on the CPU, where two accesses to memory that no barrier orders are an error
-# make gpu     build, tests, sanitizer and benchmarks on a CUDA device in the environment of PYTHON; writes bench/results/
+# make gpu     build, tests, benchmarks and sanitizer on a CUDA device in the environment of PYTHON; writes bench/results/
 
 PYTHON ?= python3
 VENV := .venv

@@ -9,7 +9,7 @@ from bench import peers
 from bench.block_parts import part_rows
 from bench.guards import TOLERANCE, WrongResult, check_close, check_same
 from bench.measure import Provider, Work
-from bench.subject import Subject, at_keep_rate
+from bench.subject import Subject
 from bench.token_drop import DROPS
 from bench.token_merging import matching_macs, mergeable, merging_block
 from pruneattn.models.blocks import kept_patches

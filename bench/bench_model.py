@@ -12,7 +12,7 @@ from bench.measure import Provider, left_out
 from bench.subject import Subject, at_keep_rate
 from bench.token_drop import DROPS
 from bench.token_merging import MergingViT, merging_for, merging_macs
-from pruneattn.timing import with_sdpa
+from pruneattn.timing import attention_kernels, with_sdpa
 
 LEVELS = ("model",)
 
@@ -22,7 +22,7 @@ def providers(case, sizes):
     subject = Subject(case)
     return [
         *ours(subject, sizes),
-        *dense(subject),
+        *dense(subject, sizes),
         *papers_way(subject, sizes),
         *library_models(subject, sizes),
         *token_merging(subject, sizes),
@@ -46,8 +46,10 @@ def ours(subject, sizes):
             compiled = peers.compiled(subject.copy_at(rate), fbank)
             yield Provider(call=partial(compiled, fbank), check=check, backend="compiled", **variant)
         if fbank.is_cuda:
+            model = subject.copy_at(rate)
             with torch.inference_mode():
-                replay = captured(partial(subject.copy_at(rate), fbank))
+                model(fbank)  # what the first call compiles and allocates cannot be captured
+                replay = captured(partial(model, fbank))
             why_not = "" if replay else "the model cannot be captured"
             yield Provider(call=replay, check=check, backend="CUDA graph", why_not=why_not, **variant)
 
@@ -57,7 +59,7 @@ def _kept(model, keep_rate, fbank):
     return pruneattn.trace(model, fbank).kept
 
 
-def dense(subject):
+def dense(subject, sizes):
     """The unpruned model with PyTorch's attention, by each of its kernels, and compiled."""
     model, fbank = with_sdpa(subject.copy_at(1.0)), subject.input
     variant = {"name": "SDPA", "keep_rate": 1.0, "work": subject.work(), "check": subject.check()}
@@ -67,7 +69,10 @@ def dense(subject):
             kernels = list(attention_kernels(model, fbank))
         for backend, forced, why_not in kernels:
             yield Provider(call=None if why_not else partial(forced, fbank), backend=backend, why_not=why_not, **variant)
-    yield Provider(call=partial(peers.compiled(model, fbank), fbank), backend="compiled", **variant)
+    if sizes.compiles(subject.case.batch):
+        yield Provider(call=partial(peers.compiled(model, fbank), fbank), backend="compiled", **variant)
+    else:
+        yield left_out("SDPA", "not compiled at this batch without --bench-full", backend="compiled", keep_rate=1.0)
 
 
 def papers_way(subject, sizes):

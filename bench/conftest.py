@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ def pytest_addoption(parser):
     group.addoption("--bench-device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
     group.addoption("--bench-threads", type=int, metavar="N", help="threads on the CPU (default: PyTorch's)")
     group.addoption("--bench-hot", action="store_true", help="CUDA: do not clear the L2 cache before each call")
+    group.addoption("--bench-seconds", type=float, metavar="S", help="begin no case after so many seconds")
     group.addoption("--bench-rounds", type=int, metavar="N", help="rounds of timing, for all levels")
     group.addoption(
         "--bench-output", type=Path, default=RESULTS, metavar="FOLDER", help="of the result (default: bench/results)"
@@ -66,11 +68,12 @@ class Run(NamedTuple):
     result: ResultFile
     seen: dict  # rounds of earlier visits
     short: set  # names of the tests that have further visits
+    begun: float
 
 
 @pytest.fixture(scope="session")
 def run(request):
-    config, device = request.config, device_of(request.config)
+    begun, config, device = time.monotonic(), request.config, device_of(request.config)
     if config.getoption("bench_threads"):
         torch.set_num_threads(config.getoption("bench_threads"))
     dtypes = sorted({dtype for sizes in grid_of(config).values() for dtype in sizes.dtypes})
@@ -78,7 +81,7 @@ def run(request):
     peaks = measure_peaks(device, dtypes, **large)
     machine = {**describe_machine(device), "peaks": peaks._asdict()}
     result = ResultFile(config.getoption("bench_output"), "gpu" if device == "cuda" else "cpu", machine)
-    config.stash[RUN] = Run(peaks, result, {}, set())
+    config.stash[RUN] = Run(peaks, result, {}, set(), begun)
     return config.stash[RUN]
 
 
@@ -86,6 +89,22 @@ def run(request):
 def sizes(request, case):
     """The grid's `Sizes` at the level of the case."""
     return grid_of(request.config)[case.level]
+
+
+if find_spec("pytest_benchmark") is None:
+
+    class Once:
+        """As much of pytest-benchmark as is used here."""
+
+        def __init__(self):
+            self.extra_info = {}
+
+        def pedantic(self, function, rounds):
+            return function()
+
+    @pytest.fixture
+    def benchmark():
+        return Once()
 
 
 @pytest.fixture
@@ -99,7 +118,9 @@ def record(request, benchmark, run, case, visit):
     test = request.node.originalname, case
     if visit and test not in run.short:
         pytest.skip("the first visit was long enough")
-    start = time.monotonic()
+    start, limit = time.monotonic(), request.config.getoption("bench_seconds")
+    if limit is not None and start - run.begun > limit:
+        pytest.skip("no time left")
 
     def record(measure):
         rows = benchmark.pedantic(measure, rounds=1)
@@ -124,6 +145,7 @@ def side_by_side(request, record, run, sizes):
     return side_by_side
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_group_stats():
     """No table of pytest-benchmark: a row of it would be all providers of a case together."""
     return []

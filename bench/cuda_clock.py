@@ -30,7 +30,7 @@ def rounds_by_events(variants, rounds, hot=False, graphs=True):
         replay = captured(function) if graphs and seconds < _GRAPH_BELOW else None
         calls[name] = function if replay is None else replay
         how[name] = f"{'events' if replay is None else 'graph replay, events'}, {'hot' if hot else 'cold'} L2"
-        counts[name] = min(_MOST_CALLS, 1 + int(_SHORTEST_ROUND / seconds))
+        counts[name] = min(_MOST_CALLS, 1 + int(_SHORTEST_ROUND / max(seconds, 1e-6)))
     seconds = {name: [] for name in variants}
     for turn in range(rounds):
         for name in list(variants) if turn % 2 == 0 else reversed(variants):

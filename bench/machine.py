@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -51,13 +52,13 @@ def measure_peaks(device, dtypes, size=2048, copied=2**27):
     return Peaks(2 * copied / best["copy"], {dtype: 2 * size**3 / best[dtype] for dtype in dtypes})
 
 
-def output(*command):
-    """First line of what a command prints, "unknown" if it cannot run."""
+def output(*command, lines=1):
+    """The first lines of what a command prints, "unknown" if it cannot run."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     except FileNotFoundError:
         return "unknown"
-    return run.stdout.strip().split("\n")[0] if run.returncode == 0 else "unknown"
+    return "\n".join(run.stdout.strip().split("\n")[:lines]) if run.returncode == 0 else "unknown"
 
 
 def version(package):
@@ -77,6 +78,8 @@ def describe_machine(device):
         "changed_files": output("git", "status", "--porcelain", "--untracked-files=no") not in ("", "unknown"),
         "device_name": torch.cuda.get_device_name() if device == "cuda" else timing.cpu_model(),
         "driver": _nvidia_smi("driver_version") if device == "cuda" else None,
+        "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability()) if device == "cuda" else None,
+        "nvcc": _nvcc() if device == "cuda" else None,
         "clocks_mhz": _clocks(device),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -99,6 +102,13 @@ def _clocks(device):
 
 def _nvidia_smi(field):
     return output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits")
+
+
+def _nvcc():
+    """Version of the compiler that the build takes if none is named."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    found = re.search(r"V([\d.]+)", output(nvcc, "--version", lines=None))
+    return found.group(1) if found else None
 
 
 def _build_info():

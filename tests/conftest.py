@@ -1,6 +1,7 @@
 import contextlib
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,20 @@ def load(path):
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     load(Path(__file__).with_name("triton_interpreter.py")).mend()
+
+
+def cuda_allocations():
+    """How often this process has asked for memory on a CUDA device."""
+    return torch.cuda.memory_stats().get("allocation.all.allocated", 0) if torch.cuda.is_initialized() else 0
+
+
+@pytest.fixture(autouse=True)
+def marked(request):
+    """Says which tests use a CUDA device that ``-m device``, and so `make gpu`, leaves out."""
+    before = cuda_allocations()
+    yield
+    if cuda_allocations() > before and request.node.get_closest_marker("device") is None:
+        warnings.warn(f"{request.node.nodeid} uses a CUDA device: mark it with pytest.mark.device", stacklevel=1)
 
 
 @pytest.fixture(scope="session")

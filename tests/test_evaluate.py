@@ -20,6 +20,8 @@ from pruneattn.errors import UserError
 from pruneattn.metrics import evaluate_predictions
 from pruneattn.timing import measure_speed
 
+pytestmark = pytest.mark.device  # commands and models take the GPU where there is one
+
 LABELS = ["buzz", "siren", "tone"]
 FEATURES = FeatureConfig(frames=128, mean=-11.0, std=3.0)
 

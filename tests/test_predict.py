@@ -18,6 +18,8 @@ from pruneattn.data.fbank import samples_for
 from pruneattn.data.toy import make_sound
 from pruneattn.errors import UserError
 
+pytestmark = pytest.mark.device  # commands and models take the GPU where there is one
+
 LABELS = ["buzz", "siren", "tone", "noise"]
 FEATURES = FeatureConfig(frames=128, mean=-11.0, std=3.0)
 WINDOW = samples_for(128)

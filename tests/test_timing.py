@@ -58,6 +58,7 @@ def test_real_clock():
     assert 0.019 < seconds["a"] < seconds["b"]
 
 
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_waits_for_the_device():
     x = torch.randn(4096, 4096, device="cuda")

@@ -193,7 +193,7 @@ def device(compiled):
     return Kernels(compiled, "cuda", (0, torch.cuda.current_stream().cuda_stream), DeviceMemory())
 
 
-@pytest.fixture(params=["cpu", "shim", "device"])
+@pytest.fixture(params=["cpu", "shim", pytest.param("device", marks=pytest.mark.device)])
 def kernels(request):
     return request.getfixturevalue(request.param)
 

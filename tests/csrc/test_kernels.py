@@ -167,7 +167,7 @@ def test_cpu_index_out_of_range(cpu, bad):
         cpu.gather([np.zeros((2, 11, 8), np.uint8)], index, 1)
 
 
-@pytest.mark.parametrize("name", ["shim", "device"])
+@pytest.mark.parametrize("name", ["shim", pytest.param("device", marks=pytest.mark.device)])
 def test_cuda_index_out_of_range_gives_zeros(request, name):
     x = random_rows(np.random.default_rng(11), 2, 11, 32)
     (out,) = request.getfixturevalue(name).gather([x], np.array([[0, -1, 9], [10, 2, 2**40]]), 1)
@@ -209,7 +209,7 @@ def test_cpu_threads_are_checked(cpu):
         cpu.call("select_tokens", 0, 1, 8, 8, 1, 0)
 
 
-@pytest.mark.parametrize("name", ["shim", "device"])
+@pytest.mark.parametrize("name", ["shim", pytest.param("device", marks=pytest.mark.device)])
 def test_cuda_limit_of_patches(request, name):
     kernels = request.getfixturevalue(name)
     assert kernels.module.MAX_PATCHES == 4096
@@ -329,6 +329,7 @@ def test_prune_sums_arguments_are_checked(cuda):
     cuda.call("prune_epilogue", 0, 0, 1, 8, 8, 8, 4, 0, 0, 0, rows)  # no clips, no work
 
 
+@pytest.mark.device
 def test_device_graph_replays_prune(device):
     """No allocation, no synchronisation: a capture works, and a replay sees new scores."""
     import torch

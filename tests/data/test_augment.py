@@ -219,6 +219,7 @@ def test_masking_is_either_1d_or_2d():
         Augment().noise = True
 
 
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_same_seed_same_masks_and_mixtures_on_the_gpu():
     everything, model = Augment(**{**FULL, "noise": False}), Grid(True)

@@ -218,6 +218,7 @@ def test_bad_waves_are_refused():
         kaldi_fbank(torch.randn(1, 1000), torch.tensor([1001]))
 
 
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_gpu_equals_cpu():
     waves, lengths = pad(list(signals().values()))

@@ -8,7 +8,7 @@ import torch
 import pruneattn
 from pruneattn import use_backend
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [pytest.mark.device, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.mark.parametrize("backend", ["triton", None])

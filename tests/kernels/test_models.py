@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import pruneattn
 from pruneattn.backend import DEVICES, use_backend, why_not
 
+pytestmark = pytest.mark.device
+
 MODELS = ("audiomae_tiny", "ast_tiny")
 DEVICE = DEVICES["triton"]
 

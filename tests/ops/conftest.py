@@ -6,8 +6,13 @@ import torch
 
 from pruneattn.backend import DEVICES, use_backend, why_not
 
-PLACES = [("reference", "cpu"), ("cpu", "cpu"), ("triton", "cpu"), ("reference", "cuda"), ("cuda", "cuda"),
-          ("triton", "cuda")]  # fmt: skip
+
+def on_cuda(param):
+    return pytest.param(param, marks=pytest.mark.device)
+
+
+PLACES = [("reference", "cpu"), ("cpu", "cpu"), ("triton", "cpu"), on_cuda(("reference", "cuda")), on_cuda(("cuda", "cuda")),
+          on_cuda(("triton", "cuda"))]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -38,10 +43,10 @@ def cpu_kernels(isa):
 
 
 ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
-TRITON = ["triton-on-cpu", "triton-on-cuda"]
+TRITON = ["triton-on-cpu", on_cuda("triton-on-cuda")]
 
 
-@pytest.fixture(params=["reference-on-cpu", *ISAS, *TRITON, "reference-on-cuda", "cuda-on-cuda"])
+@pytest.fixture(params=["reference-on-cpu", *ISAS, *TRITON, on_cuda("reference-on-cuda"), on_cuda("cuda-on-cuda")])
 def place(request, use_isa):
     """As ``device``, for the attention ops: the CPU's kernels run once per instruction set. Triton's run on a GPU, or in
     its interpreter on the CPU where there is none."""
@@ -71,7 +76,7 @@ def interpreted(request):
     return DEVICES["triton"] == "cpu" and "triton-on-cpu" in request.node.name
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", on_cuda("cuda")])
 def any_device(request):
     """A device, with the backend that is best there: for what does not depend on the kernel."""
     if request.param == "cuda" and not torch.cuda.is_available():

@@ -13,6 +13,8 @@ from pruneattn.inference import evaluate_model, predict_dataset
 from pruneattn.models.pretrained import load_pretrained
 from pruneattn.training.engine import Trainer, seed_step
 
+pytestmark = pytest.mark.device  # commands and models take the GPU where there is one
+
 QUICK = "--lr 0.06 --warmup-epochs 1 --epochs 18 --shrink-start 4 --shrink-epochs 4 --prune-blocks 1 2".split()
 
 
