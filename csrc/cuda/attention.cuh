@@ -16,10 +16,7 @@ namespace pruneattn::cuda {
 constexpr int kAttentionThreads = 256;
 constexpr int kGroupThreads = kAttentionThreads / 2;
 constexpr int kChunk = 96;  // keys of one product of logits
-#ifndef BATCH
-#define BATCH 48
-#endif
-constexpr int kBatch = BATCH;  // keys whose weights are multiplied at once
+constexpr int kBatch = 48;  // keys whose weights are multiplied at once
 constexpr unsigned kAll = 0xffffffffu;
 
 // Calls f(integral_constant) for 0..kCount-1.
@@ -281,20 +278,23 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
     });
 
     __syncthreads();
-    char* to = a.out.at(clip, head) + (32 * group + lane % 4 * 2) * sizeof(T);
+    char* to = a.out.at(clip, head) + (32 * group + lane % 4 * 2) * sizeof(T) + row * a.out.row_bytes;
+    uint32_t packed[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float4 other = shared.output[1 - group][i][thread];
       float mine[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) mine[e] = group ? out[16 + 4 * i + e] : out[4 * i + e];
-      const uint32_t packed[2] = {pack<T>(mine[0] + other.x, mine[1] + other.y),
-                                  pack<T>(mine[2] + other.z, mine[3] + other.w)};
+      packed[0][i] = pack<T>(mine[0] + other.x, mine[1] + other.y);
+      packed[1][i] = pack<T>(mine[2] + other.z, mine[3] + other.w);
+    }
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (row + 8 * r < a.queries) {
-          *reinterpret_cast<uint32_t*>(to + (row + 8 * r) * a.out.row_bytes + i * 8 * sizeof(T)) = packed[r];
-        }
+    for (int r = 0; r < 2; ++r) {
+      if (row + 8 * r >= a.queries) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        *reinterpret_cast<uint32_t*>(to + 8 * r * a.out.row_bytes + i * 8 * sizeof(T)) = packed[r][i];
       }
     }
     wait_products(s);

@@ -9,7 +9,8 @@
 namespace pruneattn::cuda {
 
 struct RowMemory {
-  float query[kHeadSize], largest[kWarps], sum[kWarps];
+  alignas(16) float query[kHeadSize];
+  float largest[kWarps], sum[kWarps];
   float partial[kWarps][kHeadSize];
 };
 
@@ -86,6 +87,7 @@ __device__ void attend_row(const T* query, const unsigned char* keys, const unsi
 
   // A warp takes every eighth key, a lane two channels.
   float mine[2] = {0, 0};
+#pragma unroll 8
   for (int key = warp; key < tokens; key += kWarps) {
     const auto pair = *reinterpret_cast<const uint32_t*>(values + tile_offset(key, lane / 4) + lane % 4 * 4);
     const float weight = weights[key];
