@@ -93,6 +93,11 @@ def within(context, function):
     return call
 
 
+def compiled(function):
+    """The function by ``torch.compile``, at its first call for each shape."""
+    return torch.compile(function, dynamic=False)
+
+
 def by_each_kernel(name, function, *args):
     """The function by each of PyTorch's attention kernels that runs these arguments; none on a CPU, which has but one."""
     kernels = attention_kernels(function, *args) if args[0].is_cuda else ()

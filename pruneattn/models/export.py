@@ -195,8 +195,13 @@ def _decompositions(keep_selection):
             index = select(scores, keep)
             return index, gather(x, index, extra_tokens), gather(y, index, extra_tokens)
 
+        def prune_epilogue(partial_scores, *args):
+            scores = partial_scores.sum(1)
+            return scores, *prune_tokens(scores, *args)
+
         del table[select]
         table[torch.ops.pruneattn.prune_tokens.default] = prune_tokens
+        table[torch.ops.pruneattn.prune_epilogue.default] = prune_epilogue
     return table
 
 

@@ -4,7 +4,16 @@ from .attention import attention
 from .cls_scores import cls_scores
 from .column_mean_attention import column_mean_attention
 from .gather_tokens import gather_tokens
+from .prune_epilogue import prune_epilogue
 from .prune_tokens import prune_tokens
 from .select_tokens import select_tokens
 
-__all__ = ["attention", "cls_scores", "column_mean_attention", "gather_tokens", "prune_tokens", "select_tokens"]
+__all__ = [
+    "attention",
+    "cls_scores",
+    "column_mean_attention",
+    "gather_tokens",
+    "prune_epilogue",
+    "prune_tokens",
+    "select_tokens",
+]

@@ -42,42 +42,53 @@ def prune_tokens(scores, x, y, keep, extra_tokens):
     return _prune_tokens(scores, x, y, keep, extra_tokens)
 
 
-def _check(scores, x, y, keep, extra_tokens):
-    check_selection(scores, keep)
-    batch, patches = scores.shape
-    for name, tokens in (("x", x), ("y", y)):
-        check_shape(name, tokens, "BNC")
+def check_tokens(x, y, name, scores, extra_tokens):
+    """Raise unless x and y have a token for each score ``[B, .., P]`` (the argument of this name), and extra ones."""
+    batch, patches = scores.shape[0], scores.shape[-1]
+    for tokens_name, tokens in (("x", x), ("y", y)):
+        check_shape(tokens_name, tokens, "BNC")
         if tokens.shape[0] != batch or tokens.shape[1] != extra_tokens + patches:
             raise ValueError(
-                f"{name}: expected [{batch}, {extra_tokens} + {patches}, C] for scores [{batch}, {patches}] and "
+                f"{tokens_name}: expected [{batch}, {extra_tokens} + {patches}, C] for {name} {list(scores.shape)} and "
                 f"extra_tokens {extra_tokens}, got {list(tokens.shape)}"
             )
-        check_device(name, tokens, "scores", scores)
+        check_device(tokens_name, tokens, name, scores)
     check_extra_tokens(extra_tokens, x.shape[1])
 
 
+def empty_kept(x, y, keep, extra_tokens):
+    """Uninitialised ``index``, ``x_kept`` and ``y_kept``."""
+    kept = (t.new_empty((t.shape[0], extra_tokens + keep, t.shape[2])) for t in (x, y))
+    return x.new_empty((x.shape[0], keep), dtype=torch.int64), *kept
+
+
+def rows_to_copy(tokens, kept):
+    """The tensors with contiguous rows, to be kept alive until the launch, and where a kernel finds theirs and puts them."""
+    tokens, places = zip(*map(rows_of, tokens))
+    rows = [(source, out.data_ptr(), *layout) for (source, *layout), out in zip(places, kept)]
+    return tokens, rows
+
+
+def _check(scores, x, y, keep, extra_tokens):
+    check_selection(scores, keep)
+    check_tokens(x, y, "scores", scores, extra_tokens)
+
+
 def _fake(scores, x, y, keep, extra_tokens):
-    batch = scores.shape[0]
-    index = scores.new_empty((batch, keep), dtype=torch.int64)
-    return index, *(t.new_empty((batch, extra_tokens + keep, t.shape[2])) for t in (x, y))
+    return empty_kept(x, y, keep, extra_tokens)
 
 
-def _compiled(scores, x, y, keep, extra_tokens):
+def compiled(scores, x, y, keep, extra_tokens):
+    """:func:`prune_tokens` by the compiled kernel for the device."""
     batch, patches = scores.shape
     if scores.is_cuda and patches > _C.MAX_PATCHES:
         return reference(scores, x, y, keep, extra_tokens)
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
-    index = torch.empty((batch, keep), dtype=torch.int64, device=scores.device)
-    sources, outs, rows = [], [], []
-    for tokens in (x, y):
-        tokens, (source, batch_stride, token_stride, row) = rows_of(tokens)
-        out = tokens.new_empty((batch, extra_tokens + keep, tokens.shape[2]))
-        sources.append(tokens)  # keeps a contiguous copy alive until the launch
-        outs.append(out)
-        rows.append((source, out.data_ptr(), batch_stride, token_stride, row))
+    index, *kept = empty_kept(x, y, keep, extra_tokens)
+    tokens, rows = rows_to_copy((x, y), kept)
     selection = (scores.data_ptr(), batch, patches, scores.stride(0), keep, index.data_ptr())
     launch("prune_tokens", scores, *selection, extra_tokens, rows)
-    return index, *outs
+    return index, *kept
 
 
 _prune_tokens = define(
@@ -85,23 +96,36 @@ _prune_tokens = define(
     check=_check,
     fake=_fake,
     reference=reference,
-    cpu=_compiled,
-    cuda=_compiled,
+    cpu=compiled,
+    cuda=compiled,
 )
 
 
-def _setup_context(ctx, inputs, output):
-    _, x, _, _, ctx.extra_tokens = inputs
-    index = output[0]
-    ctx.tokens = x.shape[1]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(index)
+def differentiable_in_tokens(name, x_place):
+    """Register the gradient of an op with respect to ``x`` and ``y`` alone.
+
+    Args:
+        name: of an op that returns scores (or not), ``index``, ``x_kept`` and ``y_kept``.
+        x_place: place of ``x`` among its arguments; ``y``, ``keep`` and ``extra_tokens`` come after it.
+    """
+
+    def setup_context(ctx, inputs, output):
+        *scores, index, _, _ = output
+        ctx.arguments = len(inputs)
+        ctx.tokens, ctx.extra_tokens = inputs[x_place].shape[1], inputs[x_place + 3]
+        ctx.mark_non_differentiable(*scores)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(index)
+
+    def backward(ctx, *grads):
+        (index,) = ctx.saved_tensors
+        result = [None] * ctx.arguments
+        for place, grad in enumerate(grads[-2:], x_place):
+            if grad is not None:
+                result[place] = scatter_tokens(grad, index, ctx.extra_tokens, ctx.tokens)
+        return tuple(result)
+
+    torch.library.register_autograd(f"pruneattn::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
-def _backward(ctx, _, *grads):
-    (index,) = ctx.saved_tensors
-    grad_x, grad_y = (g if g is None else scatter_tokens(g, index, ctx.extra_tokens, ctx.tokens) for g in grads)
-    return None, grad_x, grad_y, None, None
-
-
-torch.library.register_autograd("pruneattn::prune_tokens", _backward, setup_context=_setup_context, lib=LIBRARY)
+differentiable_in_tokens("prune_tokens", x_place=1)

@@ -25,6 +25,7 @@ def arguments(name, device, requires_grad):
     q, k, v = map(leaf, qkv)
     grad_out = torch.randn(B, H, N, D, device=device)
     scores = torch.randn(B, 2 * N, device=device)[:, 1:N]
+    heads = torch.randn(B, H, 2 * N, device=device)[:, :, 1:N]
     x, y = (leaf(torch.randn(B, N, channels, device=device)) for channels in (5, 3))
     index = torch.tensor([[0, 2, 8], [3, 4, 5]], device=device)
     return {
@@ -35,6 +36,7 @@ def arguments(name, device, requires_grad):
         "select_tokens": (leaf(scores), 4),
         "gather_tokens": (x, index, EXTRA),
         "prune_tokens": (scores, x, y, 4, EXTRA),
+        "prune_epilogue": (leaf(heads), x, y, 4, EXTRA),
     }[name]
 
 
@@ -58,6 +60,7 @@ def test_opcheck_where_a_size_is_one(any_device):
         torch.library.opcheck(torch.ops.pruneattn.cls_scores.default, (q[:, :, 0], q, 1))
         x, scores = q.transpose(1, 2).flatten(2), torch.randn(batch, tokens - 1, device=any_device)
         torch.library.opcheck(torch.ops.pruneattn.prune_tokens.default, (scores, x, x, 1, 1))
+        torch.library.opcheck(torch.ops.pruneattn.prune_epilogue.default, (scores.unsqueeze(1), x, x, 1, 1))
 
 
 def block(qkv, weight, keep):
@@ -132,6 +135,7 @@ def test_autocast_casts_attention_and_nothing_else(any_device, dtype):
         assert ops.column_mean_attention(q.double(), k.double(), v.double(), EXTRA)[0].dtype == torch.float64
         assert ops.gather_tokens(x, ops.select_tokens(scores, 3), EXTRA).dtype == torch.float32
         assert ops.prune_tokens(scores, x, x.to(dtype), 3, EXTRA)[1].dtype == torch.float32
+        assert ops.prune_epilogue(scores.unsqueeze(1), x, x.to(dtype), 3, EXTRA)[0].dtype == torch.float32
         grads = torch.autograd.grad(out.float().sum(), (q, k, v))  # the backward pass inside autocast
     assert torch.equal(out, expected_out)
     assert torch.equal(received, expected_scores)
