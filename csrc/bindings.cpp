@@ -62,14 +62,14 @@ void cpu_prune_tokens(uintptr_t scores, int64_t batch, int64_t patches, int64_t 
 // (pointer, batch stride, head stride, token stride), all strides in elements
 using HeadsArgument = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
-cpu::Heads heads_of(const HeadsArgument& argument) {
+Heads heads_of(const HeadsArgument& argument) {
   const auto& [pointer, batch_stride, head_stride, token_stride] = argument;
   return {reinterpret_cast<char*>(pointer), batch_stride, head_stride, token_stride};
 }
 
-cpu::Dtype dtype_of(const std::string& name) {
+Dtype cpu_dtype_of(const std::string& name) {
   check(name == "float32" || name == "bfloat16", "dtype must be float32 or bfloat16, got " + name);
-  return name == "float32" ? cpu::Dtype::float32 : cpu::Dtype::bfloat16;
+  return name == "float32" ? Dtype::float32 : Dtype::bfloat16;
 }
 
 void check_sizes(int64_t batch, int64_t heads, int64_t queries, int64_t tokens, int64_t channels) {
@@ -89,7 +89,7 @@ void cpu_attention(const std::string& dtype, int64_t batch, int64_t heads, int64
                    const HeadsArgument& out, uintptr_t lse, double scale, int threads) {
   check_sizes(batch, heads, queries, tokens, channels);
   check_threads(threads);
-  cpu::attention({dtype_of(dtype), batch, heads, queries, tokens, channels, heads_of(q), heads_of(k), heads_of(v),
+  cpu::attention({cpu_dtype_of(dtype), batch, heads, queries, tokens, channels, heads_of(q), heads_of(k), heads_of(v),
                   heads_of(out), reinterpret_cast<float*>(lse), static_cast<float>(scale), nullptr, 0},
                  threads);
 }
@@ -101,7 +101,7 @@ void cpu_column_mean_attention(const std::string& dtype, int64_t batch, int64_t 
   check_sizes(batch, heads, tokens, tokens, channels);
   check_extra_tokens(extra_tokens, tokens);
   check_threads(threads);
-  cpu::column_mean_attention({dtype_of(dtype), batch, heads, tokens, tokens, channels, heads_of(q), heads_of(k),
+  cpu::column_mean_attention({cpu_dtype_of(dtype), batch, heads, tokens, tokens, channels, heads_of(q), heads_of(k),
                               heads_of(v), heads_of(out), reinterpret_cast<float*>(lse), static_cast<float>(scale),
                               nullptr, 0},
                              extra_tokens, reinterpret_cast<float*>(scores), threads);
@@ -113,7 +113,7 @@ void cpu_cls_scores(const std::string& dtype, int64_t batch, int64_t heads, int6
   check_sizes(batch, heads, 1, tokens, channels);
   check_extra_tokens(extra_tokens, tokens);
   check_threads(threads);
-  cpu::cls_scores({dtype_of(dtype), batch, heads, tokens, channels, heads_of(q), heads_of(k),
+  cpu::cls_scores({cpu_dtype_of(dtype), batch, heads, tokens, channels, heads_of(q), heads_of(k),
                    static_cast<float>(scale), nullptr},
                   extra_tokens, reinterpret_cast<float*>(scores), threads);
 }
@@ -158,16 +158,34 @@ void cuda_prune_tokens(uintptr_t scores, int64_t batch, int64_t patches, int64_t
   cuda_prune_epilogue(scores, batch, 1, patches, batch_stride, 0, keep, 0, index, extra_tokens, rows, device, stream);
 }
 
-cuda::Dtype cuda_dtype_of(const std::string& name) {
-  check(name == "float16" || name == "bfloat16", "dtype must be float16 or bfloat16, got " + name);
-  return name == "float16" ? cuda::Dtype::float16 : cuda::Dtype::bfloat16;
+Dtype cuda_dtype_of(const std::string& name) {
+  if (name == "float16") return Dtype::float16;
+  check(name == "float32" || name == "bfloat16", "dtype must be float32, float16 or bfloat16, got " + name);
+  return cpu_dtype_of(name);
 }
 
-cuda::Heads cuda_heads_of(const char* name, const HeadsArgument& argument) {
+void cuda_cls_scores(const std::string& dtype, int64_t batch, int64_t heads, int64_t tokens, int64_t channels,
+                     const HeadsArgument& q, const HeadsArgument& k, double scale, int64_t extra_tokens,
+                     uintptr_t partials, int device, uintptr_t stream) {
+  check_sizes(batch, heads, 1, tokens, channels);
+  check_extra_tokens(extra_tokens, tokens);
+  check(tokens <= kMaxTokens,
+        "tokens must be at most " + std::to_string(kMaxTokens) + " on CUDA, got " + std::to_string(tokens));
+  cuda::cls_scores(cuda_dtype_of(dtype), batch, heads, tokens, channels, heads_of(q), heads_of(k),
+                   static_cast<float>(scale), extra_tokens, reinterpret_cast<float*>(partials), device,
+                   stream_of(stream));
+}
+
+Dtype half_dtype_of(const std::string& name) {
+  check(name == "float16" || name == "bfloat16", "dtype must be float16 or bfloat16, got " + name);
+  return cuda_dtype_of(name);
+}
+
+Heads aligned_heads_of(const char* name, const HeadsArgument& argument) {
   const auto& [pointer, batch_stride, head_stride, token_stride] = argument;
   check(pointer % 16 == 0 && batch_stride % 8 == 0 && head_stride % 8 == 0 && token_stride % 8 == 0,
         std::string(name) + ": pointer and strides must be multiples of 16 bytes");
-  return {reinterpret_cast<char*>(pointer), 2 * batch_stride, 2 * head_stride, 2 * token_stride};
+  return heads_of(argument);
 }
 
 cuda::Attention cuda_attention_of(int64_t batch, int64_t heads, int64_t queries, int64_t tokens, int64_t channels,
@@ -176,14 +194,14 @@ cuda::Attention cuda_attention_of(int64_t batch, int64_t heads, int64_t queries,
   check_sizes(batch, heads, queries, tokens, channels);
   check_extra_tokens(extra_tokens, tokens);
   check(channels == 64, "channels must be 64 on CUDA, got " + std::to_string(channels));
-  check(tokens <= cuda::kMaxTokens,
-        "tokens must be at most " + std::to_string(cuda::kMaxTokens) + " on CUDA, got " + std::to_string(tokens));
+  check(tokens <= cuda::kMaxKeys,
+        "tokens must be at most " + std::to_string(cuda::kMaxKeys) + " on CUDA, got " + std::to_string(tokens));
   check(scale > 0, "scale must be positive on CUDA, got " + std::to_string(scale));
   constexpr double kLog2E = 1.4426950408889634;
-  return {cuda_heads_of("q", q),
-          cuda_heads_of("k", k),
-          cuda_heads_of("v", v),
-          cuda_heads_of("out", out),
+  return {aligned_heads_of("q", q),
+          aligned_heads_of("k", k),
+          aligned_heads_of("v", v),
+          aligned_heads_of("out", out),
           reinterpret_cast<float*>(lse),
           static_cast<float>(scale * kLog2E),
           static_cast<int>(heads),
@@ -197,7 +215,7 @@ void cuda_attention(const std::string& dtype, int64_t batch, int64_t heads, int6
                     int64_t channels, const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v,
                     const HeadsArgument& out, uintptr_t lse, double scale, int device, uintptr_t stream) {
   const auto work = cuda_attention_of(batch, heads, queries, tokens, channels, q, k, v, out, lse, scale, 0);
-  cuda::attention(cuda_dtype_of(dtype), batch, work, device, stream_of(stream));
+  cuda::attention(half_dtype_of(dtype), batch, work, device, stream_of(stream));
 }
 
 void cuda_column_mean_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t tokens,
@@ -206,7 +224,7 @@ void cuda_column_mean_attention(const std::string& dtype, int64_t batch, int64_t
                                 int64_t extra_tokens, uintptr_t partials, int parts, int device, uintptr_t stream) {
   const auto work =
       cuda_attention_of(batch, heads, tokens, tokens, channels, q, k, v, out, lse, scale, extra_tokens);
-  cuda::column_mean_attention(cuda_dtype_of(dtype), batch, work, reinterpret_cast<float*>(partials), parts, device,
+  cuda::column_mean_attention(half_dtype_of(dtype), batch, work, reinterpret_cast<float*>(partials), parts, device,
                               stream_of(stream));
 }
 #endif
@@ -229,6 +247,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pruneattn; used through pruneattn.ops.";
   m.attr("MAX_PATCHES") = kMaxPatches;
+  m.attr("MAX_TOKENS") = kMaxTokens;
   m.def("build_info", &build_info, "What was compiled: cuda, cuda_architectures, cuda_reason, compiler.");
 
   using py::arg;
@@ -269,8 +288,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_prune_epilogue", &cuda_prune_epilogue, nogil, arg("partials_ptr"), arg("batch"), arg("partial_rows"),
         arg("patches"), arg("batch_stride"), arg("row_stride"), arg("keep"), arg("scores_ptr"), arg("index_ptr"),
         arg("extra_tokens"), arg("rows"), arg("device"), arg("stream"),
-        "Adds up the partial rows [batch, partial_rows, patches] into scores [batch, patches] (0: nowhere), in order, and "
-        "does what cuda_prune_tokens does with the sums, in the same launch.");
+        "Adds up the partial rows [batch, partial_rows, patches] into scores [batch, patches] (0: nowhere), in order, "
+        "and does what cuda_prune_tokens does with the sums, in the same launch.");
+  m.def("cuda_cls_scores", &cuda_cls_scores, nogil, arg("dtype"), arg("batch"), arg("heads"), arg("tokens"),
+        arg("channels"), arg("q"), arg("k"), arg("scale"), arg("extra_tokens"), arg("partials_ptr"), arg("device"),
+        arg("stream"),
+        "The class token's row of each head's softmax matrix, over heads: partials [batch, heads, tokens - "
+        "extra_tokens] add up to the scores. For at most MAX_TOKENS tokens; float16, too.");
   m.def("cuda_most_tokens", &cuda::most_tokens, arg("device"),
         "The most tokens of a clip that the attention kernels take on this device; 0 if they do not run there.");
   m.def("cuda_attention_parts", &cuda::attention_parts, arg("heads"), arg("queries"), arg("device"),

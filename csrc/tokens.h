@@ -1,4 +1,4 @@
-// What the CPU and the CUDA kernels share: limits, the rows to copy, the order of scores, argument checks.
+// What the CPU and the CUDA kernels share: limits, where tensors lie, the rows to copy, the order of scores, argument checks.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,17 @@
 
 namespace pruneattn {
 
-constexpr int kMaxPatches = 4096;  // the CUDA kernels hold all keys of a clip in the registers of one block
-constexpr int kMaxTensors = 4;     // tensors gathered in one launch
+constexpr int kMaxPatches = 4096;            // the CUDA kernels hold all keys of a clip in the registers of one block
+constexpr int kMaxTokens = kMaxPatches + 8;  // one for class scores holds a head's logits in one block's shared memory
+constexpr int kMaxTensors = 4;               // tensors gathered in one launch
+
+enum class Dtype { float32, bfloat16, float16 };
+
+// Where a [B, H, N, D] tensor lies: strides in elements, channels next to each other.
+struct Heads {
+  char* data;
+  int64_t batch_stride, head_stride, token_stride;
+};
 
 // Rows of one tensor, in bytes: src[clip][token][row_bytes] -> dst[clip][extra_tokens + keep][row_bytes], contiguous.
 struct Rows {

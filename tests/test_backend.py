@@ -203,7 +203,7 @@ def test_table(calls):
     assert states == {"reference": reference, "cpu": "used", "cuda": "no kernel", "triton": "no kernel"}
     assert table["column_mean_attention"]["cpu"].state == "used"
     assert table["select_tokens"]["cuda"] == ("unusable", "pruneattn._C was built without CUDA: nvcc was not found")
-    assert table["cls_scores"]["cuda"] == ("no kernel", "cls_scores has no kernel for it yet")
+    assert table["select_tokens"]["triton"] == ("no kernel", "select_tokens has no kernel for it yet")
     with use_backend("reference"):
         assert backends()["twice"]["reference"].state == "used" and backends()["twice"]["cpu"].state == "available"
 
@@ -212,8 +212,8 @@ def test_table_in_print(calls):
     lines = str(backends()).splitlines()
     reference = "used" if torch.cuda.is_available() else "available"
     assert lines[0].split() == ["op", "reference", "cpu", "cuda", "triton"]
-    row = next(line for line in lines if line.startswith("cls_scores"))
-    assert row.split() == ["cls_scores", reference, "used", "no", "kernel", "unusable"]
+    row = next(line for line in lines if line.startswith("select_tokens"))
+    assert row.split() == ["select_tokens", reference, "used", "unusable", "no", "kernel"]
     assert "cpu: attention kernels for avx2, of avx2, baseline" in lines
     assert "cuda: pruneattn._C was built without CUDA: nvcc was not found" in lines
     assert "triton: Triton is not installed; it comes with PyTorch's builds for GPUs" in lines

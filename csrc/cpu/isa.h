@@ -6,15 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "../tokens.h"
+
 namespace pruneattn::cpu {
-
-enum class Dtype { float32, bfloat16 };
-
-// Where a [B, H, N, D] tensor lies: strides in elements, channels next to each other.
-struct Heads {
-  char* data;
-  int64_t batch_stride, head_stride, token_stride;
-};
 
 struct Attention {
   Dtype dtype;

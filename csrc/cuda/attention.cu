@@ -32,7 +32,7 @@ int attention_parts(int64_t heads, int64_t queries, int device) {
 }
 
 int64_t most_tokens(int device) {
-  int64_t tokens = kMaxTokens;
+  int64_t tokens = kMaxKeys;
   while (tokens > 0 && attention_memory(tokens) > static_cast<size_t>(shared_limit(device))) --tokens;
   return tokens;
 }

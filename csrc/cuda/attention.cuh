@@ -62,18 +62,27 @@ __device__ inline AttentionPart part_of(int part, int parts, int queries) {
   return {tiles * part / parts, tiles * (part + 1) / parts, part == parts - 1 ? tiles * kTileRows : queries};
 }
 
+struct Head {
+  char* rows;
+  int64_t row_bytes;
+};
+
+__device__ inline Head head_of(const Heads& heads, int64_t clip, int64_t head) {
+  return {heads.data + 2 * (clip * heads.batch_stride + head * heads.head_stride), 2 * heads.token_stride};
+}
+
 // Rows first.. of a head into `rows` rows of a tile, zeros from row `count` of the head on; by kThreads threads of which
 // this is number `thread`.
 template <int kThreads>
-__device__ inline void load_tile(unsigned char* tile, const char* head, int64_t row_bytes, int first, int rows,
-                                 int count, int thread) {
+__device__ inline void load_tile(unsigned char* tile, const Head& head, int first, int rows, int count,
+                                 int thread) {
   constexpr int kStep = kThreads / 8;  // 8 threads a row; a multiple of 8, so that every row of a thread is swizzled alike
-  const char* source = head + (first + thread / 8) * row_bytes + thread % 8 * 16;
+  const char* source = head.rows + (first + thread / 8) * head.row_bytes + thread % 8 * 16;
   unsigned char* to = tile + tile_offset(thread / 8, thread % 8);
   for (int row = thread / 8; row < rows; row += kStep) {
     const bool there = first + row < count;
-    copy_async(to, there ? source : head, there);
-    source += kStep * row_bytes;
+    copy_async(to, there ? source : head.rows, there);
+    source += kStep * head.row_bytes;
     to += kStep * kRowBytes;
   }
 }
@@ -131,19 +140,20 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
   const int thread = threadIdx.x % kGroupThreads, lane = thread % 32, warp = thread / 32;
   const int group = threadIdx.x / kGroupThreads;
   const int64_t clip = head_number / a.heads, head = head_number % a.heads;
-  const char* q = a.q.at(clip, head);
+  const Head q = head_of(a.q, clip, head), k = head_of(a.k, clip, head), v = head_of(a.v, clip, head);
+  const Head to = head_of(a.out, clip, head);
   const int first_key = group * kKeys;
   const int keys = min(max(a.tokens - first_key, 0), kKeys);
   unsigned char* const my_keys = shared.keys + first_key * kRowBytes;
   unsigned char* const my_values = shared.values + first_key * kRowBytes;
 
   const auto load_queries = [&](unsigned char* tile, int number) {
-    load_tile<kAttentionThreads>(tile, q, a.q.row_bytes, number * kTileRows, kTileRows, a.queries, threadIdx.x);
+    load_tile<kAttentionThreads>(tile, q, number * kTileRows, kTileRows, a.queries, threadIdx.x);
   };
   load_queries(shared.queries[0], part.first_tile);
-  load_tile<kGroupThreads>(my_keys, a.k.at(clip, head), a.k.row_bytes, first_key, kKeys, a.tokens, thread);
+  load_tile<kGroupThreads>(my_keys, k, first_key, kKeys, a.tokens, thread);
   commit_copies();
-  load_tile<kGroupThreads>(my_values, a.v.at(clip, head), a.v.row_bytes, first_key, kKeys, a.tokens, thread);
+  load_tile<kGroupThreads>(my_values, v, first_key, kKeys, a.tokens, thread);
   commit_copies();
   if constexpr (kColumns) {
     for (int i = lane; i < kKeys; i += 32) shared.columns[4 * group + warp][i] = 0;
@@ -278,7 +288,7 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
     });
 
     __syncthreads();
-    char* to = a.out.at(clip, head) + (32 * group + lane % 4 * 2) * sizeof(T) + row * a.out.row_bytes;
+    char* row_to = to.rows + row * to.row_bytes + (32 * group + lane % 4 * 2) * sizeof(T);
     uint32_t packed[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -294,7 +304,7 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
       if (row + 8 * r >= a.queries) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        *reinterpret_cast<uint32_t*>(to + 8 * r * a.out.row_bytes + i * 8 * sizeof(T)) = packed[r][i];
+        *reinterpret_cast<uint32_t*>(row_to + 8 * r * to.row_bytes + i * 8 * sizeof(T)) = packed[r][i];
       }
     }
     wait_products(s);
@@ -304,8 +314,8 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
     // What the products used is free; a tile of queries and the output of the groups are far apart from each other.
     float* const weights = reinterpret_cast<float*>(shared.queries);
     __syncthreads();
-    attend_row<T, 2 * kKeys>(reinterpret_cast<const T*>(q + row * a.q.row_bytes), shared.keys, shared.values, a.tokens,
-                             a.scale, reinterpret_cast<T*>(a.out.at(clip, head) + row * a.out.row_bytes),
+    attend_row<T, 2 * kKeys>(reinterpret_cast<const T*>(q.rows + row * q.row_bytes), shared.keys, shared.values, a.tokens,
+                             a.scale, reinterpret_cast<T*>(to.rows + row * to.row_bytes),
                              a.lse + head_number * a.queries + row, weights, *reinterpret_cast<RowMemory*>(shared.output));
     if constexpr (kColumns) {
       if (row >= a.extra_tokens) {

@@ -14,15 +14,6 @@ struct RowMemory {
   float partial[kWarps][kHeadSize];
 };
 
-// Eight numbers of half precision from 16 bytes.
-template <typename T>
-__device__ inline void unpack(const unsigned char* piece, float (&x)[8]) {
-  const uint4 bits = *reinterpret_cast<const uint4*>(piece);
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = to_float(T{static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)});
-}
-
 template <typename F>
 __device__ inline float over_warp(float x, const F& f) {
 #pragma unroll
@@ -50,7 +41,7 @@ __device__ void attend_row(const T* query, const unsigned char* keys, const unsi
 #pragma unroll
       for (int piece = 0; piece < 8; ++piece) {
         float k[8];
-        unpack<T>(keys + tile_offset(key, piece), k);
+        unpack<T>(*reinterpret_cast<const uint4*>(keys + tile_offset(key, piece)), k);
 #pragma unroll
         for (int c = 0; c < 8; ++c) sum = fmaf(shared.query[8 * piece + c], k[c], sum);
       }
@@ -89,10 +80,10 @@ __device__ void attend_row(const T* query, const unsigned char* keys, const unsi
   float mine[2] = {0, 0};
 #pragma unroll 8
   for (int key = warp; key < tokens; key += kWarps) {
-    const auto pair = *reinterpret_cast<const uint32_t*>(values + tile_offset(key, lane / 4) + lane % 4 * 4);
-    const float weight = weights[key];
-    mine[0] = fmaf(weight, to_float(T{static_cast<uint16_t>(pair)}), mine[0]);
-    mine[1] = fmaf(weight, to_float(T{static_cast<uint16_t>(pair >> 16)}), mine[1]);
+    float pair[2];
+    unpack<T>(*reinterpret_cast<const uint32_t*>(values + tile_offset(key, lane / 4) + lane % 4 * 4), pair);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) mine[i] = fmaf(weights[key], pair[i], mine[i]);
   }
   shared.partial[warp][2 * lane] = mine[0];
   shared.partial[warp][2 * lane + 1] = mine[1];

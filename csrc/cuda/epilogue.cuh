@@ -1,5 +1,5 @@
-// What ends a pruning block's attention, for one clip by one block of kThreads threads: the partial scores are added up,
-// the best patches selected, their rows gathered. For a kernel of its own, and for the end of one that has the scores.
+// What ends a pruning block's attention, for one clip by one block of kThreads threads: partial scores are added up, the
+// best patches selected, their rows gathered. For a kernel of its own, and for the end of one that has the scores.
 #pragma once
 
 #include "kernels.h"

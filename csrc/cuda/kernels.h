@@ -29,18 +29,12 @@ struct PartialScores {
 void prune_epilogue(const PartialScores& partials, int64_t batch, int64_t patches, int64_t keep, float* scores,
                     int64_t* index, int64_t extra_tokens, const RowsList& rows, int device, Stream stream);
 
-enum class Dtype { float16, bfloat16 };
+// Each head's share of the class scores: the class token's row of its softmax matrix, over heads, of the patches alone.
+// partials[batch][heads][tokens - extra_tokens]. At most kMaxTokens tokens. Of q, token_stride is not used.
+void cls_scores(Dtype dtype, int64_t batch, int64_t heads, int64_t tokens, int64_t channels, const Heads& q,
+                const Heads& k, float scale, int64_t extra_tokens, float* partials, int device, Stream stream);
 
-// Half-precision heads [batch, heads, rows, 64] with contiguous channels; strides in bytes, multiples of 16.
-struct Heads {
-  char* data;
-  int64_t clip_bytes, head_bytes, row_bytes;
-
-  PRUNEATTN_HOST_DEVICE char* at(int64_t clip, int64_t head) const {
-    return data + clip * clip_bytes + head * head_bytes;
-  }
-};
-
+// float16 or bfloat16, heads of 64 channels; pointers and strides of q, k, v and out are multiples of 16 bytes.
 struct Attention {
   Heads q, k, v, out;
   float* lse;           // [batch, heads, queries]
@@ -50,9 +44,8 @@ struct Attention {
   float column_share;   // 1 / (heads * patches)
 };
 
-// What attention.cuh holds on chip: heads of 64 channels and at most kMaxTokens keys. The largest number that fits a
-// block's shared memory on this device.
-constexpr int kMaxTokens = 576;
+// What attention.cuh holds on chip: at most so many keys, and at most most_tokens() on a device with less shared memory.
+constexpr int kMaxKeys = 576;
 int64_t most_tokens(int device);
 
 // Softmax attention: out and lse.

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace pruneattn::cuda {
 
@@ -67,3 +68,16 @@ __device__ inline float log2_approximate(float x) {
 #else
 #include "numbers_twin.h"  // tests/csrc/shim: the same in plain C++
 #endif
+
+namespace pruneattn::cuda {
+
+// The numbers that one access loads.
+template <typename T, typename Access>
+__device__ void unpack(const Access& access, float (&number)[sizeof(Access) / sizeof(T)]) {
+  T raw[sizeof(Access) / sizeof(T)];
+  std::memcpy(raw, &access, sizeof access);
+#pragma unroll
+  for (size_t i = 0; i < sizeof(Access) / sizeof(T); ++i) number[i] = to_float(raw[i]);
+}
+
+}  // namespace pruneattn::cuda

@@ -10,6 +10,8 @@ from ._registration import LIBRARY, define
 
 #: What the CPU kernels compute; other dtypes run the reference there.
 CPU_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+#: And the CUDA kernels.
+CUDA_DTYPES = {**CPU_DTYPES, torch.float16: "float16"}
 
 # In half precision PyTorch's fused backward pass is slow for few tokens: 12 ms where the recomputation takes 4 (65
 # tokens, 96 heads, bfloat16, 2 threads); at 257 tokens they draw level.

@@ -3,10 +3,10 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backend import launch
+from ..backend import _C, launch
 from ._checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_shape
 from ._registration import LIBRARY, define
-from .attention import CPU_DTYPES, heads_of, scale_of, together
+from .attention import CPU_DTYPES, CUDA_DTYPES, heads_of, scale_of, together
 
 
 def reference(q_cls, k, extra_tokens, scale=None):
@@ -37,7 +37,8 @@ def cls_scores(q_cls, k, extra_tokens, scale=None):
     return _cls_scores(q_cls, k, extra_tokens, scale)
 
 
-def _check(q_cls, k, extra_tokens, scale=None):
+def check_scoring(q_cls, k, extra_tokens, scale=None):
+    """Raise unless these are arguments of :func:`cls_scores`."""
     check_shape("k", k, "BHND")
     batch, heads, tokens, channels = k.shape
     check_shape("q_cls", q_cls, "BHD", (batch, heads, channels))
@@ -50,7 +51,8 @@ def _fake(q_cls, k, extra_tokens, scale=None):
     return k.new_empty((k.shape[0], k.shape[2] - extra_tokens), dtype=torch.float32)
 
 
-def _cpu(q_cls, k, extra_tokens, scale=None):
+def cpu_scores(q_cls, k, extra_tokens, scale=None):
+    """:func:`cls_scores` by the CPU kernel where it takes the input."""
     if k.dtype not in CPU_DTYPES:
         return reference(q_cls, k, extra_tokens, scale)
     scores = _fake(q_cls, k, extra_tokens)
@@ -60,24 +62,46 @@ def _cpu(q_cls, k, extra_tokens, scale=None):
     return scores
 
 
-def _triton(q_cls, k, extra_tokens, scale=None):
+def cuda_partials(q_cls, k, extra_tokens, scale=None):
+    """Rows that add up to the scores, float32 ``[B, R, P]``: one per head, by the CUDA kernel where it takes the input."""
+    batch, heads, tokens, _ = k.shape
+    if k.dtype not in CUDA_DTYPES or tokens > _C.MAX_TOKENS:
+        return reference(q_cls, k, extra_tokens, scale).unsqueeze(1)
+    partials = k.new_empty((batch, heads, tokens - extra_tokens), dtype=torch.float32)
+    (q, q_heads), (k, k_heads) = heads_of(q_cls.unsqueeze(2)), heads_of(k)
+    places = (q_heads, k_heads)
+    launch("cls_scores", q, CUDA_DTYPES[k.dtype], *k.shape, *places, scale_of(q, scale), extra_tokens, partials.data_ptr())
+    return partials
+
+
+def triton_partials(q_cls, k, extra_tokens, scale=None):
+    """As :func:`cuda_partials`, by the Triton kernel."""
     from ..kernels import cls_scores as kernel
     from ..kernels.launch import takes
 
     if not takes(k):
-        return reference(q_cls, k, extra_tokens, scale)
+        return reference(q_cls, k, extra_tokens, scale).unsqueeze(1)
     weights = k.new_empty(k.shape[:3], dtype=torch.float32)  # [B, H, N]
     kernel.cls_weights(together(q_cls.unsqueeze(2)), together(k), weights, scale_of(q_cls, scale))
-    return weights[:, :, extra_tokens:].sum(1)
+    return weights[:, :, extra_tokens:]
+
+
+def _cuda(q_cls, k, extra_tokens, scale=None):
+    return cuda_partials(q_cls, k, extra_tokens, scale).sum(1)
+
+
+def _triton(q_cls, k, extra_tokens, scale=None):
+    return triton_partials(q_cls, k, extra_tokens, scale).sum(1)
 
 
 _cls_scores = define(
     "cls_scores(Tensor q_cls, Tensor k, SymInt extra_tokens, float? scale=None) -> Tensor",
-    check=_check,
+    check=check_scoring,
     fake=_fake,
     autocast="cast",
     reference=reference,
-    cpu=_cpu,
+    cpu=cpu_scores,
+    cuda=_cuda,
     triton=_triton,
 )
 
