@@ -176,11 +176,6 @@ void cuda_cls_scores(const std::string& dtype, int64_t batch, int64_t heads, int
                    stream_of(stream));
 }
 
-Dtype half_dtype_of(const std::string& name) {
-  check(name == "float16" || name == "bfloat16", "dtype must be float16 or bfloat16, got " + name);
-  return cuda_dtype_of(name);
-}
-
 Heads aligned_heads_of(const char* name, const HeadsArgument& argument) {
   const auto& [pointer, batch_stride, head_stride, token_stride] = argument;
   check(pointer % 16 == 0 && batch_stride % 8 == 0 && head_stride % 8 == 0 && token_stride % 8 == 0,
@@ -188,43 +183,30 @@ Heads aligned_heads_of(const char* name, const HeadsArgument& argument) {
   return heads_of(argument);
 }
 
-cuda::Attention cuda_attention_of(int64_t batch, int64_t heads, int64_t queries, int64_t tokens, int64_t channels,
-                                  const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v,
-                                  const HeadsArgument& out, uintptr_t lse, double scale, int64_t extra_tokens) {
-  check_sizes(batch, heads, queries, tokens, channels);
-  check_extra_tokens(extra_tokens, tokens);
-  check(channels == 64, "channels must be 64 on CUDA, got " + std::to_string(channels));
-  check(tokens <= cuda::kMaxKeys,
-        "tokens must be at most " + std::to_string(cuda::kMaxKeys) + " on CUDA, got " + std::to_string(tokens));
-  check(scale > 0, "scale must be positive on CUDA, got " + std::to_string(scale));
-  constexpr double kLog2E = 1.4426950408889634;
-  return {aligned_heads_of("q", q),
-          aligned_heads_of("k", k),
-          aligned_heads_of("v", v),
-          aligned_heads_of("out", out),
-          reinterpret_cast<float*>(lse),
-          static_cast<float>(scale * kLog2E),
-          static_cast<int>(heads),
-          static_cast<int>(queries),
-          static_cast<int>(tokens),
-          static_cast<int>(extra_tokens),
-          static_cast<float>(1.0 / (static_cast<double>(heads) * static_cast<double>(tokens - extra_tokens)))};
-}
-
-void cuda_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t queries, int64_t tokens,
-                    int64_t channels, const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v,
-                    const HeadsArgument& out, uintptr_t lse, double scale, int device, uintptr_t stream) {
-  const auto work = cuda_attention_of(batch, heads, queries, tokens, channels, q, k, v, out, lse, scale, 0);
-  cuda::attention(half_dtype_of(dtype), batch, work, device, stream_of(stream));
-}
-
 void cuda_column_mean_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t tokens,
                                 int64_t channels, const HeadsArgument& q, const HeadsArgument& k,
                                 const HeadsArgument& v, const HeadsArgument& out, uintptr_t lse, double scale,
                                 int64_t extra_tokens, uintptr_t partials, int parts, int device, uintptr_t stream) {
-  const auto work =
-      cuda_attention_of(batch, heads, tokens, tokens, channels, q, k, v, out, lse, scale, extra_tokens);
-  cuda::column_mean_attention(half_dtype_of(dtype), batch, work, reinterpret_cast<float*>(partials), parts, device,
+  check_sizes(batch, heads, tokens, tokens, channels);
+  check_extra_tokens(extra_tokens, tokens);
+  check(channels == 64, "channels must be 64 on CUDA, got " + std::to_string(channels));
+  check(tokens <= cuda::kMaxAttentionTokens, "tokens must be at most " + std::to_string(cuda::kMaxAttentionTokens) +
+                                                 " on CUDA, got " + std::to_string(tokens));
+  check(dtype == "float16" || dtype == "bfloat16", "dtype must be float16 or bfloat16, got " + dtype);
+  check(scale > 0, "scale must be positive on CUDA, got " + std::to_string(scale));
+  constexpr double kLog2E = 1.4426950408889634;
+  const cuda::Attention attention = {
+      aligned_heads_of("q", q),
+      aligned_heads_of("k", k),
+      aligned_heads_of("v", v),
+      aligned_heads_of("out", out),
+      reinterpret_cast<float*>(lse),
+      static_cast<float>(scale * kLog2E),
+      static_cast<int>(heads),
+      static_cast<int>(tokens),
+      static_cast<int>(extra_tokens),
+      static_cast<float>(1.0 / (static_cast<double>(heads) * static_cast<double>(tokens - extra_tokens)))};
+  cuda::column_mean_attention(cuda_dtype_of(dtype), batch, attention, reinterpret_cast<float*>(partials), parts, device,
                               stream_of(stream));
 }
 #endif
@@ -296,16 +278,13 @@ PYBIND11_MODULE(_C, m) {
         "The class token's row of each head's softmax matrix, over heads: partials [batch, heads, tokens - "
         "extra_tokens] add up to the scores. For at most MAX_TOKENS tokens; float16, too.");
   m.def("cuda_most_tokens", &cuda::most_tokens, arg("device"),
-        "The most tokens of a clip that the attention kernels take on this device; 0 if they do not run there.");
-  m.def("cuda_attention_parts", &cuda::attention_parts, arg("heads"), arg("queries"), arg("device"),
-        "Blocks that share a head; `heads` of all clips together.");
-  m.def("cuda_attention", &cuda_attention, nogil, arg("dtype"), arg("batch"), arg("heads"), arg("queries"),
-        arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
-        arg("device"), arg("stream"),
-        "cpu_attention in half precision, for heads of 64 channels and at most cuda_most_tokens keys.");
+        "The most tokens of a clip that cuda_column_mean_attention takes on this device.");
+  m.def("cuda_attention_parts", &cuda::attention_parts, arg("heads"), arg("tokens"), arg("device"),
+        "Rows of partial column means per head; `heads` of all clips together.");
   m.def("cuda_column_mean_attention", &cuda_column_mean_attention, nogil, arg("dtype"), arg("batch"), arg("heads"),
         arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
         arg("extra_tokens"), arg("partials_ptr"), arg("parts"), arg("device"), arg("stream"),
-        "cuda_attention, and the column means in heads * cuda_attention_parts rows that are yet to be added up.");
+        "cpu_column_mean_attention in half precision, for heads of 64 channels and at most cuda_most_tokens tokens. The "
+        "column means are in partials [batch, heads * parts, tokens - extra_tokens], yet to be added up.");
 #endif
 }

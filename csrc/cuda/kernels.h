@@ -37,25 +37,22 @@ void cls_scores(Dtype dtype, int64_t batch, int64_t heads, int64_t tokens, int64
 // float16 or bfloat16, heads of 64 channels; pointers and strides of q, k, v and out are multiples of 16 bytes.
 struct Attention {
   Heads q, k, v, out;
-  float* lse;           // [batch, heads, queries]
-  float scale;          // of the logits, times log2(e)
-  int heads, queries, tokens;
-  int extra_tokens;     // rows and columns that are no part of the column means
-  float column_share;   // 1 / (heads * patches)
+  float* lse;  // [batch, heads, tokens]
+  float scale;  // of the logits, times log2(e)
+  int heads, tokens;
+  int extra_tokens;    // rows and columns that are no part of the column means
+  float column_share;  // 1 / (heads * patches)
 };
 
-// What attention.cuh holds on chip: at most so many keys, and at most most_tokens() on a device with less shared memory.
-constexpr int kMaxKeys = 576;
+// What column_mean_attention holds on chip: at most so many tokens, and most_tokens() on a device with less shared memory.
+constexpr int kMaxAttentionTokens = 576;
 int64_t most_tokens(int device);
 
-// Softmax attention: out and lse.
-void attention(Dtype dtype, int64_t batch, const Attention& attention, int device, Stream stream);
+// Blocks that share a head (`heads` of all clips together), each with a row of partial column means.
+int attention_parts(int64_t heads, int64_t tokens, int device);
 
-// Blocks that share a head, each with a row of partial column sums.
-int attention_parts(int64_t heads, int64_t queries, int device);
-
-// The same, and the means of the softmax matrix's columns in parts that are yet to be added up, in a fixed order:
-// partials[batch][heads * parts][tokens - extra_tokens]. queries = tokens.
+// Softmax attention, and the means of the softmax matrix's columns in parts that are yet to be added up:
+// partials[batch][heads * parts][tokens - extra_tokens].
 void column_mean_attention(Dtype dtype, int64_t batch, const Attention& attention, float* partials, int parts,
                            int device, Stream stream);
 

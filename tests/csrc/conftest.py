@@ -198,6 +198,6 @@ def kernels(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(params=["shim", "device"])
+@pytest.fixture(params=["shim", pytest.param("device", marks=pytest.mark.device)])
 def cuda(request):
     return request.getfixturevalue(request.param)

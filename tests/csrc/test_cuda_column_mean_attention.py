@@ -1,4 +1,4 @@
-"""The CUDA attention kernels against numpy in float64: under the shim, and on a GPU where there is one."""
+"""column_mean_attention in CUDA C++ against numpy in float64: under the shim, and on a GPU where there is one."""
 
 import numpy as np
 import pytest
@@ -41,34 +41,23 @@ class Case:
         self.bits = to_bits(packed.astype(np.float32), dtype)
         self.q, self.k, self.v = from_bits(self.bits, dtype).transpose(2, 0, 3, 1, 4)
 
-    def run(self, name, queries=None, **more):
-        """Calls the kernel; returns out [B, H, M, 64] and lse [B, H, M] in float64, and what ``more`` was given to fill."""
+    def run(self):
+        """(out [B, H, N, 64], lse [B, H, N], both in float64; partial column means [B, H * parts, P])."""
         batch, heads, tokens = self.shape
-        put = self.kernels.memory.put
+        put, get, parts = self.kernels.memory.put, self.kernels.memory.get, self.parts()
         source, pointer = put(self.bits)
         strides = (tokens * 3 * heads * D, D, 3 * heads * D)
         q, k, v = ((pointer + 2 * part * heads * D, *strides) for part in range(3))
-        rows = queries or tokens
-        out, out_ptr = put(np.full((batch, rows, heads, D), 0xFFFF, np.uint16))
-        lse, lse_ptr = put(np.full((batch, heads, rows), np.nan, np.float32))
-        places = (q, k, v, (out_ptr, rows * heads * D, D, heads * D), lse_ptr, self.scale)
-        sizes = (self.dtype, batch, heads, *((rows,) if name == "attention" else ()), tokens, D)
-        self.kernels.call(name, *sizes, *places, *more.get("arguments", lambda *_: ())(out_ptr))
-        get = self.kernels.memory.get
-        return from_bits(get(out), self.dtype).transpose(0, 2, 1, 3), get(lse).astype(np.float64)
+        out, out_ptr = put(np.full((batch, tokens, heads, D), 0xFFFF, np.uint16))
+        lse, lse_ptr = put(np.full((batch, heads, tokens), np.nan, np.float32))
+        sums, sums_ptr = put(np.full((batch, heads * parts, tokens - self.extra), np.nan, np.float32))
+        places = (q, k, v, (out_ptr, tokens * heads * D, D, heads * D), lse_ptr, self.scale)
+        self.kernels.call("column_mean_attention", self.dtype, *self.shape, D, *places, self.extra, sums_ptr, parts)
+        return from_bits(get(out), self.dtype).transpose(0, 2, 1, 3), get(lse).astype(np.float64), get(sums)
 
     def parts(self):
         batch, heads, tokens = self.shape
         return self.kernels.module.cuda_attention_parts(batch * heads, tokens, 0)
-
-    def column_means(self):
-        """(out, lse, partial sums [B, H * parts, P]) of column_mean_attention."""
-        batch, heads, tokens = self.shape
-        parts = self.parts()
-        sums, pointer = self.kernels.memory.put(
-            np.full((batch, heads * parts, tokens - self.extra), np.nan, np.float32))
-        out, lse = self.run("column_mean_attention", arguments=lambda _: (self.extra, pointer, parts))
-        return out, lse, self.kernels.memory.get(sums)
 
     def expected(self):
         """Output, log-sum-exp and column means in float64."""
@@ -76,28 +65,20 @@ class Case:
         with np.errstate(all="ignore"):
             top = logits.max(-1)
             lse = top + np.log(np.exp(logits - top[..., None]).sum(-1))
-            # Over the patches that are queried: all of them, where scores are asked for.
-            return weights @ self.v, lse, weights[:, :, self.extra:, self.extra:].sum((1, 2)) / (
-                weights.shape[1] * (self.shape[2] - self.extra))
+        return weights @ self.v, lse, weights[:, :, self.extra:, self.extra:].mean((1, 2))
 
     def check(self, out, lse, scores):
         expected_out, expected_lse, expected_scores = self.expected()
         np.testing.assert_allclose(out, expected_out, rtol=0, atol=TOLERANCE[self.dtype] * max(1, np.abs(self.v).max() / 4))
         np.testing.assert_allclose(lse, expected_lse, rtol=2e-6, atol=2e-5)
-        if scores is not None:
-            np.testing.assert_allclose(scores, expected_scores, rtol=3e-5, atol=1e-9)
-
-
-@pytest.fixture(params=["shim", "device"])
-def cuda(request):
-    return request.getfixturevalue(request.param)
+        np.testing.assert_allclose(scores, expected_scores, rtol=3e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("tokens", [65, 257, 513, 514, 360, 450, 576])
 def test_real_sizes(cuda, tokens, dtype):
     case = Case(cuda, 1, 2, tokens, 2 if tokens == 514 else 1, dtype)
-    out, lse, sums = case.column_means()
+    out, lse, sums = case.run()
     case.check(out, lse, sums.astype(np.float64).sum(1))
 
 
@@ -105,39 +86,31 @@ def test_real_sizes(cuda, tokens, dtype):
 def test_every_small_number_of_tokens(cuda, extra):
     for tokens in range(max(2, extra + 1), 131):
         case = Case(cuda, 1, 1, tokens, extra, "bfloat16" if tokens % 2 else "float16")
-        out, lse, sums = case.column_means()
+        out, lse, sums = case.run()
         case.check(out, lse, sums.astype(np.float64).sum(1))
-
-
-@pytest.mark.parametrize("queries", [1, 64, 100])
-def test_attention_of_some_queries(cuda, queries):
-    case = Case(cuda, 2, 3, 130)
-    out, lse = case.run("attention", queries=queries)
-    case.q = case.q[:, :, :queries]
-    case.check(out, lse, None)
 
 
 @pytest.mark.parametrize("order", ["reverse", "shuffle"])
 def test_result_does_not_depend_on_order(shim, monkeypatch, order):
     case = Case(shim, 2, 2, 130)
-    first = case.column_means()
+    first = case.run()
     monkeypatch.setenv("SHIM_ORDER", order)
-    for one, other in zip(first, case.column_means()):
+    for one, other in zip(first, case.run()):
         np.testing.assert_array_equal(one, other)
 
 
 def test_same_bits_in_every_run(cuda):
     case = Case(cuda, 4, 2, 257)
-    first = case.column_means()
+    first = case.run()
     for _ in range(3):
-        for one, other in zip(first, case.column_means()):
+        for one, other in zip(first, case.run()):
             np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("spread", [30.0, 1e-3])
 def test_sharp_and_flat_rows(cuda, spread):
     case = Case(cuda, 1, 2, 200, spread=spread)
-    out, lse, sums = case.column_means()
+    out, lse, sums = case.run()
     expected = case.expected()
     np.testing.assert_allclose(out, expected[0], rtol=2e-2, atol=TOLERANCE["bfloat16"] * spread)
     np.testing.assert_allclose(sums.astype(np.float64).sum(1), expected[2], rtol=2e-4, atol=1e-8)
@@ -162,7 +135,7 @@ def one_value(packed):
 @pytest.mark.parametrize("change", [unscored_row, one_query, one_key, one_value])
 def test_what_is_not_finite_goes_where_the_definition_says(cuda, change):
     case = Case(cuda, 1, 2, 130, change=change)
-    out, _, sums = case.column_means()
+    out, _, sums = case.run()
     expected_out, _, expected_scores = case.expected()
     np.testing.assert_array_equal(np.isnan(out), np.isnan(expected_out))
     np.testing.assert_array_equal(np.isnan(sums.sum(1)), np.isnan(expected_scores))
@@ -175,28 +148,31 @@ def test_queries_shared_by_blocks(shim, monkeypatch, multiprocessors):
     monkeypatch.setenv("SHIM_MULTIPROCESSORS", multiprocessors)
     case = Case(shim, 1, 2, 257)
     assert case.parts() == {"1": 1, "4": 2, "132": 4}[multiprocessors]
-    out, lse, sums = case.column_means()
+    out, lse, sums = case.run()
     case.check(out, lse, sums.astype(np.float64).sum(1))
 
 
 def test_arguments_are_checked(cuda):
     place = (0, 64, 64, 64)
-    call = lambda *a: cuda.call("attention", *a)  # noqa: E731
+
+    def call(dtype, tokens, channels, scale, k=place):
+        cuda.call("column_mean_attention", dtype, 1, 1, tokens, channels, place, k, place, place, 0, scale, 1, 0, 1)
+
     with pytest.raises(ValueError, match="channels must be 64 on CUDA, got 32"):
-        call("float16", 1, 1, 5, 5, 32, place, place, place, place, 0, 1.0)
+        call("float16", 5, 32, 1.0)
     with pytest.raises(ValueError, match="tokens must be at most 576 on CUDA, got 577"):
-        call("float16", 1, 1, 577, 577, 64, place, place, place, place, 0, 1.0)
+        call("float16", 577, 64, 1.0)
     with pytest.raises(ValueError, match="dtype must be float16 or bfloat16, got float32"):
-        call("float32", 1, 1, 5, 5, 64, place, place, place, place, 0, 1.0)
+        call("float32", 5, 64, 1.0)
     with pytest.raises(ValueError, match="scale must be positive on CUDA, got -1"):
-        call("float16", 1, 1, 5, 5, 64, place, place, place, place, 0, -1.0)
+        call("float16", 5, 64, -1.0)
     with pytest.raises(ValueError, match="k: pointer and strides must be multiples of 16 bytes"):
-        call("float16", 1, 1, 5, 5, 64, place, (2, 64, 64, 64), place, place, 0, 1.0)
+        call("float16", 5, 64, 1.0, k=(2, 64, 64, 64))
 
 
 def test_tokens_that_fit_a_smaller_gpu(shim, monkeypatch):
     assert shim.module.cuda_most_tokens(0) == 576
     monkeypatch.setenv("SHIM_SHARED_LIMIT", str(163 << 10))  # sm_80
     assert shim.module.cuda_most_tokens(0) == 480
-    with pytest.raises(RuntimeError, match=r"attention\(bfloat16, batch=1, heads=1, queries=481, tokens=481"):
-        Case(shim, 1, 1, 481).run("attention")
+    with pytest.raises(RuntimeError, match=r"column_mean_attention\(bfloat16, batch=1, heads=1, tokens=481, extra"):
+        Case(shim, 1, 1, 481).run()

@@ -133,8 +133,8 @@ __device__ inline int share_out(float (&sums)[kCount], int lane, bool& mine) {
   return first;
 }
 
-// The head's output and log-sum-exp for the queries of a part; if kColumns, `partial` gets the sums of its columns.
-template <typename T, int kKeys, bool kColumns>
+// The head's output and log-sum-exp for the queries of a part; `partial` gets its share of the column means.
+template <typename T, int kKeys>
 __device__ void attend(const Attention& a, int64_t head_number, AttentionPart part, float* partial,
                        AttentionMemory<kKeys>& shared) {
   const int thread = threadIdx.x % kGroupThreads, lane = thread % 32, warp = thread / 32;
@@ -148,16 +148,14 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
   unsigned char* const my_values = shared.values + first_key * kRowBytes;
 
   const auto load_queries = [&](unsigned char* tile, int number) {
-    load_tile<kAttentionThreads>(tile, q, number * kTileRows, kTileRows, a.queries, threadIdx.x);
+    load_tile<kAttentionThreads>(tile, q, number * kTileRows, kTileRows, a.tokens, threadIdx.x);
   };
   load_queries(shared.queries[0], part.first_tile);
   load_tile<kGroupThreads>(my_keys, k, first_key, kKeys, a.tokens, thread);
   commit_copies();
   load_tile<kGroupThreads>(my_values, v, first_key, kKeys, a.tokens, thread);
   commit_copies();
-  if constexpr (kColumns) {
-    for (int i = lane; i < kKeys; i += 32) shared.columns[4 * group + warp][i] = 0;
-  }
+  for (int i = lane; i < kKeys; i += 32) shared.columns[4 * group + warp][i] = 0;
   wait_copies<1>();
   __syncthreads();
 
@@ -239,8 +237,8 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
       const float of_first = exp2_approximate(first.x - common), of_second = exp2_approximate(second.x - common);
       const float total = of_first * first.y + of_second * second.y;
       share[r] = (group == 0 ? of_first : of_second) * reciprocal_approximate(total);
-      if (group == 0 && lane % 4 == 0 && row + 8 * r < a.queries) {
-        a.lse[head_number * a.queries + row + 8 * r] = (common + log2_approximate(total)) * 0.6931471805599453f;
+      if (group == 0 && lane % 4 == 0 && row + 8 * r < a.tokens) {
+        a.lse[head_number * a.tokens + row + 8 * r] = (common + log2_approximate(total)) * 0.6931471805599453f;
       }
     }
     wait_products(out);
@@ -254,34 +252,32 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
       shared.output[group][i][thread] = make_float4(given[0], given[1], given[2], given[3]);
     }
 
-    const bool scored[2] = {row >= a.extra_tokens && row < a.queries, row + 8 >= a.extra_tokens && row + 8 < a.queries};
+    const bool scored[2] = {row >= a.extra_tokens && row < a.tokens, row + 8 >= a.extra_tokens && row + 8 < a.tokens};
     const bool all_scored = __ballot_sync(kAll, scored[0] && scored[1]) == kAll;
 #pragma unroll
     for (int r = 0; r < 2; ++r) share[r] = scored[r] ? share[r] : 0;
     unrolled<kChunks<kKeys>>([&](auto number) {
-      if constexpr (kColumns) {
-        constexpr int c = decltype(number)::value;
-        auto& weights = reinterpret_cast<Logits<kKeys, c>>(s[c * kChunk / 2]);
-        constexpr int kCount = kChunkKeys<kKeys, c> / 4;  // columns of a lane
-        float sums[kCount];
-        if (!all_scored) {  // not by a share of 0: they may be NaN
-          __syncwarp();     // or the compiler makes it selections for all rows
+      constexpr int c = decltype(number)::value;
+      auto& weights = reinterpret_cast<Logits<kKeys, c>>(s[c * kChunk / 2]);
+      constexpr int kCount = kChunkKeys<kKeys, c> / 4;  // columns of a lane
+      float sums[kCount];
+      if (!all_scored) {  // not by a share of 0: they may be NaN
+        __syncwarp();     // or the compiler makes it selections for all rows
 #pragma unroll
-          for (int i = 0; i < 2 * kCount; ++i) weights[i] = scored[i / 2 % 2] ? weights[i] : 0;
-        }
+        for (int i = 0; i < 2 * kCount; ++i) weights[i] = scored[i / 2 % 2] ? weights[i] : 0;
+      }
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          const int at = i / 2 * 4 + i % 2;
-          sums[i] = weights[at] * share[0] + weights[at + 2] * share[1];
-        }
-        bool mine;
-        const int first = share_out(sums, lane, mine);
-        float* columns = shared.columns[4 * group + warp] + c * kChunk;
+      for (int i = 0; i < kCount; ++i) {
+        const int at = i / 2 * 4 + i % 2;
+        sums[i] = weights[at] * share[0] + weights[at + 2] * share[1];
+      }
+      bool mine;
+      const int first = share_out(sums, lane, mine);
+      float* columns = shared.columns[4 * group + warp] + c * kChunk;
 #pragma unroll
-        for (int i = 0; i < kShared<kCount>; ++i) {
-          const int n = first + i;
-          if (mine) columns[n / 2 * 8 + lane % 4 * 2 + n % 2] += sums[i];
-        }
+      for (int i = 0; i < kShared<kCount>; ++i) {
+        const int n = first + i;
+        if (mine) columns[n / 2 * 8 + lane % 4 * 2 + n % 2] += sums[i];
       }
       // After the last tile, of queries that nobody reads: a branch here would make the compiler wait for the products.
       if constexpr (kInBackground) start_chunk(number, next_queries);
@@ -301,7 +297,7 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= a.queries) continue;
+      if (row + 8 * r >= a.tokens) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         *reinterpret_cast<uint32_t*>(row_to + 8 * r * to.row_bytes + i * 8 * sizeof(T)) = packed[r][i];
@@ -310,29 +306,25 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
     wait_products(s);
   }
 
-  for (int row = part.first_row; row < a.queries; ++row) {
+  for (int row = part.first_row; row < a.tokens; ++row) {
     // What the products used is free; a tile of queries and the output of the groups are far apart from each other.
     float* const weights = reinterpret_cast<float*>(shared.queries);
     __syncthreads();
     attend_row<T, 2 * kKeys>(reinterpret_cast<const T*>(q.rows + row * q.row_bytes), shared.keys, shared.values, a.tokens,
                              a.scale, reinterpret_cast<T*>(to.rows + row * to.row_bytes),
-                             a.lse + head_number * a.queries + row, weights, *reinterpret_cast<RowMemory*>(shared.output));
-    if constexpr (kColumns) {
-      if (row >= a.extra_tokens) {
-        for (int i = thread; i < keys; i += kGroupThreads) shared.columns[4 * group][i] += weights[first_key + i];
-      }
+                             a.lse + head_number * a.tokens + row, weights, *reinterpret_cast<RowMemory*>(shared.output));
+    if (row >= a.extra_tokens) {
+      for (int i = thread; i < keys; i += kGroupThreads) shared.columns[4 * group][i] += weights[first_key + i];
     }
   }
 
-  if constexpr (kColumns) {
-    __syncthreads();
-    for (int i = thread; i < keys; i += kGroupThreads) {
-      const int patch = first_key + i - a.extra_tokens;
-      float sum = 0;
+  __syncthreads();
+  for (int i = thread; i < keys; i += kGroupThreads) {
+    const int patch = first_key + i - a.extra_tokens;
+    float sum = 0;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) sum += shared.columns[4 * group + w][i];
-      if (patch >= 0) partial[patch] = sum * a.column_share;
-    }
+    for (int w = 0; w < 4; ++w) sum += shared.columns[4 * group + w][i];
+    if (patch >= 0) partial[patch] = sum * a.column_share;
   }
 }
 
