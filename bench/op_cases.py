@@ -78,7 +78,7 @@ def _ours(case, op, args):
     yield here[0], call
     for name in here[1:]:
         yield name, within(partial(use_backend, name), call)
-    if here[0] == "cpu" and op.__name__ in ("attention", "column_mean_attention", "cls_scores"):
+    if here[0] == "cpu" and op.__name__ in ("attention", "column_mean_attention", "cls_scores", "cls_prune_tokens"):
         for isa in _C.cpu_isas()[1:]:
             yield f"cpu, {isa}", within(partial(instruction_set, isa), call)
 

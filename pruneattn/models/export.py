@@ -199,9 +199,14 @@ def _decompositions(keep_selection):
             scores = partial_scores.sum(1)
             return scores, *prune_tokens(scores, *args)
 
+        def cls_prune_tokens(q_cls, k, x, y, keep, extra_tokens, scale=None):
+            scores = table[torch.ops.pruneattn.cls_scores.default](q_cls, k, extra_tokens, scale)
+            return scores, *prune_tokens(scores, x, y, keep, extra_tokens)
+
         del table[select]
         table[torch.ops.pruneattn.prune_tokens.default] = prune_tokens
         table[torch.ops.pruneattn.prune_epilogue.default] = prune_epilogue
+        table[torch.ops.pruneattn.cls_prune_tokens.default] = cls_prune_tokens
     return table
 
 

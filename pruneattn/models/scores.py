@@ -82,8 +82,9 @@ class ClsPruning(Pruning):
     def __call__(self, attn, x, y, keep, extra, values):
         k, v = attn.project(y, "kv")
         (q_cls,) = attn.project(y[:, :1], "q")  # [B, H, 1, D]
-        scores = ops.cls_scores(q_cls.squeeze(2), k, extra)
-        return self.select_then_query(attn, x, y, scores, k, v, keep, extra)
+        scores, index, x, y = ops.cls_prune_tokens(q_cls.squeeze(2), k, x, y, keep, extra)
+        (q,) = attn.project(y, "q")  # [B, H, extra + keep, D]
+        return index, scores, x, attn.attend(q, k, v)
 
     def attention_macs(self, tokens, kept, dim):
         scoring = dim**2 + tokens * dim

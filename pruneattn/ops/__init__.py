@@ -1,6 +1,7 @@
 """Pruned attention, one file per op. Each op's ``reference`` twin in plain PyTorch is its definition."""
 
 from .attention import attention
+from .cls_prune_tokens import cls_prune_tokens
 from .cls_scores import cls_scores
 from .column_mean_attention import column_mean_attention
 from .gather_tokens import gather_tokens
@@ -10,6 +11,7 @@ from .select_tokens import select_tokens
 
 __all__ = [
     "attention",
+    "cls_prune_tokens",
     "cls_scores",
     "column_mean_attention",
     "gather_tokens",

@@ -48,7 +48,7 @@ def _check(partial_scores, x, y, keep, extra_tokens):
     if partial_scores.shape[1] < 1:
         raise ValueError(f"partial_scores: expected at least one row, got {list(partial_scores.shape)}")
     check_keep(keep, partial_scores.shape[2])
-    check_tokens(x, y, "partial_scores", partial_scores, extra_tokens)
+    check_tokens(x, y, partial_scores.shape[2], extra_tokens, "partial_scores", partial_scores)
 
 
 def _fake(partial_scores, x, y, keep, extra_tokens):

@@ -42,17 +42,17 @@ def prune_tokens(scores, x, y, keep, extra_tokens):
     return _prune_tokens(scores, x, y, keep, extra_tokens)
 
 
-def check_tokens(x, y, name, scores, extra_tokens):
-    """Raise unless x and y have a token for each score ``[B, .., P]`` (the argument of this name), and extra ones."""
-    batch, patches = scores.shape[0], scores.shape[-1]
+def check_tokens(x, y, patches, extra_tokens, name, other):
+    """Raise unless x and y have a token per patch, and extra ones, in the batch and on the device of another argument."""
+    batch = other.shape[0]
     for tokens_name, tokens in (("x", x), ("y", y)):
         check_shape(tokens_name, tokens, "BNC")
         if tokens.shape[0] != batch or tokens.shape[1] != extra_tokens + patches:
             raise ValueError(
-                f"{tokens_name}: expected [{batch}, {extra_tokens} + {patches}, C] for {name} {list(scores.shape)} and "
+                f"{tokens_name}: expected [{batch}, {extra_tokens} + {patches}, C] for {name} {list(other.shape)} and "
                 f"extra_tokens {extra_tokens}, got {list(tokens.shape)}"
             )
-        check_device(tokens_name, tokens, name, scores)
+        check_device(tokens_name, tokens, name, other)
     check_extra_tokens(extra_tokens, x.shape[1])
 
 
@@ -71,7 +71,7 @@ def rows_to_copy(tokens, kept):
 
 def _check(scores, x, y, keep, extra_tokens):
     check_selection(scores, keep)
-    check_tokens(x, y, "scores", scores, extra_tokens)
+    check_tokens(x, y, scores.shape[1], extra_tokens, "scores", scores)
 
 
 def _fake(scores, x, y, keep, extra_tokens):

@@ -36,14 +36,18 @@ def random_weights():
 @pytest.fixture
 def record_kept(monkeypatch):
     """List that gets the kept patches of every pruning block that runs."""
-    kept, prune_tokens = [], ops.prune_tokens
+    kept = []
 
-    def recording(*arguments):
-        out = prune_tokens(*arguments)
-        kept.append(out[0])
-        return out
+    def recording(prune):
+        def run(*arguments):
+            out = prune(*arguments)
+            kept.append(out[-3])
+            return out
 
-    monkeypatch.setattr(ops, "prune_tokens", recording)
+        return run
+
+    for name in ("prune_tokens", "cls_prune_tokens"):
+        monkeypatch.setattr(ops, name, recording(getattr(ops, name)))
     return kept
 
 

@@ -27,8 +27,10 @@ from pruneattn.backend import _C
 SIZES = grid.Sizes(("float32",), (2,), (32,), 1, keep_rates=(1.0, 0.5))
 MODELS = {"audiomae_tiny": 33, "ast_tiny": 34}
 LIBRARY = {"audiomae_tiny": "timm ViT", "ast_tiny": "Hugging Face AST"}
-OPS = ("attention", "attention_backward", "cls_scores", "column_mean_attention", "gather_tokens", "prune_epilogue",
-       "prune_tokens", "select_tokens")  # fmt: skip
+OPS = (
+    "attention", "attention_backward", "cls_prune_tokens", "cls_scores", "column_mean_attention", "gather_tokens",
+    "prune_epilogue", "prune_tokens", "select_tokens",
+)  # fmt: skip
 
 each_model = pytest.mark.parametrize("model", MODELS)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import pruneattn
-from pruneattn import UserError
+from pruneattn import UserError, ops
 from pruneattn.data import FeatureConfig, FeatureExtractor
 from pruneattn.data.fbank import WINDOW, samples_for
 from pruneattn.models import export
-from pruneattn.models.export import DESCRIPTION_FILE, KEY, export_model
+from pruneattn.models.export import _decompositions, DESCRIPTION_FILE, KEY, export_model
 
 SMALL = {"depth": 3, "prune_blocks": (0, 2), "keep_rate": 0.6}
 
@@ -94,9 +94,32 @@ def test_kernels_stay_where_that_is_wanted(model, tmp_path):
     path = tmp_path / "model.pt2"
     assert export_model(model, path, "torch", kernels=True) == 0
     used = {str(node.target) for node in torch.export.load(path).graph.nodes}
-    assert {"pruneattn.cls_scores.default", "pruneattn.prune_tokens.default"} <= used
+    assert "pruneattn.cls_prune_tokens.default" in used
     elsewhere = "import sys; sys.modules['pruneattn'] = None; import torch; torch.export.load(sys.argv[1])"
     assert subprocess.run([sys.executable, "-c", elsewhere, path], capture_output=True).returncode
+
+
+class Pieces(torch.nn.Module):
+    """Every op that selects and does more."""
+
+    def forward(self, q, k, scores, x):
+        return (
+            *ops.cls_prune_tokens(q, k, x, x, 4, 1),
+            *ops.prune_epilogue(scores, x, x, 4, 1),
+            *ops.prune_tokens(scores[:, 0], x, x, 4, 1),
+        )
+
+
+@torch.no_grad()
+def test_the_selection_stays_where_that_is_wanted():
+    q, k, scores, x = torch.randn(2, 3, 4), torch.randn(2, 3, 9, 4), torch.randn(2, 3, 8), torch.randn(2, 9, 5)
+    program = torch.export.export(Pieces(), (q, k, scores, x))
+    for keep_selection, expected in ((True, ["pruneattn.select_tokens.default"] * 3), (False, [])):
+        decomposed = program.run_decompositions(_decompositions(keep_selection))
+        used = [str(node.target) for node in decomposed.graph.nodes if node.op == "call_function"]
+        assert [name for name in used if "pruneattn" in name] == expected
+        for ours, wanted in zip(decomposed.module()(q, k, scores, x), Pieces()(q, k, scores, x), strict=True):
+            torch.testing.assert_close(ours, wanted)
 
 
 @torch.no_grad()

@@ -151,18 +151,21 @@ def test_extra_tokens_are_never_pruned(make_model, monkeypatch, family, score):
     model = make_model(family, score=score, keep_rate=0.2)  # 64 patches to 13, 3 and 1
     extra = model.num_extra_tokens
     calls = []
-    prune = pruneattn.ops.prune_tokens
 
-    def spy(scores, x, y, keep, extra_tokens):
-        result = prune(scores, x, y, keep, extra_tokens)
-        calls.append((x, y, *result))
-        return result
+    def spy(prune):
+        def run(*args):
+            result = prune(*args)
+            calls.append((*args[-4:-2], *result[-2:]))  # x, y, and what is kept of them
+            return result
 
-    monkeypatch.setattr(pruneattn.ops, "prune_tokens", spy)
+        return run
+
+    for name in ("prune_tokens", "cls_prune_tokens"):
+        monkeypatch.setattr(pruneattn.ops, name, spy(getattr(pruneattn.ops, name)))
     with torch.no_grad():
         x = model.forward_features(torch.randn(2, 128, 128))
     assert x.shape == (2, extra + 1, 24) and len(calls) == 3
-    for x, y, _, x_kept, y_kept in calls:
+    for x, y, x_kept, y_kept in calls:
         assert torch.equal(x_kept[:, :extra], x[:, :extra]) and torch.equal(y_kept[:, :extra], y[:, :extra])
 
 
@@ -184,7 +187,8 @@ def test_whole_keep_rate_runs_unpruned(make_model, monkeypatch, family):
     model, fbank = make_model(family, keep_rate=0.5), torch.randn(2, 128, 128)
     plain = make_model(family, prune_blocks=())
     plain.load_state_dict(model.state_dict())
-    monkeypatch.setattr(pruneattn.ops, "prune_tokens", None)
+    for name in ("prune_tokens", "cls_prune_tokens"):
+        monkeypatch.setattr(pruneattn.ops, name, None)
     model.set_keep_rate(1.0)
     assert torch.equal(model(fbank), plain(fbank))
 

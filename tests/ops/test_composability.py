@@ -36,6 +36,7 @@ def arguments(name, device, requires_grad):
         "select_tokens": (leaf(scores), 4),
         "gather_tokens": (x, index, EXTRA),
         "prune_tokens": (scores, x, y, 4, EXTRA),
+        "cls_prune_tokens": (leaf(q[:, :, 0]), k, x, y, 4, EXTRA),
         "prune_epilogue": (leaf(heads), x, y, 4, EXTRA),
     }[name]
 
@@ -61,6 +62,7 @@ def test_opcheck_where_a_size_is_one(any_device):
         x, scores = q.transpose(1, 2).flatten(2), torch.randn(batch, tokens - 1, device=any_device)
         torch.library.opcheck(torch.ops.pruneattn.prune_tokens.default, (scores, x, x, 1, 1))
         torch.library.opcheck(torch.ops.pruneattn.prune_epilogue.default, (scores.unsqueeze(1), x, x, 1, 1))
+        torch.library.opcheck(torch.ops.pruneattn.cls_prune_tokens.default, (q[:, :, 0], q, x, x, 1, 1))
 
 
 def block(qkv, weight, keep):
@@ -69,7 +71,9 @@ def block(qkv, weight, keep):
     out, scores = ops.column_mean_attention(q, k, v, EXTRA)
     index, x, y = ops.prune_tokens(scores, qkv, out.transpose(1, 2).flatten(2), keep, EXTRA)
     other_index = ops.select_tokens(ops.cls_scores(q[:, :, 0], k, EXTRA), keep)
-    return F.gelu(x + ops.gather_tokens(qkv, other_index, EXTRA)) @ weight, y, index
+    _, _, a, b = ops.cls_prune_tokens(q[:, :, 0], k, qkv, qkv.flip(2), keep, EXTRA)
+    _, _, a, b = ops.prune_epilogue(scores.unsqueeze(1).expand(-1, 3, -1)[:, :, :keep], a, b, keep, EXTRA)
+    return F.gelu(x + a * b + ops.gather_tokens(qkv, other_index, EXTRA)) @ weight, y, index
 
 
 def inputs(device, batch=B):
@@ -135,10 +139,14 @@ def test_autocast_casts_attention_and_nothing_else(any_device, dtype):
         assert ops.column_mean_attention(q.double(), k.double(), v.double(), EXTRA)[0].dtype == torch.float64
         assert ops.gather_tokens(x, ops.select_tokens(scores, 3), EXTRA).dtype == torch.float32
         assert ops.prune_tokens(scores, x, x.to(dtype), 3, EXTRA)[1].dtype == torch.float32
+        chosen = ops.cls_prune_tokens(q[:, :, 0], k.to(dtype), x, x.to(dtype), 3, EXTRA)
+        assert [t.dtype for t in chosen] == [torch.float32, torch.int64, torch.float32, dtype]
+        assert torch.equal(chosen[2], ops.gather_tokens(x, chosen[1], EXTRA))
         assert ops.prune_epilogue(scores.unsqueeze(1), x, x.to(dtype), 3, EXTRA)[0].dtype == torch.float32
         grads = torch.autograd.grad(out.float().sum(), (q, k, v))  # the backward pass inside autocast
     assert torch.equal(out, expected_out)
     assert torch.equal(received, expected_scores)
+    assert torch.equal(chosen[0], ops.cls_prune_tokens(q[:, :, 0].to(dtype), k.to(dtype), x, x, 3, EXTRA)[0])
     assert torch.equal(class_scores, ops.cls_scores(q[:, :, 0].to(dtype), k.to(dtype), EXTRA))
     out, _ = ops.column_mean_attention(q.to(dtype), k.to(dtype), v.to(dtype), EXTRA)
     outside = torch.autograd.grad(out.float().sum(), (q, k, v))
@@ -171,7 +179,8 @@ def test_flops_are_counted(any_device):
     assert counter.get_total_flops() == 5 * product
     with FlopCounterMode(display=False) as counter:
         ops.cls_scores(q[:, :, 0], k, EXTRA)
-    assert counter.get_total_flops() == 2 * B * H * N * D
+        ops.cls_prune_tokens(q[:, :, 0], k, q[:, 0], q[:, 1], 2, EXTRA)
+    assert counter.get_total_flops() == 2 * (2 * B * H * N * D)
 
 
 def test_works_on_meta_tensors():
