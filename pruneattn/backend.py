@@ -58,6 +58,11 @@ def choose(op, device_type):
     return _resolve(op, device_type, _forced or _from_environment())
 
 
+def stands_in(name, device_type):
+    """Whether this backend's kernel may run where the chosen one does not take the input: usable, and none is forced."""
+    return not (_forced or _from_environment()) and DEVICES.get(name) == device_type and not why_not(name)
+
+
 def references():
     """Dict of every op's overload (``torch.ops.pruneattn.NAME.default``) and its reference in plain PyTorch."""
     _load_ops()

@@ -203,10 +203,15 @@ def _decompositions(keep_selection):
             scores = table[torch.ops.pruneattn.cls_scores.default](q_cls, k, extra_tokens, scale)
             return scores, *prune_tokens(scores, x, y, keep, extra_tokens)
 
+        def pruned_attention(q, k, v, x, keep, extra_tokens, scale=None):
+            out, scores, lse = table[torch.ops.pruneattn.column_mean_attention.default](q, k, v, extra_tokens, scale)
+            return scores, *prune_tokens(scores, x, out.transpose(1, 2).flatten(2), keep, extra_tokens), out, lse
+
         del table[select]
         table[torch.ops.pruneattn.prune_tokens.default] = prune_tokens
         table[torch.ops.pruneattn.prune_epilogue.default] = prune_epilogue
         table[torch.ops.pruneattn.cls_prune_tokens.default] = cls_prune_tokens
+        table[torch.ops.pruneattn.pruned_attention.default] = pruned_attention
     return table
 
 

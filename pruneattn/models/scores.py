@@ -66,8 +66,7 @@ class ColumnMeanPruning(Pruning):
 
     def __call__(self, attn, x, y, keep, extra, values):
         q, k, v = attn.project(y, "qkv")
-        out, scores = ops.column_mean_attention(q, k, v, extra)
-        index, x, out = ops.prune_tokens(scores, x, attn.merge_heads(out), keep, extra)
+        scores, index, x, out = ops.pruned_attention(q, k, v, x, keep, extra)
         return index, scores, x, out
 
     def attention_macs(self, tokens, kept, dim):

@@ -7,6 +7,7 @@ from .column_mean_attention import column_mean_attention
 from .gather_tokens import gather_tokens
 from .prune_epilogue import prune_epilogue
 from .prune_tokens import prune_tokens
+from .pruned_attention import pruned_attention
 from .select_tokens import select_tokens
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "gather_tokens",
     "prune_epilogue",
     "prune_tokens",
+    "pruned_attention",
     "select_tokens",
 ]

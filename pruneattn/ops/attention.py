@@ -126,6 +126,12 @@ def together(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def aligned(x):
+    """``x`` [B, H, N, D] of half precision with contiguous channels, for kernels that load 16 bytes at a time."""
+    fits = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+    return x if fits and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 def heads_of(x):
     """``x`` [B, H, N, D] with contiguous channels, and where a kernel finds them: pointer and strides in elements."""
     x = together(x)

@@ -1,12 +1,14 @@
 """Attention that also returns how much attention each patch receives (the paper's score for AudioMAE)."""
 
+import functools
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backend import launch
+from ..backend import _C, launch, stands_in
 from ._checks import check_extra_tokens, check_shape
 from ._registration import LIBRARY, define
-from .attention import CPU_DTYPES, attention_backward, check_qkv, empty_outputs
+from .attention import CPU_DTYPES, CUDA_DTYPES, aligned, attention_backward, check_qkv, empty_outputs
 from .attention import heads_of, logits, rows_together, scale_of, together
 
 
@@ -45,7 +47,8 @@ def column_mean_attention(q, k, v, extra_tokens, scale=None):
     return _column_mean_attention(q, k, v, extra_tokens, scale)[:2]
 
 
-def _check(q, k, v, extra_tokens, scale=None):
+def check_attention(q, k, v, extra_tokens, scale=None):
+    """Raise unless these are arguments of :func:`column_mean_attention`."""
     check_shape("q", q, "BHND")
     check_shape("k", k, "BHND", q.shape)
     check_qkv(q, k, v)
@@ -57,7 +60,8 @@ def _fake(q, k, v, extra_tokens, scale=None):
     return out, q.new_empty((q.shape[0], q.shape[2] - extra_tokens), dtype=torch.float32), lse
 
 
-def _cpu(q, k, v, extra_tokens, scale=None):
+def cpu_attention(q, k, v, extra_tokens, scale=None):
+    """:func:`column_mean_attention` and its log-sum-exp by the CPU kernel, where it takes the input."""
     if q.dtype not in CPU_DTYPES:
         return reference(q, k, v, extra_tokens, scale)
     out, scores, lse = _fake(q, k, v, extra_tokens)
@@ -68,30 +72,72 @@ def _cpu(q, k, v, extra_tokens, scale=None):
     return out, scores, lse
 
 
-def _triton(q, k, v, extra_tokens, scale=None):
+def cuda_partials(q, k, v, extra_tokens, scale=None):
+    """As :func:`column_mean_attention`, with rows that add up to the scores, float32 ``[B, R, P]``, in their place.
+
+    By the CUDA kernel for half precision, heads of 64 channels and as many tokens as it holds on chip; else by Triton's.
+    """
+    scale, device = scale_of(q, scale), q.device.index or 0
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    if not (half and q.shape[3] == 64 and q.shape[2] <= _most_tokens(device) and scale > 0):
+        return (triton_partials if stands_in("triton", q.device.type) else _reference_partials)(q, k, v, extra_tokens, scale)
+    batch, heads, tokens, _ = q.shape
+    out, lse = empty_outputs(q)
+    parts = _C.cuda_attention_parts(batch * heads, tokens, device)
+    partials = lse.new_empty((batch, heads * parts, tokens - extra_tokens))
+    q, k, v = map(aligned, (q, k, v))  # alive until the launch
+    places = (*(heads_of(x)[1] for x in (q, k, v, out)), lse.data_ptr())
+    options = (scale, extra_tokens, partials.data_ptr(), parts)
+    launch("column_mean_attention", q, CUDA_DTYPES[q.dtype], *q.shape, *places, *options)
+    return out, partials, lse
+
+
+@functools.cache
+def _most_tokens(device):
+    return _C.cuda_most_tokens(device)
+
+
+def triton_partials(q, k, v, extra_tokens, scale=None):
+    """As :func:`cuda_partials`, by the Triton kernels."""
     from ..kernels import attention, column_mean_attention
     from ..kernels.launch import takes
 
     if not takes(q):
-        return reference(q, k, v, extra_tokens, scale)
+        return _reference_partials(q, k, v, extra_tokens, scale)
     q, k, v = map(together, (q, k, v))
     out, lse = empty_outputs(q)
     maximum, inverse = torch.empty_like(lse), torch.empty_like(lse)
     attention.attention(q, k, v, out, lse, scale_of(q, scale), maximum, inverse)
-    sums = lse.new_empty((*q.shape[:2], q.shape[2] - extra_tokens))  # [B, H, N - extra_tokens]
-    column_mean_attention.column_sums(q, k, maximum, inverse, sums, extra_tokens, scale_of(q, scale))
-    return out, sums.sum(1), lse
+    partials = lse.new_empty((*q.shape[:2], q.shape[2] - extra_tokens))  # [B, H, N - extra_tokens]
+    column_mean_attention.column_sums(q, k, maximum, inverse, partials, extra_tokens, scale_of(q, scale))
+    return out, partials, lse
+
+
+def _reference_partials(*args):
+    out, scores, lse = reference(*args)
+    return out, scores.unsqueeze(1), lse
+
+
+def _added_up(partials_of):
+    """The op by a function that leaves partial scores."""
+
+    def run(*args):
+        out, partials, lse = partials_of(*args)
+        return out, partials.sum(1), lse
+
+    return run
 
 
 _column_mean_attention = define(
     "column_mean_attention(Tensor q, Tensor k, Tensor v, SymInt extra_tokens, float? scale=None)"
     " -> (Tensor, Tensor, Tensor)",
-    check=_check,
+    check=check_attention,
     fake=_fake,
     autocast="cast",
     reference=reference,
-    cpu=_cpu,
-    triton=_triton,
+    cpu=cpu_attention,
+    cuda=_added_up(cuda_partials),
+    triton=_added_up(triton_partials),
 )
 
 
