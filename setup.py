@@ -120,7 +120,7 @@ class NinjaBuild(build_ext):
             # exclude-libs: no symbol of the static CUDA runtime may clash with the one that torch brings.
             link = f"{cxx} -shared {host} $in -o $out -Wl,--exclude-libs,ALL"
             if nvcc:
-                flags = f"-std=c++17 -O3 {ccbin} -Xcompiler '{host}' {' '.join(map(gencode, archs))}"
+                flags = f"-std=c++17 -O3 --threads 0 {ccbin} -Xcompiler '{host}' {' '.join(map(gencode, archs))}"
                 ninja.rule("nvcc", f"{nvcc} {flags} -MMD -MF $out.d -c $in -o $out",
                            deps="gcc", depfile="$out.d", description="nvcc $in")
                 objects += NinjaBuild.objects(ninja, folder, "nvcc", "*.cu")
