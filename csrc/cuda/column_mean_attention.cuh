@@ -42,7 +42,7 @@ struct AttentionMemory {
   unsigned char queries[2][kTileRows * kRowBytes];  // of this tile and of the next one
   float4 output[2][4][kGroupThreads];               // half of each group's output, for the other group
   float2 statistics[2][kTileRows];                  // of each group: maximum in powers of 2, sum
-  float columns[8][kKeys];                          // of each warp
+  float2 columns[8][kKeys / 16][32];                // of each lane of a warp: sums of its columns, over some of its rows
 };
 
 // As many queries beyond whole tiles are attended to one by one.
@@ -96,41 +96,16 @@ __device__ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(kAll, x, 2);
 }
 
-// Adds up `sums` over the 8 lanes that have the same columns. A lane gives half of what it has to the lane that keeps
-// that half, as long as it has an even number: so no sum is made twice. Each lane ends with kShared of them in sums[0..],
-// from number `first` on, and is to use them if `mine`.
-template <int kCount>
-constexpr int kShared = kCount % 8 == 0 ? kCount / 8 : kCount / 4;
-
-template <int kCount>
-__device__ inline int share_out(float (&sums)[kCount], int lane, bool& mine) {
-  static_assert(kCount % 4 == 0);
-  int first = 0;
-  mine = true;
-#pragma unroll
-  for (int step = 0; step < 3; ++step) {
-    const int count = kCount >> step, distance = 16 >> step;
-    const bool halve = count % 2 == 0;
-    const int width = halve ? count / 2 : kShared<kCount>;
-    const bool upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-      if (i >= width) continue;
-      if (halve) {
-        const float kept = upper ? sums[i + width] : sums[i];
-        const float given = upper ? sums[i] : sums[i + width];
-        sums[i] = kept + __shfl_xor_sync(kAll, given, distance);
-      } else {
-        sums[i] += __shfl_xor_sync(kAll, sums[i], distance);
-      }
-    }
-    if (halve) {
-      first += upper ? width : 0;
-    } else {
-      mine = mine && !upper;
-    }
-  }
-  return first;
+// Each column's sums lie with 4 lanes of each warp of a group. A lane has 2 of 8 columns (accumulators, tensor_cores.cuh),
+// and of a chunk, after it gave one half to the lane 16 away, the first half or the second one.
+template <int kKeys>
+__device__ inline float* column_of(AttentionMemory<kKeys>& shared, int warp, int key, int fourth) {
+  const int chunk = key / kChunk, in_chunk = key % kChunk;
+  const int half_pairs = min(kChunk, kKeys - chunk * kChunk) / 16;  // eights of columns in half a chunk
+  const int eighth = in_chunk / 8;
+  const int lane = (eighth >= half_pairs ? 16 : 0) + 4 * fourth + in_chunk % 8 / 2;
+  float2& pair = shared.columns[warp][chunk * kChunk / 16 + eighth % half_pairs][lane];
+  return in_chunk % 2 ? &pair.y : &pair.x;
 }
 
 // The head's output and log-sum-exp for the queries of a part; `partial` gets its share of the column means.
@@ -155,7 +130,9 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
   commit_copies();
   load_tile<kGroupThreads>(my_values, v, first_key, kKeys, a.tokens, thread);
   commit_copies();
-  for (int i = lane; i < kKeys; i += 32) shared.columns[4 * group + warp][i] = 0;
+  float2(&columns)[kKeys / 16][32] = shared.columns[4 * group + warp];
+#pragma unroll
+  for (int i = 0; i < kKeys / 16; ++i) columns[i][lane] = make_float2(0, 0);
   wait_copies<1>();
   __syncthreads();
 
@@ -271,13 +248,16 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
         const int at = i / 2 * 4 + i % 2;
         sums[i] = weights[at] * share[0] + weights[at + 2] * share[1];
       }
-      bool mine;
-      const int first = share_out(sums, lane, mine);
-      float* columns = shared.columns[4 * group + warp] + c * kChunk;
 #pragma unroll
-      for (int i = 0; i < kShared<kCount>; ++i) {
-        const int n = first + i;
-        if (mine) columns[n / 2 * 8 + lane % 4 * 2 + n % 2] += sums[i];
+      for (int i = 0; i < kCount / 2; ++i) {
+        const float kept = lane < 16 ? sums[i] : sums[i + kCount / 2];
+        const float given = lane < 16 ? sums[i + kCount / 2] : sums[i];
+        sums[i] = kept + __shfl_xor_sync(kAll, given, 16);
+      }
+#pragma unroll
+      for (int i = 0; i < kCount / 4; ++i) {
+        float2& pair = columns[c * kChunk / 16 + i][lane];
+        pair = make_float2(pair.x + sums[2 * i], pair.y + sums[2 * i + 1]);
       }
       // After the last tile, of queries that nobody reads: a branch here would make the compiler wait for the products.
       if constexpr (kInBackground) start_chunk(number, next_queries);
@@ -314,7 +294,7 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
                              a.scale, reinterpret_cast<T*>(to.rows + row * to.row_bytes),
                              a.lse + head_number * a.tokens + row, weights, *reinterpret_cast<RowMemory*>(shared.output));
     if (row >= a.extra_tokens) {
-      for (int i = thread; i < keys; i += kGroupThreads) shared.columns[4 * group][i] += weights[first_key + i];
+      for (int i = thread; i < keys; i += kGroupThreads) *column_of(shared, 4 * group, i, 0) += weights[first_key + i];
     }
   }
 
@@ -323,7 +303,7 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
     const int patch = first_key + i - a.extra_tokens;
     float sum = 0;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) sum += shared.columns[4 * group + w][i];
+    for (int n = 0; n < 16; ++n) sum += *column_of(shared, 4 * group + n / 4, i, n % 4);
     if (patch >= 0) partial[patch] = sum * a.column_share;
   }
 }

@@ -173,7 +173,7 @@ def test_arguments_are_checked(cuda):
 def test_tokens_that_fit_a_smaller_gpu(shim, monkeypatch):
     assert shim.module.cuda_most_tokens(0) == 576
     monkeypatch.setenv("SHIM_SHARED_LIMIT", str(163 << 10))  # sm_80
-    assert shim.module.cuda_most_tokens(0) == 480
+    assert shim.module.cuda_most_tokens(0) == 384
     monkeypatch.setenv("SHIM_LAUNCH_ERROR", "1")
-    with pytest.raises(RuntimeError, match=r"column_mean_attention\(bfloat16, batch=1, heads=1, tokens=481, extra"):
-        Case(shim, 1, 1, 481).run()
+    with pytest.raises(RuntimeError, match=r"column_mean_attention\(bfloat16, batch=1, heads=1, tokens=385, extra"):
+        Case(shim, 1, 1, 385).run()
