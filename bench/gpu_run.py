@@ -37,8 +37,9 @@ MOST_WORKERS = 12  # of the tests: each has a CUDA context of half a gigabyte
 
 #: What says most comes first.
 BENCHMARKS = (
-    "column_mean_attention", "attention", "cls_scores", "prune_tokens", "select_tokens", "gather_tokens", "block", "model",
-    "training_step", "attention_backward", "scaling", "adapters", "exported", "wav_to_label",
+    "pruned_attention", "prune_epilogue", "model", "column_mean_attention", "cls_prune_tokens", "cls_scores", "attention",
+    "prune_tokens", "select_tokens", "gather_tokens", "block", "training_step", "attention_backward", "scaling", "adapters",
+    "exported", "wav_to_label",
 )  # fmt: skip
 
 #: A kernel is some 10 to 50 times as slow under the sanitizer, so of each some sizes, values and alignments.
