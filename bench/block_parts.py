@@ -50,8 +50,8 @@ def part_rows(subject, x, keep_rate, rounds, seen=None):
 def part_times(block, x):
     """Seconds of each part in one call of a block, as the profiler saw its operators (and on CUDA their kernels).
 
-    An operator belongs to the part that its name says, or else to the part of the block that the call has reached: the
-    class token's score to the selection, with which it is fused.
+    An operator belongs to the part that its name says, or else to the part of the block that the call has reached. What
+    is fused is one part: the class token's score belongs to the selection, the selection by column means to the attention.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if x.is_cuda else [])]
     with profile(activities=activities, acc_events=True) as profiler:

@@ -46,7 +46,7 @@ def record_kept(monkeypatch):
 
         return run
 
-    for name in ("prune_tokens", "cls_prune_tokens"):
+    for name in ("prune_tokens", "cls_prune_tokens", "pruned_attention"):
         monkeypatch.setattr(ops, name, recording(getattr(ops, name)))
     return kept
 

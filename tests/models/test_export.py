@@ -105,6 +105,7 @@ class Pieces(torch.nn.Module):
     def forward(self, q, k, scores, x):
         return (
             *ops.cls_prune_tokens(q, k, x, x, 4, 1),
+            *ops.pruned_attention(k, k, k.flip(1), x, 4, 1),
             *ops.prune_epilogue(scores, x, x, 4, 1),
             *ops.prune_tokens(scores[:, 0], x, x, 4, 1),
         )
@@ -114,7 +115,7 @@ class Pieces(torch.nn.Module):
 def test_the_selection_stays_where_that_is_wanted():
     q, k, scores, x = torch.randn(2, 3, 4), torch.randn(2, 3, 9, 4), torch.randn(2, 3, 8), torch.randn(2, 9, 5)
     program = torch.export.export(Pieces(), (q, k, scores, x))
-    for keep_selection, expected in ((True, ["pruneattn.select_tokens.default"] * 3), (False, [])):
+    for keep_selection, expected in ((True, ["pruneattn.select_tokens.default"] * 4), (False, [])):
         decomposed = program.run_decompositions(_decompositions(keep_selection))
         used = [str(node.target) for node in decomposed.graph.nodes if node.op == "call_function"]
         assert [name for name in used if "pruneattn" in name] == expected

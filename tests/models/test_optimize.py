@@ -61,7 +61,7 @@ def test_every_block_runs_our_attention_and_oneDNN(make_model, monkeypatch):
     with torch.no_grad(), torch.profiler.profile() as profile:
         fast.forward_features(torch.randn(2, 128, 128))
     calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["pruneattn::attention"] == 7 and calls["pruneattn::column_mean_attention"] == 3
+    assert calls["pruneattn::attention"] == 7 and calls["pruneattn::pruned_attention"] == 3
     assert calls["mkldnn::_linear_pointwise"] == 4 * 10
     assert "aten::gelu" not in calls and "aten::linear" not in calls
 

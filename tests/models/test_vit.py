@@ -160,8 +160,17 @@ def test_extra_tokens_are_never_pruned(make_model, monkeypatch, family, score):
 
         return run
 
-    for name in ("prune_tokens", "cls_prune_tokens"):
-        monkeypatch.setattr(pruneattn.ops, name, spy(getattr(pruneattn.ops, name)))
+    def spy_on_attention(prune):
+        def run(q, k, v, x, keep, extra):
+            result = prune(q, k, v, x, keep, extra)
+            out, _ = pruneattn.ops.column_mean_attention(q, k, v, extra)
+            calls.append((x, out.transpose(1, 2).flatten(2), *result[-2:]))
+            return result
+
+        return run
+
+    for name, spying in (("prune_tokens", spy), ("cls_prune_tokens", spy), ("pruned_attention", spy_on_attention)):
+        monkeypatch.setattr(pruneattn.ops, name, spying(getattr(pruneattn.ops, name)))
     with torch.no_grad():
         x = model.forward_features(torch.randn(2, 128, 128))
     assert x.shape == (2, extra + 1, 24) and len(calls) == 3
@@ -187,7 +196,7 @@ def test_whole_keep_rate_runs_unpruned(make_model, monkeypatch, family):
     model, fbank = make_model(family, keep_rate=0.5), torch.randn(2, 128, 128)
     plain = make_model(family, prune_blocks=())
     plain.load_state_dict(model.state_dict())
-    for name in ("prune_tokens", "cls_prune_tokens"):
+    for name in ("prune_tokens", "cls_prune_tokens", "pruned_attention"):
         monkeypatch.setattr(pruneattn.ops, name, None)
     model.set_keep_rate(1.0)
     assert torch.equal(model(fbank), plain(fbank))

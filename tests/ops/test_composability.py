@@ -38,6 +38,7 @@ def arguments(name, device, requires_grad):
         "prune_tokens": (scores, x, y, 4, EXTRA),
         "cls_prune_tokens": (leaf(q[:, :, 0]), k, x, y, 4, EXTRA),
         "prune_epilogue": (leaf(heads), x, y, 4, EXTRA),
+        "pruned_attention": (q, k, v, x, 4, EXTRA),
     }[name]
 
 
@@ -63,6 +64,7 @@ def test_opcheck_where_a_size_is_one(any_device):
         torch.library.opcheck(torch.ops.pruneattn.prune_tokens.default, (scores, x, x, 1, 1))
         torch.library.opcheck(torch.ops.pruneattn.prune_epilogue.default, (scores.unsqueeze(1), x, x, 1, 1))
         torch.library.opcheck(torch.ops.pruneattn.cls_prune_tokens.default, (q[:, :, 0], q, x, x, 1, 1))
+        torch.library.opcheck(torch.ops.pruneattn.pruned_attention.default, (q, q, q, x, 1, 1))
 
 
 def block(qkv, weight, keep):
@@ -73,6 +75,8 @@ def block(qkv, weight, keep):
     other_index = ops.select_tokens(ops.cls_scores(q[:, :, 0], k, EXTRA), keep)
     _, _, a, b = ops.cls_prune_tokens(q[:, :, 0], k, qkv, qkv.flip(2), keep, EXTRA)
     _, _, a, b = ops.prune_epilogue(scores.unsqueeze(1).expand(-1, 3, -1)[:, :, :keep], a, b, keep, EXTRA)
+    _, _, c, d = ops.pruned_attention(q.flip(1), k, v, qkv, keep, EXTRA)
+    a = a + c * d.repeat(1, 1, 3)
     return F.gelu(x + a * b + ops.gather_tokens(qkv, other_index, EXTRA)) @ weight, y, index
 
 
@@ -143,10 +147,14 @@ def test_autocast_casts_attention_and_nothing_else(any_device, dtype):
         assert [t.dtype for t in chosen] == [torch.float32, torch.int64, torch.float32, dtype]
         assert torch.equal(chosen[2], ops.gather_tokens(x, chosen[1], EXTRA))
         assert ops.prune_epilogue(scores.unsqueeze(1), x, x.to(dtype), 3, EXTRA)[0].dtype == torch.float32
+        pruned = ops.pruned_attention(q, k.to(dtype), v, x, 3, EXTRA)
+        assert [t.dtype for t in pruned] == [torch.float32, torch.int64, torch.float32, dtype]
         grads = torch.autograd.grad(out.float().sum(), (q, k, v))  # the backward pass inside autocast
     assert torch.equal(out, expected_out)
     assert torch.equal(received, expected_scores)
     assert torch.equal(chosen[0], ops.cls_prune_tokens(q[:, :, 0].to(dtype), k.to(dtype), x, x, 3, EXTRA)[0])
+    expected = expected_scores, *ops.prune_tokens(expected_scores, x, expected_out.transpose(1, 2).flatten(2), 3, EXTRA)
+    assert all(map(torch.equal, pruned, expected))
     assert torch.equal(class_scores, ops.cls_scores(q[:, :, 0].to(dtype), k.to(dtype), EXTRA))
     out, _ = ops.column_mean_attention(q.to(dtype), k.to(dtype), v.to(dtype), EXTRA)
     outside = torch.autograd.grad(out.float().sum(), (q, k, v))
@@ -176,6 +184,12 @@ def test_flops_are_counted(any_device):
     assert counter.get_total_flops() == 2 * product
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
+    assert counter.get_total_flops() == 5 * product
+    with FlopCounterMode(display=False) as counter:
+        *_, kept = ops.pruned_attention(q, k, v, q[:, 0], 2, EXTRA)
+    assert counter.get_total_flops() == 2 * product
+    with FlopCounterMode(display=False) as counter:
+        kept.sum().backward()
     assert counter.get_total_flops() == 5 * product
     with FlopCounterMode(display=False) as counter:
         ops.cls_scores(q[:, :, 0], k, EXTRA)
