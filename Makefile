@@ -48,7 +48,7 @@ sanitize: $(VENV)/installed
 	  $(CURDIR)/$(VENV)/bin/python $(PYTEST) --capture=sys -k "not shim and not device and not cuda" \
 	  $(CURDIR)/tests/csrc/test_kernels.py $(CURDIR)/tests/csrc/test_attention_kernels.py
 
-# The shim of tests/csrc with each access checked; it needs nothing but g++.
+# The shim of tests/csrc with each access checked; neither nvcc nor a GPU is needed.
 race: $(VENV)/installed
 	SHIM_RACE=1 $(VENV)/bin/python $(PYTEST) tests/csrc -k shim
 

@@ -6,7 +6,6 @@ writes `bench/results/triton-resources.csv`: registers, spilled bytes, shared me
 sizes of the real models, for every architecture that is promised, and which matrix instruction it uses.
 """
 
-import csv
 import os
 import re
 import subprocess
@@ -25,13 +24,11 @@ from triton.runtime.jit import mangle_type
 
 from bench.machine import RESULTS
 from bench.op_cases import HEADS
-from pruneattn.io import atomic_write
+from bench.resource_table import MOST_SHARED, write
 from pruneattn.kernels import attention, cls_scores, column_mean_attention, tiles
 from pruneattn.kernels import attention_backward as backward
 from pruneattn.kernels.launch import SHARED_OUT, config_for, fit
 
-#: Shared memory that a block can have on each architecture, bytes. The last is AMD's, by ROCm.
-MOST_SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 TOKENS = (65, 257, 513, 514)
 CASES = [  # dtype, head size, tokens
     *((torch.bfloat16, 64, tokens) for tokens in TOKENS),
@@ -152,11 +149,7 @@ def _as_on_rocm():
 
 
 def main(output=OUTPUT, cases=CASES):
-    with atomic_write(Path(output)) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(table(cases))
-    print(output)
+    write(output, COLUMNS, table(cases))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The compiled kernels as the tests see them: C++ on the CPU, CUDA C++ under the shim, CUDA C++ on a GPU."""
 
+import fcntl
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -115,10 +117,14 @@ def setup_module():
 def build_shim(setup_module):
     """``build_shim(sources, output, *flags, race=...)``: CUDA and C++ sources compiled against tests/csrc/shim, a library.
 
+    Objects stay beside ``output``; what has not changed is not compiled again.
+
     ``race``: so that it finds races, too; by default where SHIM_RACE is set, as by ``make race``.
     """
     if shutil.which("g++") is None:
         pytest.skip("no g++ on the PATH")
+    ninja = pytest.importorskip("ninja")
+    from ninja.ninja_syntax import Writer
 
     def build(sources, output, *flags, race=bool(os.environ.get("SHIM_RACE"))):
         flags = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{SHIM}",
@@ -140,25 +146,38 @@ def build_shim(setup_module):
         parts += [(source, ["-O1", *setup_module.isa_flags(source).split()]) for source in others]
         parts += [(source, ["-O2"]) for source in runtime]
         objects = [output.with_name(f"{number}-{source.name}.o") for number, (source, _) in enumerate(parts)]
-        commands = [["g++", *flags, *how, "-x", "c++", "-c", source, "-o", where]
-                    for (source, how), where in zip(parts, objects)]
-        for batch in range(0, len(commands), 2):  # two compilers at a time
-            jobs = [subprocess.Popen(command) for command in commands[batch : batch + 2]]
-            assert [job.wait() for job in jobs] == [0] * len(jobs)
-        subprocess.run(["g++", "-shared", "-fopenmp", *objects, "-ldl", "-o", output], check=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with open(output.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # tests of the same checkout that run at the same time
+            script = output.with_suffix(".ninja")
+            with open(script, "w") as file:
+                writer = Writer(file, width=10000)
+                writer.variable("builddir", str(output.parent))
+                writer.rule("compile", f"g++ {shlex.join(map(str, flags))} $how -MMD -MF $out.d -x c++ -c $in -o $out",
+                            deps="gcc", depfile="$out.d")
+                writer.rule("link", "g++ -shared -fopenmp $in -ldl -o $out")
+                # The largest first, so that no core is left with it at the end.
+                for size, (source, how), where in sorted(zip((-s.stat().st_size for s, _ in parts), parts, objects)):
+                    writer.build(str(where), "compile", str(source), variables={"how": shlex.join(how)})
+                writer.build(str(output), "link", [str(where) for where in objects])
+            command = [Path(ninja.BIN_DIR, "ninja"), f"-j{os.cpu_count()}", "-f", script]
+            run = subprocess.run(command, capture_output=True, text=True)
+            assert run.returncode == 0, run.stdout
         return output
 
     return build
 
 
 @pytest.fixture(scope="session")
-def shim_module(tmp_path_factory, build_shim):
+def shim_module(setup_module, build_shim):
     """``_C`` with the CUDA sources compiled by g++ against tests/csrc/shim."""
     pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("shim")
+    folder = ROOT / "build" / f"{'race' if os.environ.get('SHIM_RACE') else 'shim'}-{sysconfig.get_config_var('SOABI')}"
+    folder.mkdir(parents=True, exist_ok=True)
     names = ("CUDA_ARCHITECTURES", "CUDA_REASON", "COMPILER")
-    (folder / "build_config.h").write_text("".join(f'#define PRUNEATTN_{name} "shim"\n' for name in names))
-    sources = [*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cpp")]
+    config = "".join(f'#define PRUNEATTN_{name} "shim"\n' for name in names)
+    setup_module.write_if_changed(folder / "build_config.h", config)
+    sources = sorted([*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cpp")])
     output = build_shim(sources, folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "-DPRUNEATTN_CUDA",
                         f"-I{folder}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
     spec = importlib.util.spec_from_file_location("_C", output)

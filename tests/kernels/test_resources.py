@@ -1,6 +1,5 @@
 """The Triton kernels compile for the GPUs that are promised, without spills, and for AMD's; all as the table says."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -10,14 +9,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bench.triton_resources import COLUMNS, MOST_SHARED, OUTPUT, matrix_instruction  # noqa: E402
+from bench.resource_table import MOST_SHARED, read  # noqa: E402
+from bench.triton_resources import COLUMNS, OUTPUT, matrix_instruction  # noqa: E402
 
 INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
-
-
-def read(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 # Apart from the interpreter. Two of the table's cases, since all take minutes.

@@ -22,13 +22,10 @@ inline float float_of(uint32_t bits) {
 inline float to_float(float x) { return x; }
 inline float to_float(Bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(Half x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  float value = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                              : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
-  if (exponent == 31) {
-    value = fraction ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
-  }
-  return x.bits >> 15 ? -value : value;
+  const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+  // As a float the exponent is too small by the difference of the biases; this is exact for subnormal numbers, too.
+  return float_of(sign | magnitude << 13) * 0x1p112f;
 }
 
 template <typename T>

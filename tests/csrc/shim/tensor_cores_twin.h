@@ -38,11 +38,16 @@ void wait_products(float (&)[kCount]) {}
 template <typename T, int kColumns>
 void start_logits(float (&acc)[kColumns / 2], const unsigned char* queries, const unsigned char* keys) {
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 % 4 * 16 + lane / 4;
-  for (int i = 0; i < kColumns / 2; ++i) {
-    const int row = first + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    acc[i] = 0;
+  float query[2][kHeadSize];  // of the two rows
+  for (int i = 0; i < 2 * kHeadSize; ++i) {
+    query[i / kHeadSize][i % kHeadSize] = tile_value<T>(queries, first + i / kHeadSize * 8, i % kHeadSize);
+  }
+  for (int i = 0; i < kColumns / 2; ++i) acc[i] = 0;
+  for (int i = 0; i < kColumns / 4; ++i) {
+    const int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
     for (int channel = 0; channel < kHeadSize; ++channel) {
-      acc[i] += tile_value<T>(queries, row, channel) * tile_value<T>(keys, column, channel);
+      const float key = tile_value<T>(keys, column, channel);
+      for (int r = 0; r < 2; ++r) acc[i / 2 * 4 + i % 2 + 2 * r] += query[r][channel] * key;
     }
   }
 }
@@ -51,14 +56,16 @@ template <typename T, bool kFirst, int kSteps>
 void add_values(float (&acc)[kHeadSize / 2], const uint32_t (&weights)[4 * kSteps], const unsigned char* values) {
   const int lane = threadIdx.x % 32;
   if (kFirst) std::fill(acc, acc + kHeadSize / 2, 0.0f);
-  for (int key = 0; key < 16 * kSteps; ++key) {
-    // The weights of this key are with one lane of the four that share a row.
+  for (int key = 0; key < 16 * kSteps; key += 2) {
+    // The weights of these two keys are with one lane of the four that share a row.
     const int owner = lane / 4 * 4 + key % 8 / 2, packed = key / 16 * 4 + key % 16 / 8 * 2;
-    const uint32_t pair[2] = {__shfl_sync(0xffffffffu, weights[packed], owner),
-                              __shfl_sync(0xffffffffu, weights[packed + 1], owner)};
+    const uint64_t both = weights[packed] | static_cast<uint64_t>(weights[packed + 1]) << 32;
+    const uint64_t rows = __shfl_sync(0xffffffffu, both, owner);
+    float weight[2][2];  // of a key, of a row
+    for (int i = 0; i < 4; ++i) weight[i % 2][i / 2] = to_float(T{static_cast<uint16_t>(rows >> 16 * i)});
     for (int i = 0; i < kHeadSize / 2; ++i) {
-      const T weight = {static_cast<uint16_t>(pair[i / 2 % 2] >> key % 2 * 16)};
-      acc[i] += to_float(weight) * tile_value<T>(values, key, i / 4 * 8 + lane % 4 * 2 + i % 2);
+      const int channel = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      for (int k = 0; k < 2; ++k) acc[i] += weight[k][i / 2 % 2] * tile_value<T>(values, key + k, channel);
     }
   }
 }
