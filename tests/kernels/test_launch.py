@@ -102,24 +102,27 @@ def test_a_kernel_is_looked_up_once_for_all_that_it_depends_on():
     assert run(x[4:], lse=x) == (7, 3)
 
 
-# Triton's own compiler and look-up for a GPU that is not there: what reaches its launcher.
-LAUNCH_TWICE = """
+# Triton's own compiler and look-up for a GPU that is not there.
+DRIVER = """
 import types
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from pruneattn.kernels import cls_scores, launch
 
 launched = []
 driver.set_active(types.SimpleNamespace(
-    get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0, get_current_stream=lambda device: 7,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 7,
     launcher_cls=lambda source, metadata: lambda *values: launched.append(values),
     utils=types.SimpleNamespace(
         get_device_properties=lambda device: {"max_shared_mem": 227 << 10}, load_binary=lambda *_: (1, 2, 3, 0, 1024)
     ),
 ))
-from pruneattn.kernels import cls_scores, launch
-
 q, k, weights = torch.zeros(1, 2, 1, 64), torch.zeros(1, 2, 9, 64), torch.zeros(1, 2, 9)
+"""
+LAUNCH_TWICE = DRIVER + """
 for _ in range(2):
     cls_scores.cls_weights(q, k, weights, 0.5)
 assert len(launch._compiled) == 1
@@ -127,11 +130,32 @@ first, second = (values[:6] + values[9:] for values in launched)  # without what
 assert first[:4] == (2, 1, 1, 7) and len(first) == 6 + 16, len(first)
 assert all(one is other or one == other for one, other in zip(first, second, strict=True))
 """
+# The launch is of other clips than were compiled for, as in `python -m bench.tune`.
+COMPILE_FIRST = DRIVER + """
+import os
+from pathlib import Path
+from bench import tune
+
+def compiled():
+    return sorted(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
+
+if __name__ == "__main__":
+    tune.SHARED_OUT = ("cls_weights",)
+    tune.compile_first(torch.float32, 64, "sm_90", 9, 2, lambda kernel, dtype: [launch.Config(1, 32, 4, 1)])
+    before = compiled()
+    launch_of, _ = tune.kernels(torch.float32, 64, 9, 3, 2)["cls_weights"]
+    launch_of(config=launch.Config(1, 32, 4, 1)).run(q)
+    launch_of(config=launch.fallback("cls_weights", torch.float32, 64)).run(q)
+    assert len(before) == 2 and len(launched) == 2 and compiled() == before, (before, compiled())
+"""
 
 
-def test_the_second_launch_is_the_first_one(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", LAUNCH_TWICE], cwd=Path(__file__).parents[2], env=environment, check=True)
+@pytest.mark.parametrize("script", [LAUNCH_TWICE, COMPILE_FIRST], ids=["second launch as the first", "compiled before"])
+def test_for_a_gpu_that_is_not_there(script, tmp_path):
+    path, root = tmp_path / "script.py", Path(__file__).parents[2]
+    path.write_text(script)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, path], cwd=root, env=environment, check=True)
 
 
 def test_what_the_kernels_do_not_take():
