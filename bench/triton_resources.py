@@ -77,7 +77,7 @@ def launches(dtype, channels, tokens, architecture):
 
 
 def compile_for(launch, architecture):
-    """The compiled kernel of a `Launch`, as it would be compiled at its call on a GPU of that architecture."""
+    """The compiled kernel of a `Launch`, for a call on a GPU of that architecture, which finds it in Triton's cache."""
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -87,8 +87,8 @@ def compile_for(launch, architecture):
             continue
         signature[parameter.name] = mangle_type(value)
         whole = 16 if isinstance(value, torch.Tensor) else value  # pointers of PyTorch are multiples of 16
-        if isinstance(whole, int) and whole % 16 == 0:
-            attributes[(place,)] = [["tt.divisibility", 16]]
+        if isinstance(whole, int):
+            attributes[(place,)] = [["tt.divisibility", 16]] if whole % 16 == 0 else []
     source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
     target = GPUTarget("cuda", int(architecture[3:]), 32) if _is_cuda(architecture) else GPUTarget("hip", architecture, 64)

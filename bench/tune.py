@@ -4,14 +4,18 @@
 
 times every kernel with all candidates at 64 clips of 513 tokens and 12 heads, and writes the fastest into
 `pruneattn/kernels/configs.json`, from where it is taken on every GPU of this architecture. A result that differs from
-that of the tile sizes so far is left out, as is what the GPU has no room for.
+that of the tile sizes so far is left out, as is what the GPU has no room for. Before, every core compiles: one after the
+other, the 170 kernels would take most of the time.
 """
 
 import argparse
 import itertools
 import json
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -22,7 +26,7 @@ from triton.runtime.errors import OutOfResources
 from bench.cuda_clock import rounds_by_events
 from bench.guards import WrongResult, check_close
 from bench.op_cases import HEADS, TOLERANCE
-from bench.triton_resources import kernels
+from bench.triton_resources import compile_for, kernels
 from pruneattn import kernels as package
 from pruneattn.io import atomic_write
 from pruneattn.kernels.launch import SHARED_OUT, Config, architecture_of, config_for
@@ -45,6 +49,27 @@ def candidates(kernel, dtype):
     for rows, columns, *rest in itertools.product(shared, other, warps, stages):
         if dtype == torch.float32 or rows != 64 or rest[0] == 4:
             yield Config(columns, rows, *rest) if SHARED_OUT[kernel] == "BLOCK_N" else Config(rows, columns, *rest)
+
+
+def compile_first(dtype, channels, architecture, tokens=TOKENS, heads=HEADS, configs=candidates):
+    """Compile all that `tune` measures, on every core: its launches find it in Triton's cache on disk."""
+    jobs = []
+    for kernel in SHARED_OUT:
+        before = config_for(kernel, architecture, dtype, block_channels(channels))
+        jobs += [(kernel, config) for config in dict.fromkeys([before, *configs(kernel, dtype)])]
+    compile_one = partial(_compile, dtype, channels, architecture, tokens, heads)
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for _ in tqdm(pool.map(compile_one, jobs), desc="compile", total=len(jobs), unit="kernel"):
+            pass
+
+
+def _compile(dtype, channels, architecture, tokens, heads, job):
+    kernel, config = job
+    launch, _ = kernels(dtype, channels, tokens, heads=heads)[kernel]  # of one clip: only the grid knows of others
+    try:
+        compile_for(launch(config=config), architecture)
+    except Exception:
+        pass  # `measure` meets it again, and says so
 
 
 def measure(kernel, launch, written, configs, before, clock):
@@ -114,7 +139,9 @@ def main(arguments=None):
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device: torch.cuda.is_available() is False (see nvidia-smi)")
     device = torch.device("cuda", torch.cuda.current_device())
-    tune(getattr(torch, options.dtype), options.head_size, device, architecture_of(device), clock)
+    dtype, channels, architecture = getattr(torch, options.dtype), options.head_size, architecture_of(device)
+    compile_first(dtype, channels, architecture)
+    tune(dtype, channels, device, architecture, clock)
 
 
 if __name__ == "__main__":

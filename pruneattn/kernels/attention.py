@@ -27,7 +27,7 @@ def launch(q, k, v, out, lse, scale, maximum, inverse, config):
     keys = k.shape[2]
     return Launch(
         _attention,
-        (batch * heads * triton.cdiv(rows, config.BLOCK_M),),
+        (batch * heads * -(-rows // config.BLOCK_M),),
         dict(
             **strided(q=q, k=k, v=v, out=out),
             lse=lse,

@@ -26,7 +26,7 @@ def launch_queries(grad_out, q, k, v, out, lse, grad_q, delta, scale, config):
     keys = k.shape[2]
     return Launch(
         _grad_queries,
-        (batch * heads * triton.cdiv(rows, config.BLOCK_M),),
+        (batch * heads * -(-rows // config.BLOCK_M),),
         dict(
             **strided(grad_out=grad_out, q=q, k=k, v=v, out=out, grad_q=grad_q),
             lse=lse,
@@ -47,7 +47,7 @@ def launch_keys(grad_out, q, k, v, lse, grad_k, grad_v, delta, scale, config):
     keys = k.shape[2]
     return Launch(
         _grad_keys,
-        (batch * heads * triton.cdiv(keys, config.BLOCK_N),),
+        (batch * heads * -(-keys // config.BLOCK_N),),
         dict(
             **strided(grad_out=grad_out, q=q, k=k, v=v, grad_k=grad_k, grad_v=grad_v),
             lse=lse,

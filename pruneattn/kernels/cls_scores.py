@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, choose, strided
-from .tiles import LOG2_E, block_channels, load_rows
+from .tiles import LOG2_E, block_channels, load_rows, power_of_two
 
 
 def cls_weights(q_cls, k, weights, scale):
@@ -30,7 +30,7 @@ def launch(q_cls, k, weights, scale, config):
             D=channels,
             C=block_channels(channels),
             BLOCK_N=config.BLOCK_N,
-            KEYS=max(16, triton.next_power_of_2(keys)),
+            KEYS=max(16, power_of_two(keys)),
         ),
         config,
     )

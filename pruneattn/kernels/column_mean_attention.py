@@ -28,7 +28,7 @@ def launch(q, k, maximum, inverse, sums, extra_tokens, scale, config):
     patches = tokens - extra_tokens
     return Launch(
         _column_sums,
-        (batch * heads * triton.cdiv(patches, config.BLOCK_N),),
+        (batch * heads * -(-patches // config.BLOCK_N),),
         dict(
             **strided(q=q, k=k),
             maximum=maximum,

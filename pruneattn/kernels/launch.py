@@ -32,7 +32,7 @@ class Config(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel with its grid, its arguments by name and its `Config`."""
+    """A kernel with its grid, its arguments by name, in their order, and its `Config`."""
 
     kernel: object
     grid: tuple
@@ -43,11 +43,32 @@ class Launch(NamedTuple):
         """Launch it where ``tensor`` is, on the current stream there."""
         if self.grid[0] == 0:
             return
+        values = self.arguments.values()
+        kinds = [value if value.__class__ is int else _kind(value) for value in values]
+        key = (self.kernel.fn, tensor.get_device(), self.config, *kinds)
+        compiled = _compiled.get(key)
         with torch.cuda.device_of(tensor):  # no-op for the interpreter's CPU tensors
+            if compiled is not None:
+                compiled[(*self.grid, 1, 1)](*values)
+                return
             options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
-            self.kernel[self.grid](**self.arguments, **options)
+            compiled = self.kernel[self.grid](*values, **options)
+        if compiled is not None:  # as it is for the interpreter
+            _compiled[key] = compiled
 
 
+# What a call compiled, by all that Triton specializes a kernel for: its own look-up is half of what a launch takes.
+_compiled = {}
+
+
+def _kind(value):
+    """What a compiled kernel depends on of an argument that is no int: of those, it may be the value."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16
+    return float if value.__class__ is float else value
+
+
+@functools.lru_cache(1024)
 def tiles_of(channels, count, block, steps, step):
     """Constants of a kernel whose programs share out ``count`` rows by ``block`` and go through ``steps`` by ``step``."""
     apart, masked = split(steps, step)
@@ -64,18 +85,22 @@ def strided(**tensors):
     """Arguments of a kernel for tensors ``[B, H, N, D]`` with contiguous channels: pointer, strides of clip, head, row."""
     arguments = {}
     for name, tensor in tensors.items():
-        strides = zip(("batch", "head", "row"), tensor.stride())
-        arguments |= {name: tensor, **{f"{name}_{dimension}": stride for dimension, stride in strides}}
+        arguments[name] = tensor
+        arguments[f"{name}_batch"], arguments[f"{name}_head"], arguments[f"{name}_row"], _ = tensor.stride()
     return arguments
 
 
 def choose(kernel, tensor, count):
     """The tile sizes of a kernel for heads ``[B, H, .., D]`` on their device, whose programs share out ``count`` rows."""
-    architecture, processors = None, 0
-    if tensor.is_cuda:
-        architecture, processors = architecture_of(tensor.device), _processors(tensor.device)
-    config = config_for(kernel, architecture, tensor.dtype, block_channels(tensor.shape[-1]))
-    return fit(config, SHARED_OUT[kernel], tensor.shape[0] * tensor.shape[1], count, processors)
+    batch, heads, *_, channels = tensor.shape
+    return _choose(kernel, tensor.device if tensor.is_cuda else None, tensor.dtype, channels, batch * heads, count)
+
+
+@functools.lru_cache(1024)
+def _choose(kernel, device, dtype, channels, heads, count):
+    architecture, processors = (architecture_of(device), _processors(device)) if device else (None, 0)
+    config = config_for(kernel, architecture, dtype, block_channels(channels))
+    return fit(config, SHARED_OUT[kernel], heads, count, processors)
 
 
 def fit(config, block, heads, count, processors):

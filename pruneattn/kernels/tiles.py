@@ -36,7 +36,12 @@ def tiled(count, block):
 
 def block_channels(channels):
     """Channels of a tile: a power of two, at least the 16 that a product needs."""
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, power_of_two(channels))
+
+
+def power_of_two(count):
+    """The next one that is not smaller. (Triton's takes 5 us a call, as does its cdiv.)"""
+    return 1 << (count - 1).bit_length()
 
 
 @triton.jit

@@ -1,6 +1,10 @@
 """Tiles, tile sizes and launches, apart from what the kernels compute (tests/ops has that)."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +60,102 @@ def test_the_table_that_is_shipped_is_read():
             for size, config in sizes.items():
                 dtype, channels = size.split(", ")
                 assert config_for(kernel, architecture, getattr(torch, dtype), int(channels)) == Config(*config)
+
+
+def test_arguments_are_in_the_kernels_order():
+    from bench.triton_resources import kernels
+
+    for name, (launch_of, _) in kernels(torch.float32, 16, 18, heads=2).items():
+        made = launch_of(config=Config(16, 16, 4, 1))
+        assert list(made.arguments) == made.kernel.arg_names, name
+
+
+class Kernel:
+    """Counts what it compiles, and what is launched of that."""
+
+    fn, compiled, launched = object(), 0, 0
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*values, num_warps, num_stages):
+            self.compiled += 1
+            return {(*grid, 1, 1): self.launch}
+
+        return compile_and_launch
+
+    def launch(self, *values):
+        self.launched += 1
+
+
+def test_a_kernel_is_looked_up_once_for_all_that_it_depends_on():
+    kernel, x, config = Kernel(), torch.zeros(64), Config(16, 16, 4, 1)
+
+    def run(x=x, config=config, **changes):
+        arguments = {"x": x, "rows": 3, "scale": 0.5, "NEGATIVE": False, "lse": None, **changes}
+        launch.Launch(kernel, (2,), arguments, config).run(x)
+        return kernel.compiled, kernel.launched
+
+    assert run() == (1, 0)
+    assert run() == (1, 1) and run(torch.ones(8), scale=2.0) == (1, 2)  # what changes from call to call
+    assert run(rows=16) == (2, 2) and run(x.half()) == (3, 2) and run(x[1:]) == (4, 2) and run(lse=x) == (5, 2)
+    assert run(NEGATIVE=True) == (6, 2) and run(config=Config(16, 16, 8, 1)) == (7, 2)
+    launch.Launch(kernel, (0,), {}, config).run(x)
+    assert run(x[4:], lse=x) == (7, 3)
+
+
+# Triton's own compiler and look-up for a GPU that is not there.
+DRIVER = """
+import types
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from pruneattn.kernels import cls_scores, launch
+
+launched = []
+driver.set_active(types.SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 7,
+    launcher_cls=lambda source, metadata: lambda *values: launched.append(values),
+    utils=types.SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 227 << 10}, load_binary=lambda *_: (1, 2, 3, 0, 1024)
+    ),
+))
+q, k, weights = torch.zeros(1, 2, 1, 64), torch.zeros(1, 2, 9, 64), torch.zeros(1, 2, 9)
+"""
+LAUNCH_TWICE = DRIVER + """
+for _ in range(2):
+    cls_scores.cls_weights(q, k, weights, 0.5)
+assert len(launch._compiled) == 1
+first, second = (values[:6] + values[9:] for values in launched)  # without what is for profilers
+assert first[:4] == (2, 1, 1, 7) and len(first) == 6 + 16, len(first)
+assert all(one is other or one == other for one, other in zip(first, second, strict=True))
+"""
+# The launch is of other clips than were compiled for, as in `python -m bench.tune`.
+COMPILE_FIRST = DRIVER + """
+import os
+from pathlib import Path
+from bench import tune
+
+def compiled():
+    return sorted(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
+
+if __name__ == "__main__":
+    tune.SHARED_OUT = ("cls_weights",)
+    tune.compile_first(torch.float32, 64, "sm_90", 9, 2, lambda kernel, dtype: [launch.Config(1, 32, 4, 1)])
+    before = compiled()
+    launch_of, _ = tune.kernels(torch.float32, 64, 9, 3, 2)["cls_weights"]
+    launch_of(config=launch.Config(1, 32, 4, 1)).run(q)
+    launch_of(config=launch.fallback("cls_weights", torch.float32, 64)).run(q)
+    assert len(before) == 2 and len(launched) == 2 and compiled() == before, (before, compiled())
+"""
+
+
+@pytest.mark.parametrize("script", [LAUNCH_TWICE, COMPILE_FIRST], ids=["second launch as the first", "compiled before"])
+def test_for_a_gpu_that_is_not_there(script, tmp_path):
+    path, root = tmp_path / "script.py", Path(__file__).parents[2]
+    path.write_text(script)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, path], cwd=root, env=environment, check=True)
 
 
 def test_what_the_kernels_do_not_take():
