@@ -13,6 +13,9 @@ from pruneattn.timing import attention_kernels
 
 HEADS, HEAD_DIM, DIM = 12, 64, 768
 
+#: Ops whose CPU kernels are chosen by instruction set.
+BY_INSTRUCTION_SET = ("attention", "column_mean_attention", "cls_scores", "cls_prune_tokens", "pruned_attention")
+
 #: Largest difference of an op's result from the float32 reference, as a share of the largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -78,7 +81,7 @@ def _ours(case, op, args):
     yield here[0], call
     for name in here[1:]:
         yield name, within(partial(use_backend, name), call)
-    if here[0] == "cpu" and op.__name__ in ("attention", "column_mean_attention", "cls_scores", "cls_prune_tokens"):
+    if here[0] == "cpu" and op.__name__ in BY_INSTRUCTION_SET:
         for isa in _C.cpu_isas()[1:]:
             yield f"cpu, {isa}", within(partial(instruction_set, isa), call)
 

@@ -29,7 +29,7 @@ MODELS = {"audiomae_tiny": 33, "ast_tiny": 34}
 LIBRARY = {"audiomae_tiny": "timm ViT", "ast_tiny": "Hugging Face AST"}
 OPS = (
     "attention", "attention_backward", "cls_prune_tokens", "cls_scores", "column_mean_attention", "gather_tokens",
-    "prune_epilogue", "prune_tokens", "select_tokens",
+    "prune_epilogue", "prune_tokens", "pruned_attention", "select_tokens",
 )  # fmt: skip
 
 each_model = pytest.mark.parametrize("model", MODELS)
