@@ -1,7 +1,10 @@
 """Softmax attention without a score: for unpruned blocks, and for the queries of kept rows alone."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import choose, launch
@@ -59,7 +62,8 @@ def rows_together(out):
 def attention(q, k, v, scale=None):
     """Softmax attention, as ``scaled_dot_product_attention`` without a mask.
 
-    On a CPU it runs our kernel; elsewhere PyTorch's, unless Triton is forced (when the call is compiled, if it is).
+    On a CPU it runs our kernel; elsewhere PyTorch's, unless Triton is forced (when the call is compiled, if it is). On
+    the GPUs of data centres from Hopper on, this is cuDNN's where it takes the input, in half precision and for inference.
     Differentiable in q, k and v (by our kernels once). Inside autocast, the inputs are cast as those of
     ``scaled_dot_product_attention`` are.
 
@@ -76,6 +80,8 @@ def attention(q, k, v, scale=None):
         TypeError, ValueError: an argument has another dtype, shape or device than said here.
     """
     if _pytorch_is_best(q.device.type):
+        if not torch.compiler.is_compiling() and _cudnn_is_best(q, k, v):
+            return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=scale)[0]
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return _attention(q, k, v, scale)[0]
 
@@ -83,6 +89,36 @@ def attention(q, k, v, scale=None):
 @torch.compiler.assume_constant_result
 def _pytorch_is_best(device_type):
     return device_type != "cpu" and choose("attention", device_type) is reference
+
+
+def _cudnn_is_best(q, k, v):
+    """Whether cuDNN's kernel, where PyTorch would take FlashAttention's, runs these and is faster.
+
+    Asked for by its operator: ``sdpa_kernel`` would change what the whole process prefers, other threads included, and
+    undo what it was told from outside.
+    """
+    dtype = q.dtype
+    if dtype not in (torch.float16, torch.bfloat16) or not _cudnn_is_fast(q.device):
+        return False
+    if not all(x.dtype == dtype and x.device == q.device and x.ndim == 4 and _in_pieces(x) for x in (q, k, v)):
+        return False
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False
+    if torch.is_autocast_enabled(q.device.type) and torch.get_autocast_dtype(q.device.type) != dtype:
+        return False  # to be cast, which the operator does not do
+    return k.shape == v.shape and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, False, False))
+
+
+def _in_pieces(x):
+    """Whether pieces of 16 bytes of half precision can be loaded from anywhere in ``x``."""
+    *outer, last = x.stride()
+    return last == 1 and x.storage_offset() % 8 == 0 and all(stride > 0 and stride % 8 == 0 for stride in outer)
+
+
+@functools.cache
+def _cudnn_is_fast(device):
+    """Where FlashAttention 2, which PyTorch brings, leaves part of the GPU unused."""
+    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def check_qkv(q, k, v):

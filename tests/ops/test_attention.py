@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,3 +165,96 @@ def test_refuses_bad_arguments():
         attention(q.long(), q.long(), q.long())
     with pytest.raises(ValueError, match="k: expected device cpu, the device of q, got meta"):
         attention(q, q.to("meta"), q)
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Fast and willing, as it is asked; gets the arguments of each call, and gives None."""
+    module, calls = sys.modules["pruneattn.ops.attention"], []
+    monkeypatch.setattr(module, "_pytorch_is_best", lambda device_type: True)
+    monkeypatch.setattr(module, "_cudnn_is_fast", lambda device: True)
+    monkeypatch.setattr(module, "can_use_cudnn_attention", lambda params: True)
+
+    def run(*args, **kwargs):
+        calls.append((args, kwargs))
+        return (None,)
+
+    run.default = torch.ops.aten._scaled_dot_product_cudnn_attention.default  # which Dynamo looks for
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", run)
+    return calls
+
+
+def half(dtype=torch.bfloat16):
+    return torch.randn(2, 9, 3, 2, 64).to(dtype).permute(2, 0, 3, 1, 4).unbind(0)  # a packed projection
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cudnn_comes_first_in_half_precision(cudnn, dtype):
+    q, k, v = half(dtype)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert attention(q[:, :, :5], k, v, 0.3) is None
+    assert attention(q, k, v) is None
+    assert [kwargs["scale"] for _, kwargs in cudnn] == [0.3, 0.3, None]
+    with torch.no_grad():
+        assert attention(q.detach().requires_grad_(), k, v) is None
+    with torch.autocast("cpu", dtype):
+        assert attention(q, k, v) is None
+
+
+def test_pytorch_chooses_where_cudnn_does_not_fit(cudnn, monkeypatch):
+    q, k, v = half()
+
+    def plain(*qkv):
+        torch.testing.assert_close(attention(*qkv), F.scaled_dot_product_attention(*qkv))
+
+    plain(q.float(), k.float(), v.float())
+    plain(q.detach().requires_grad_(), k, v)
+    plain(q, k, v.detach().requires_grad_())
+    plain(q[..., 1:], k[..., 1:], v[..., 1:])  # 2 bytes off
+    plain(q, k.transpose(2, 3).contiguous().transpose(2, 3), v)  # channels apart
+    plain(q, k[:, :1].expand_as(k), v)
+    with torch.autocast("cpu", torch.float16):
+        plain(q, k, v)
+    module = sys.modules["pruneattn.ops.attention"]
+    monkeypatch.setattr(module, "can_use_cudnn_attention", lambda params: False)
+    plain(q, k, v)
+    assert cudnn == []
+
+
+def test_cudnn_is_not_traced(cudnn):
+    """What is compiled or exported leaves the choice to PyTorch."""
+    torch.compiler.reset()
+    q, k, v = half()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attention(q, k, v)
+
+    program = torch.export.export(Attend(), (q, k, v))
+    assert "scaled_dot_product_attention" in str(program.graph) and cudnn == []
+
+
+def test_it_is_a_kernel_of_the_newest_gpus(monkeypatch):
+    fast = sys.modules["pruneattn.ops.attention"]._cudnn_is_fast.__wrapped__
+    for capability, expected in (((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert fast(torch.device("cuda", 0)) == (expected and torch.version.cuda is not None)
+
+
+@pytest.mark.device
+def test_cudnn_on_a_gpu(cases):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    module = sys.modules["pruneattn.ops.attention"]
+    q, k, v = (t.cuda() for t in half())
+    if not module._cudnn_is_best(q, k, v):
+        pytest.skip("not where cuDNN's attention is best")
+    with torch.inference_mode(), torch.profiler.profile(acc_events=True) as profile:
+        out = attention(q[:, :, :5], k, v)
+    assert "aten::_scaled_dot_product_cudnn_attention" in {event.key for event in profile.key_averages()}
+    cases.assert_outputs_close(out, cases.exact_attention(q[:, :, :5], k, v))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # what the user says
+        assert not module._cudnn_is_best(q, k, v)
