@@ -35,26 +35,27 @@ ALTERNATIVES = {
 }
 
 
-def queries_keys_and_values(case):
-    """Of scores that lie apart: however they are rounded, the selection is the same."""
+def queries_keys_and_values(case, keep):
+    """The scores of kept and of dropped patches lie apart: however they are rounded, the selection is the same."""
     q, k, v = random_qkv(case)
     direction = torch.randn_like(q[:, :, :1])  # [B, H, 1, D]
     q.copy_(direction + q / 8)
-    share = torch.randperm(case.tokens, device=case.device) / case.tokens
+    rank = torch.randperm(case.tokens - extra_tokens(case), device=case.device)
+    share = (rank + keep * (rank >= len(rank) - keep)) / (len(rank) + keep)
+    share = F.pad(share, (extra_tokens(case), 0))  # [N]
     k.copy_(direction * share.unsqueeze(1))  # [B, H, N, D]: logits from 0 to about 8
     return q, k, v
 
 
 def providers(case):
-    (q, k, v), x = queries_keys_and_values(case), random_tokens(case)
     patches = case.tokens - extra_tokens(case)
     keep = patches // 2
-    args = q, k, v, x, keep, extra_tokens(case)
+    args = *queries_keys_and_values(case, keep), random_tokens(case), keep, extra_tokens(case)
     ways = dict(ALTERNATIVES)
     for name in ("SDPA, separate score, torch.topk", "SDPA alone"):
         ways |= by_each_kernel(name, ALTERNATIVES[name], *args)
     return op_providers(
-        case, pruned_attention, ways, *args, macs=2 * q.numel() * case.tokens, unread=patches - keep,
+        case, pruned_attention, ways, *args, macs=2 * args[0].numel() * case.tokens, unread=patches - keep,
     )  # fmt: skip
 
 
