@@ -97,17 +97,20 @@ void check(const std::vector<Access>& accesses, const Access& access, bool share
   }
 }
 
+// The same access by this warp before: it stands for this one, too.
+Access* find(std::vector<Access>& accesses, const Access& access) {
+  for (Access& one : accesses) {
+    if (one.block == access.block && one.clock == access.clock && one.warp == access.warp &&
+        one.bytes == access.bytes && one.kind == access.kind && one.code == access.code) {
+      return &one;
+    }
+  }
+  return nullptr;
+}
+
 // Puts the access into the list and takes out those that it stands for: whatever comes later and races with one that
 // this one has seen, and that touches no other bytes, races with this one as well.
 void add(std::vector<Access>& accesses, const Access& access) {
-  if (!accesses.empty()) {
-    Access& last = accesses.back();
-    if (last.block == access.block && last.clock == access.clock && last.warp == access.warp &&
-        last.bytes == access.bytes && last.kind == access.kind && last.code == access.code) {
-      last.lanes |= access.lanes;
-      return;
-    }
-  }
   const auto replaced = [&](const Access& earlier) {
     return !(earlier.bytes & ~access.bytes) && (access.kind == kWrite || access.kind == earlier.kind) &&
            unseen_lanes(earlier) == 0;
@@ -143,9 +146,16 @@ void access(const void* pointer, size_t bytes, Kind kind, const void* code) {
       page->resize(kPage);
     }
     Cell& cell = (*page)[number % kPage];
+    std::vector<Access>& alike = kind == kRead ? cell.reads : cell.others;
+    Access* const same = find(alike, what);
+    if (same && (same->lanes & what.lanes)) continue;  // whatever came since then was compared with that
     check(cell.others, what, shared);
     if (kind != kRead) check(cell.reads, what, shared);
-    add(kind == kRead ? cell.reads : cell.others, what);
+    if (same) {
+      same->lanes |= what.lanes;
+    } else {
+      add(alike, what);
+    }
   }
 }
 
