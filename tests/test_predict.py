@@ -79,7 +79,7 @@ def test_labels_with_scores(checkpoint, clip, capsys):
     best = expected.argsort(descending=True)[:3].tolist()
     assert code == 0 and set(row) == {"path", "seconds", "labels", "scores"} and row["path"] == str(clip)
     assert row["labels"] == [LABELS[i] for i in best]
-    assert row["scores"] == pytest.approx(expected[best].tolist(), abs=1e-6)
+    assert row["scores"] == pytest.approx(expected[best].tolist(), abs=1e-5)  # a GPU adds up in another order
     assert row["seconds"] == pytest.approx(len(load_audio(clip)) / 16000)
 
     _, (row,) = run(capsys, checkpoint, clip, "--keep-rate", 1.0, "--windows")

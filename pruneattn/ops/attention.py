@@ -26,8 +26,7 @@ def reference(q, k, v, scale=None):
 
     Returns ``out [B, H, M, D]``, stored as ``[B, M, H, D]``, and ``lse [B, H, M]`` in at least float32.
     """
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return rows_together(out), logits(q, k, scale).logsumexp(-1)
+    return rows_together(_sdpa(q, k, v, scale)), logits(q, k, scale).logsumexp(-1)
 
 
 def backward_reference(grad_out, q, k, v, out, lse, scale=None):
@@ -80,10 +79,17 @@ def attention(q, k, v, scale=None):
         TypeError, ValueError: an argument has another dtype, shape or device than said here.
     """
     if _pytorch_is_best(q.device.type):
-        if not torch.compiler.is_compiling() and _cudnn_is_best(q, k, v):
+        if not torch.compiler.is_compiling() and scale_of(q, scale) > 0 and _cudnn_is_best(q, k, v):
             return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=scale)[0]
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return _sdpa(q, k, v, scale)
     return _attention(q, k, v, scale)[0]
+
+
+def _sdpa(q, k, v, scale):
+    """PyTorch's, whose FlashAttention gives NaN for a scale that is not positive."""
+    if scale is not None and scale <= 0:
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 @torch.compiler.assume_constant_result

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pruneattn.backend import choose
 from pruneattn.ops import attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -105,6 +106,8 @@ def test_special_values_reach_the_rows_they_belong_to(kernels, interpreted, case
 
 
 def test_same_bits_twice(place, interpreted, cases):
+    if place.type == "cuda" and choose("attention", "cuda") is sys.modules["pruneattn.ops.attention"].reference:
+        pytest.skip("PyTorch's gradients are not the same in every run on a GPU")
     q, k, v = cases.leaves(cases.packed_qkv(1 if interpreted else 2, 1 if interpreted else 3, 130, 16, torch.float32, place))
 
     def run():
