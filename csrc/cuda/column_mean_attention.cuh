@@ -1,9 +1,9 @@
-// Softmax attention of one head for up to 2 * kKeys keys, with the sums of the softmax matrix's columns: each row of the
-// matrix stays in registers from its logits to its share of the sums, so there is one product, one exponential and one
-// read of everything.
+// Softmax attention of one head for up to 2 * kKeys keys, with the sums of the softmax matrix's columns: each row of
+// the matrix stays in registers from its logits to its share of the sums, so there is one product, one exponential and
+// one read of everything.
 //
-// A block of 256 threads goes through queries 64 at a time. Its two groups of 4 warps have the same queries and half the
-// keys each: they meet once for the statistics of the rows and once to add up the output.
+// A block of 256 threads goes through queries 64 at a time. Its two groups of 4 warps have the same queries and half
+// the keys each: they meet once for the statistics of the rows and once to add up the output.
 #pragma once
 
 #include "attention_row.cuh"

@@ -110,6 +110,10 @@ __device__ inline void wait_products(float (&acc)[kCount]) {
 #define F8(x, i) \
   "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), \
       "+f"(x[i + 7])
+#define F24(x) F8(x, 0), F8(x, 8), F8(x, 16)
+#define F32(x) F24(x), F8(x, 24)
+#define F40(x) F32(x), F8(x, 32)
+#define F48(x) F40(x), F8(x, 40)
 #define R24 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
 #define R32 R24 ", %24, %25, %26, %27, %28, %29, %30, %31"
@@ -125,7 +129,7 @@ __device__ inline void wait_products(float (&acc)[kCount]) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"                                                          \
                "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" R32                                \
                "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;}"                                                        \
-               : F8(acc, 0), F8(acc, 8), F8(acc, 16), F8(acc, 24)                                                  \
+               : F32(acc)                                                                                          \
                : "r"(weights[4 * step]), "r"(weights[4 * step + 1]), "r"(weights[4 * step + 2]),                   \
                  "r"(weights[4 * step + 3]), "l"(v), "r"(add))
 
@@ -137,12 +141,12 @@ __device__ inline void start_logits(float (&acc)[kColumns / 2], const unsigned c
   begin_products();
 #pragma unroll
   for (int step = 0; step < kHeadSize / 16; ++step) {
-    if constexpr (kColumns == 96 && kHalf) LOGITS("f16", 96, R48, "48", "49", "50", F8(acc, 0), F8(acc, 8), F8(acc, 16), F8(acc, 24), F8(acc, 32), F8(acc, 40));
-    if constexpr (kColumns == 96 && !kHalf) LOGITS("bf16", 96, R48, "48", "49", "50", F8(acc, 0), F8(acc, 8), F8(acc, 16), F8(acc, 24), F8(acc, 32), F8(acc, 40));
-    if constexpr (kColumns == 80 && kHalf) LOGITS("f16", 80, R40, "40", "41", "42", F8(acc, 0), F8(acc, 8), F8(acc, 16), F8(acc, 24), F8(acc, 32));
-    if constexpr (kColumns == 80 && !kHalf) LOGITS("bf16", 80, R40, "40", "41", "42", F8(acc, 0), F8(acc, 8), F8(acc, 16), F8(acc, 24), F8(acc, 32));
-    if constexpr (kColumns == 48 && kHalf) LOGITS("f16", 48, R24, "24", "25", "26", F8(acc, 0), F8(acc, 8), F8(acc, 16));
-    if constexpr (kColumns == 48 && !kHalf) LOGITS("bf16", 48, R24, "24", "25", "26", F8(acc, 0), F8(acc, 8), F8(acc, 16));
+    if constexpr (kColumns == 96 && kHalf) LOGITS("f16", 96, R48, "48", "49", "50", F48(acc));
+    if constexpr (kColumns == 96 && !kHalf) LOGITS("bf16", 96, R48, "48", "49", "50", F48(acc));
+    if constexpr (kColumns == 80 && kHalf) LOGITS("f16", 80, R40, "40", "41", "42", F40(acc));
+    if constexpr (kColumns == 80 && !kHalf) LOGITS("bf16", 80, R40, "40", "41", "42", F40(acc));
+    if constexpr (kColumns == 48 && kHalf) LOGITS("f16", 48, R24, "24", "25", "26", F24(acc));
+    if constexpr (kColumns == 48 && !kHalf) LOGITS("bf16", 48, R24, "24", "25", "26", F24(acc));
     q += 2;  // 16 channels further
     k += 2;
   }
@@ -164,6 +168,10 @@ __device__ inline void add_values(float (&acc)[kHeadSize / 2], const uint32_t (&
 }
 
 #undef F8
+#undef F24
+#undef F32
+#undef F40
+#undef F48
 #undef R24
 #undef R32
 #undef R40
