@@ -159,8 +159,8 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
     backend.why_not.cache_clear()
     assert backend.why_not("triton") == ""
     # A GPU runs Triton's kernels, but for one that only does what PyTorch's attention does.
-    functions = backend._kernels["column_mean_attention"], backend._kernels["attention"]
-    assert [backend.choose(op, "cuda") for op in ("column_mean_attention", "attention")] == [
+    functions = backend._kernels["attention_backward"], backend._kernels["attention"]
+    assert [backend.choose(op, "cuda") for op in ("attention_backward", "attention")] == [
         functions[0]["triton"], functions[1]["reference"]
     ]  # fmt: skip
     assert backend._resolve("attention", "cuda", "triton") is functions[1]["triton"]
