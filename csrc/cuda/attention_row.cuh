@@ -14,13 +14,6 @@ struct RowMemory {
   float partial[kWarps][kHeadSize];
 };
 
-template <typename F>
-__device__ inline float over_warp(float x, const F& f) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x = f(x, __shfl_xor_sync(kAllLanes, x, distance));
-  return x;
-}
-
 // Writes output and log-sum-exp of a query; keys and values lie in tiles. weights[0..tokens) is left with the row of the
 // softmax matrix, to be read after a barrier. All threads call it.
 template <typename T, int kMostKeys>
@@ -49,11 +42,7 @@ __device__ void attend_row(const T* query, const unsigned char* keys, const unsi
     }
     largest = fmaxf(largest, logit[i]);
   }
-  largest = over_warp(largest, [](float a, float b) { return fmaxf(a, b); });
-  if (lane == 0) shared.largest[warp] = largest;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.largest[w]);
+  largest = over_block(largest, shared.largest, [](float a, float b) { return fmaxf(a, b); });
   const float base = __fmul_ru(largest, scale);
 
   float sum = 0;
@@ -62,12 +51,7 @@ __device__ void attend_row(const T* query, const unsigned char* keys, const unsi
     logit[i] = exp2_approximate(fmaf(logit[i], scale, -base));
     if (thread + i * kThreads < tokens) sum += logit[i];
   }
-  sum = over_warp(sum, [](float a, float b) { return a + b; });
-  if (lane == 0) shared.sum[warp] = sum;
-  __syncthreads();
-  sum = 0;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += shared.sum[w];
+  sum = over_block(sum, shared.sum, [](float a, float b) { return a + b; });
   const float share = reciprocal_approximate(sum);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {

@@ -36,7 +36,7 @@ size_t attention_memory(int64_t tokens) {
 
 // `parts` blocks per head.
 template <typename T, int kKeys>
-__global__ void __launch_bounds__(kAttentionThreads, kBlocks<kKeys>)
+__global__ void __launch_bounds__(kThreads, kBlocks<kKeys>)
     column_mean_attention_kernel(const __grid_constant__ Attention attention, float* partials, int parts) {
   auto& shared = *reinterpret_cast<AttentionMemory<kKeys>*>(dynamic_shared());
   const int patches = attention.tokens - attention.extra_tokens;
@@ -82,7 +82,7 @@ void column_mean_attention(Dtype dtype, int64_t batch, const Attention& attentio
     constexpr int kKeys = decltype(keys)::value;
     launch([&] { return describe(dtype, batch, attention); },
            column_mean_attention_kernel<decltype(type), kKeys>,
-           {batch * attention.heads * parts, kAttentionThreads, sizeof(AttentionMemory<kKeys>)}, stream, attention,
+           {batch * attention.heads * parts, kThreads, sizeof(AttentionMemory<kKeys>)}, stream, attention,
            partials, parts);
   });
 }

@@ -13,11 +13,9 @@
 
 namespace pruneattn::cuda {
 
-constexpr int kAttentionThreads = 256;
-constexpr int kGroupThreads = kAttentionThreads / 2;
+constexpr int kGroupThreads = kThreads / 2;
 constexpr int kChunk = 96;  // keys of one product of logits
 constexpr int kBatch = 48;  // keys whose weights are multiplied at once
-constexpr unsigned kAll = 0xffffffffu;
 
 // Calls f(integral_constant) for 0..kCount-1.
 template <int kCount, int kFirst = 0, typename F>
@@ -71,12 +69,12 @@ __device__ inline Head head_of(const Heads& heads, int64_t clip, int64_t head) {
   return {heads.data + 2 * (clip * heads.batch_stride + head * heads.head_stride), 2 * heads.token_stride};
 }
 
-// Rows first.. of a head into `rows` rows of a tile, zeros from row `count` of the head on; by kThreads threads of which
+// Rows first.. of a head into `rows` rows of a tile, zeros from row `count` of the head on; by kLoaders threads of which
 // this is number `thread`.
-template <int kThreads>
+template <int kLoaders>
 __device__ inline void load_tile(unsigned char* tile, const Head& head, int first, int rows, int count,
                                  int thread) {
-  constexpr int kStep = kThreads / 8;  // 8 threads a row; a multiple of 8, so that every row of a thread is swizzled alike
+  constexpr int kStep = kLoaders / 8;  // 8 threads a row; a multiple of 8: all rows of a thread are swizzled alike
   const char* source = head.rows + (first + thread / 8) * head.row_bytes + thread % 8 * 16;
   unsigned char* to = tile + tile_offset(thread / 8, thread % 8);
   for (int row = thread / 8; row < rows; row += kStep) {
@@ -88,12 +86,12 @@ __device__ inline void load_tile(unsigned char* tile, const Head& head, int firs
 }
 
 __device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 __device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(kAll, x, 1);
-  return x + __shfl_xor_sync(kAll, x, 2);
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
 // Each column's sums lie with 4 lanes of each warp of a group. A lane has 2 of 8 columns (accumulators, tensor_cores.cuh),
@@ -123,7 +121,7 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
   unsigned char* const my_values = shared.values + first_key * kRowBytes;
 
   const auto load_queries = [&](unsigned char* tile, int number) {
-    load_tile<kAttentionThreads>(tile, q, number * kTileRows, kTileRows, a.tokens, threadIdx.x);
+    load_tile<kThreads>(tile, q, number * kTileRows, kTileRows, a.tokens, threadIdx.x);
   };
   load_queries(shared.queries[0], part.first_tile);
   load_tile<kGroupThreads>(my_keys, k, first_key, kKeys, a.tokens, thread);
@@ -230,7 +228,7 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
     }
 
     const bool scored[2] = {row >= a.extra_tokens && row < a.tokens, row + 8 >= a.extra_tokens && row + 8 < a.tokens};
-    const bool all_scored = __ballot_sync(kAll, scored[0] && scored[1]) == kAll;
+    const bool all_scored = __ballot_sync(kAllLanes, scored[0] && scored[1]) == kAllLanes;
 #pragma unroll
     for (int r = 0; r < 2; ++r) share[r] = scored[r] ? share[r] : 0;
     unrolled<kChunks<kKeys>>([&](auto number) {
@@ -252,7 +250,7 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
       for (int i = 0; i < kCount / 2; ++i) {
         const float kept = lane < 16 ? sums[i] : sums[i + kCount / 2];
         const float given = lane < 16 ? sums[i + kCount / 2] : sums[i];
-        sums[i] = kept + __shfl_xor_sync(kAll, given, 16);
+        sums[i] = kept + __shfl_xor_sync(kAllLanes, given, 16);
       }
 #pragma unroll
       for (int i = 0; i < kCount / 4; ++i) {
