@@ -118,7 +118,7 @@ def _cudnn_is_best(q, k, v):
 def _in_pieces(x):
     """Whether pieces of 16 bytes of half precision can be loaded from anywhere in ``x``."""
     *outer, last = x.stride()
-    return last == 1 and x.storage_offset() % 8 == 0 and all(stride > 0 and stride % 8 == 0 for stride in outer)
+    return last == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in outer)
 
 
 @functools.cache
@@ -169,9 +169,8 @@ def together(x):
 
 
 def aligned(x):
-    """``x`` [B, H, N, D] of half precision with contiguous channels, for kernels that load 16 bytes at a time."""
-    fits = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:-1])
-    return x if fits and x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    """``x`` [B, H, N, D] of half precision, copied if kernels that load 16 bytes at a time do not take it as it lies."""
+    return x if _in_pieces(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def heads_of(x):
