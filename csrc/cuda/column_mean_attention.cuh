@@ -31,7 +31,9 @@ constexpr int kChunks = (kKeys + kChunk - 1) / kChunk;
 template <int kKeys, int kIndex>
 constexpr int kChunkKeys = kKeys - kIndex * kChunk < kChunk ? kKeys - kIndex * kChunk : kChunk;
 template <int kKeys, int kIndex>
-using Logits = float (&)[kChunkKeys<kKeys, kIndex> / 2];
+__device__ inline auto& chunk_of(float (&s)[kKeys / 2]) {
+  return reinterpret_cast<float(&)[kChunkKeys<kKeys, kIndex> / 2]>(s[kIndex * kChunk / 2]);
+}
 
 // Shared memory of a block.
 template <int kKeys>
@@ -106,6 +108,116 @@ __device__ inline float* column_of(AttentionMemory<kKeys>& shared, int warp, int
   return in_chunk % 2 ? &pair.y : &pair.x;
 }
 
+// Logits of keys from `keys` on become -Inf; the largest of each of the lane's two rows.
+template <int kKeys>
+__device__ inline void mask_and_maximize(float (&s)[kKeys / 2], int keys, int lane, float (&largest)[2]) {
+  float chain[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};  // two for each row: shorter chains
+  unrolled<kChunks<kKeys>>([&](auto number) {
+    constexpr int c = decltype(number)::value;
+    auto& logits = chunk_of<kKeys, c>(s);
+    constexpr int kCount = kChunkKeys<kKeys, c> / 2;
+    if (keys < c * kChunk + 2 * kCount) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (c * kChunk + i / 4 * 8 + lane % 4 * 2 + i % 2 >= keys) logits[i] = -INFINITY;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) chain[i % 4] = fmaxf(chain[i % 4], logits[i]);
+  });
+#pragma unroll
+  for (int r = 0; r < 2; ++r) largest[r] = quad_max(fmaxf(chain[2 * r], chain[2 * r + 1]));
+}
+
+// Logits become weights 2^(logit * scale - shift). `sum` gets the lane's part of each row's sum; out = weights x values, in
+// the background.
+template <typename T, int kKeys>
+__device__ inline void weigh_values(float (&s)[kKeys / 2], float scale, const float (&shift)[2],
+                                    const unsigned char* values, float (&sum)[2], float (&out)[kHeadSize / 2]) {
+  sum[0] = sum[1] = 0;
+  unrolled<(kKeys + kBatch - 1) / kBatch>([&](auto number) {
+    constexpr int first = decltype(number)::value * kBatch;
+    constexpr int kSteps = (kKeys - first < kBatch ? kKeys - first : kBatch) / 16;
+    uint32_t weights[4 * kSteps];
+#pragma unroll
+    for (int i = 0; i < 4 * kSteps; ++i) {
+      float(&pair)[2] = reinterpret_cast<float(&)[2]>(s[first / 2 + 2 * i]);
+      pair[0] = exp2_approximate(fmaf(pair[0], scale, -shift[i % 2]));
+      pair[1] = exp2_approximate(fmaf(pair[1], scale, -shift[i % 2]));
+      sum[i % 2] += pair[0] + pair[1];
+      weights[i] = pack<T>(pair[0], pair[1]);
+    }
+    add_values<T, first == 0, kSteps>(out, weights, values + first * kRowBytes);
+    if constexpr (first > 0) wait_products<1>();  // frees registers
+  });
+}
+
+// Adds a chunk's weights, each times its row's share, to the sums of their columns. Rows that are not `scored` are left
+// out, and not by a share of 0: their weights may be NaN.
+template <int kCount>
+__device__ inline void add_columns(float (&weights)[2 * kCount], const float (&share)[2], const bool (&scored)[2],
+                                   bool all_scored, int lane, float2 (*columns)[32]) {
+  float sums[kCount];
+  if (!all_scored) {
+    __syncwarp();  // or the compiler makes it selections for all rows
+#pragma unroll
+    for (int i = 0; i < 2 * kCount; ++i) weights[i] = scored[i / 2 % 2] ? weights[i] : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int at = i / 2 * 4 + i % 2;
+    sums[i] = weights[at] * share[0] + weights[at + 2] * share[1];
+  }
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const float kept = lane < 16 ? sums[i] : sums[i + kCount / 2];
+    const float given = lane < 16 ? sums[i + kCount / 2] : sums[i];
+    sums[i] = kept + __shfl_xor_sync(kAllLanes, given, 16);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount / 4; ++i) {
+    float2& pair = columns[i][lane];
+    pair = make_float2(pair.x + sums[2 * i], pair.y + sums[2 * i + 1]);
+  }
+}
+
+// The two halves of the output, by channels: the first group ends with channels 0..31, the second one with 32..63.
+// `give_half` leaves the other channels for the other group; after a barrier, `store_half` adds what it left.
+__device__ inline void give_half(const float (&out)[kHeadSize / 2], int group, float4 (*given)[kGroupThreads],
+                                 int thread) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float half[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) half[e] = group ? out[4 * i + e] : out[16 + 4 * i + e];
+    given[i][thread] = make_float4(half[0], half[1], half[2], half[3]);
+  }
+}
+
+template <typename T>
+__device__ inline void store_half(const float (&out)[kHeadSize / 2], int group, const float4 (*given)[kGroupThreads],
+                                  int thread, const Head& to, int row, int tokens) {
+  char* row_to = to.rows + row * to.row_bytes + (32 * group + thread % 4 * 2) * sizeof(T);
+  uint32_t packed[2][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float4 other = given[i][thread];
+    float mine[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) mine[e] = group ? out[16 + 4 * i + e] : out[4 * i + e];
+    packed[0][i] = pack<T>(mine[0] + other.x, mine[1] + other.y);
+    packed[1][i] = pack<T>(mine[2] + other.z, mine[3] + other.w);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (row + 8 * r >= tokens) continue;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      *reinterpret_cast<uint32_t*>(row_to + 8 * r * to.row_bytes + i * 8 * sizeof(T)) = packed[r][i];
+    }
+  }
+}
+
 // The head's output and log-sum-exp for the queries of a part; `partial` gets its share of the column means.
 template <typename T, int kKeys>
 __device__ void attend(const Attention& a, int64_t head_number, AttentionPart part, float* partial,
@@ -137,8 +249,7 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
   float s[kKeys / 2];  // logits, then weights, of rows 16 warp + lane / 4 and that + 8
   const auto start_chunk = [&](auto number, const unsigned char* queries) {
     constexpr int c = decltype(number)::value;
-    auto& logits = reinterpret_cast<Logits<kKeys, c>>(s[c * kChunk / 2]);
-    start_logits<T, kChunkKeys<kKeys, c>>(logits, queries, my_keys + c * kChunk * kRowBytes);
+    start_logits<T, kChunkKeys<kKeys, c>>(chunk_of<kKeys, c>(s), queries, my_keys + c * kChunk * kRowBytes);
   };
   if constexpr (kInBackground) {
     unrolled<kChunks<kKeys>>([&](auto number) { start_chunk(number, shared.queries[0]); });
@@ -153,48 +264,19 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
       unrolled<kChunks<kKeys>>([&](auto number) { start_chunk(number, shared.queries[(tile - part.first_tile) % 2]); });
     }
 
-    float largest[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};  // two for each row: shorter chains
-    unrolled<kChunks<kKeys>>([&](auto number) {
-      constexpr int c = decltype(number)::value;
-      auto& logits = reinterpret_cast<Logits<kKeys, c>>(s[c * kChunk / 2]);
-      constexpr int kCount = kChunkKeys<kKeys, c> / 2;
-      if (keys < c * kChunk + 2 * kCount) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          if (c * kChunk + i / 4 * 8 + lane % 4 * 2 + i % 2 >= keys) logits[i] = -INFINITY;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) largest[i % 4] = fmaxf(largest[i % 4], logits[i]);
-    });
     // In powers of 2, rounded up so that no weight exceeds 1.
-    float base[2], shift[2], sum[2] = {0, 0};
+    float base[2], shift[2], sum[2], out[kHeadSize / 2];
+    mask_and_maximize<kKeys>(s, keys, lane, base);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      base[r] = __fmul_ru(quad_max(fmaxf(largest[2 * r], largest[2 * r + 1])), a.scale);
+      base[r] = __fmul_ru(base[r], a.scale);
       shift[r] = base[r] == -INFINITY ? 0 : base[r];
     }
     if (tile == part.first_tile) {  // the values, and not the next queries
       wait_copies<1>();
       barrier_sync(1 + group, kGroupThreads);
     }
-
-    float out[kHeadSize / 2];
-    unrolled<(kKeys + kBatch - 1) / kBatch>([&](auto number) {
-      constexpr int first = decltype(number)::value * kBatch;
-      constexpr int kSteps = (kKeys - first < kBatch ? kKeys - first : kBatch) / 16;
-      uint32_t weights[4 * kSteps];
-#pragma unroll
-      for (int i = 0; i < 4 * kSteps; ++i) {
-        float(&pair)[2] = reinterpret_cast<float(&)[2]>(s[first / 2 + 2 * i]);
-        pair[0] = exp2_approximate(fmaf(pair[0], a.scale, -shift[i % 2]));
-        pair[1] = exp2_approximate(fmaf(pair[1], a.scale, -shift[i % 2]));
-        sum[i % 2] += pair[0] + pair[1];
-        weights[i] = pack<T>(pair[0], pair[1]);
-      }
-      add_values<T, first == 0, kSteps>(out, weights, my_values + first * kRowBytes);
-      if constexpr (first > 0) wait_products<1>();  // frees registers
-    });
+    weigh_values<T, kKeys>(s, a.scale, shift, my_values, sum, out);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum[r] = quad_sum(sum[r]);
@@ -219,13 +301,7 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
     wait_products(out);
 #pragma unroll
     for (int i = 0; i < kHeadSize / 2; ++i) out[i] *= share[i / 2 % 2];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // channels 32..63 from the first group, 0..31 from the second
-      float given[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) given[e] = group ? out[4 * i + e] : out[16 + 4 * i + e];
-      shared.output[group][i][thread] = make_float4(given[0], given[1], given[2], given[3]);
-    }
+    give_half(out, group, shared.output[group], thread);
 
     const bool scored[2] = {row >= a.extra_tokens && row < a.tokens, row + 8 >= a.extra_tokens && row + 8 < a.tokens};
     const bool all_scored = __ballot_sync(kAllLanes, scored[0] && scored[1]) == kAllLanes;
@@ -233,54 +309,14 @@ __device__ void attend(const Attention& a, int64_t head_number, AttentionPart pa
     for (int r = 0; r < 2; ++r) share[r] = scored[r] ? share[r] : 0;
     unrolled<kChunks<kKeys>>([&](auto number) {
       constexpr int c = decltype(number)::value;
-      auto& weights = reinterpret_cast<Logits<kKeys, c>>(s[c * kChunk / 2]);
-      constexpr int kCount = kChunkKeys<kKeys, c> / 4;  // columns of a lane
-      float sums[kCount];
-      if (!all_scored) {  // not by a share of 0: they may be NaN
-        __syncwarp();     // or the compiler makes it selections for all rows
-#pragma unroll
-        for (int i = 0; i < 2 * kCount; ++i) weights[i] = scored[i / 2 % 2] ? weights[i] : 0;
-      }
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int at = i / 2 * 4 + i % 2;
-        sums[i] = weights[at] * share[0] + weights[at + 2] * share[1];
-      }
-#pragma unroll
-      for (int i = 0; i < kCount / 2; ++i) {
-        const float kept = lane < 16 ? sums[i] : sums[i + kCount / 2];
-        const float given = lane < 16 ? sums[i + kCount / 2] : sums[i];
-        sums[i] = kept + __shfl_xor_sync(kAllLanes, given, 16);
-      }
-#pragma unroll
-      for (int i = 0; i < kCount / 4; ++i) {
-        float2& pair = columns[c * kChunk / 16 + i][lane];
-        pair = make_float2(pair.x + sums[2 * i], pair.y + sums[2 * i + 1]);
-      }
+      add_columns<kChunkKeys<kKeys, c> / 4>(chunk_of<kKeys, c>(s), share, scored, all_scored, lane,
+                                            columns + c * kChunk / 16);
       // After the last tile, of queries that nobody reads: a branch here would make the compiler wait for the products.
       if constexpr (kInBackground) start_chunk(number, next_queries);
     });
 
     __syncthreads();
-    char* row_to = to.rows + row * to.row_bytes + (32 * group + lane % 4 * 2) * sizeof(T);
-    uint32_t packed[2][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float4 other = shared.output[1 - group][i][thread];
-      float mine[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) mine[e] = group ? out[16 + 4 * i + e] : out[4 * i + e];
-      packed[0][i] = pack<T>(mine[0] + other.x, mine[1] + other.y);
-      packed[1][i] = pack<T>(mine[2] + other.z, mine[3] + other.w);
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= a.tokens) continue;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        *reinterpret_cast<uint32_t*>(row_to + 8 * r * to.row_bytes + i * 8 * sizeof(T)) = packed[r][i];
-      }
-    }
+    store_half<T>(out, group, shared.output[1 - group], thread, to, row, a.tokens);
     wait_products(s);
   }
 
