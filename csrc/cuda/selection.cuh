@@ -42,7 +42,7 @@ __device__ int first_patch() {
 // this launch is seen, if the caller has waited for it.
 template <int kKeys>
 __device__ void sum_rows(const PartialScores& partials, int64_t clip, int patches, float (&score)[kKeys]) {
-  constexpr int kRows = kKeys < 16 ? 16 / kKeys : 1;  // 16 loads in flight per thread
+  constexpr int kRows = kKeys < 16 ? 32 / kKeys : 1;  // 32 loads in flight per thread
   constexpr float kNothing = -0.0f;                   // that plus x is x, to the bit
   int patch[kKeys];                                   // beyond the last one, the last one again
 #pragma unroll
