@@ -13,11 +13,15 @@ VENV := .venv
 CORE_VENV := .venv-core
 CORE_TORCH := 2.13.0
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
-PYTEST := -m pytest --durations=15
+# Tests in as many processes as there are processors, with one thread each: PyTorch's would wait for each other.
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
+PYTEST := -m pytest --durations=15 -n $(WORKERS) --dist worksteal
 
 SANITIZE := build/sanitize
 SANITIZE_FLAGS := -O1 -g -w -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZE_LIBRARIES = $(foreach name,asan stdc++,$(shell g++ -print-file-name=lib$(name).so))
+
+test test-core sanitize race: export OMP_NUM_THREADS = 1
 
 .PHONY: test test-core demo docs bench sanitize race gpu clean
 
@@ -66,7 +70,7 @@ $(VENV)/docs: $(VENV)/installed
 
 $(CORE_VENV)/installed: $(BUILD_INPUTS)
 	test -x $(CORE_VENV)/bin/python || $(PYTHON) -m venv $(CORE_VENV)
-	$(CORE_VENV)/bin/python -m pip install -q torch==$(CORE_TORCH) pytest pytest-timeout -e .
+	$(CORE_VENV)/bin/python -m pip install -q torch==$(CORE_TORCH) pytest pytest-timeout pytest-xdist -e .
 	touch $@
 
 clean:

@@ -20,6 +20,12 @@ module.topk = lambda scores, keep: scores.topk(keep).indices
 """
 
 
+@pytest.fixture(autouse=True)
+def no_worker(monkeypatch):
+    """Benchmarks are left out in a worker of pytest-xdist, as which a process that it starts would count."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 def test_pytest_bench(tmp_path):
     """One op, of which one provider is wrong: the run goes on, writes everything, and fails."""
     pytest.importorskip("pytest_benchmark")
