@@ -1,15 +1,12 @@
 """Softmax attention without a score: for unpruned blocks, and for the queries of kept rows alone."""
 
-import functools
-
 import torch
-import torch.nn.functional as F
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import choose, launch
 from ._checks import ATTENTION_DTYPES, check_dtype, check_like, check_shape
 from ._registration import LIBRARY, define
+from .pytorch_attention import in_pieces, pytorch_attention, rows_together, sdpa
 
 #: What the CPU kernels compute; other dtypes run the reference there.
 CPU_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -26,7 +23,7 @@ def reference(q, k, v, scale=None):
 
     Returns ``out [B, H, M, D]``, stored as ``[B, M, H, D]``, and ``lse [B, H, M]`` in at least float32.
     """
-    return rows_together(_sdpa(q, k, v, scale)), logits(q, k, scale).logsumexp(-1)
+    return rows_together(sdpa(q, k, v, scale)), logits(q, k, scale).logsumexp(-1)
 
 
 def backward_reference(grad_out, q, k, v, out, lse, scale=None):
@@ -53,11 +50,6 @@ def scale_of(q, scale):
     return q.shape[-1] ** -0.5 if scale is None else scale
 
 
-def rows_together(out):
-    """``[B, H, M, D]`` stored as ``[B, M, H, D]``: the projection reads the heads of a token one after the other."""
-    return out.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
-
-
 def attention(q, k, v, scale=None):
     """Softmax attention, as ``scaled_dot_product_attention`` without a mask.
 
@@ -79,52 +71,13 @@ def attention(q, k, v, scale=None):
         TypeError, ValueError: an argument has another dtype, shape or device than said here.
     """
     if _pytorch_is_best(q.device.type):
-        if not torch.compiler.is_compiling() and scale_of(q, scale) > 0 and _cudnn_is_best(q, k, v):
-            return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=scale)[0]
-        return _sdpa(q, k, v, scale)
+        return pytorch_attention(q, k, v, scale)
     return _attention(q, k, v, scale)[0]
-
-
-def _sdpa(q, k, v, scale):
-    """PyTorch's, whose FlashAttention gives NaN for a scale that is not positive."""
-    if scale is not None and scale <= 0:
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 @torch.compiler.assume_constant_result
 def _pytorch_is_best(device_type):
     return device_type != "cpu" and choose("attention", device_type) is reference
-
-
-def _cudnn_is_best(q, k, v):
-    """Whether cuDNN's kernel, where PyTorch would take FlashAttention's, runs these and is faster.
-
-    Asked for by its operator: ``sdpa_kernel`` would change what the whole process prefers, other threads included, and
-    undo what it was told from outside.
-    """
-    dtype = q.dtype
-    if dtype not in (torch.float16, torch.bfloat16) or not _cudnn_is_fast(q.device):
-        return False
-    if not all(x.dtype == dtype and x.device == q.device and x.ndim == 4 and _in_pieces(x) for x in (q, k, v)):
-        return False
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return False
-    if torch.is_autocast_enabled(q.device.type) and torch.get_autocast_dtype(q.device.type) != dtype:
-        return False  # to be cast, which the operator does not do
-    return k.shape == v.shape and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, False, False))
-
-
-def _in_pieces(x):
-    """Whether pieces of 16 bytes of half precision can be loaded from anywhere in ``x``."""
-    *outer, last = x.stride()
-    return last == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in outer)
-
-
-@functools.cache
-def _cudnn_is_fast(device):
-    """Where FlashAttention 2, which PyTorch brings, leaves part of the GPU unused."""
-    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def check_qkv(q, k, v):
@@ -170,7 +123,7 @@ def together(x):
 
 def aligned(x):
     """``x`` [B, H, N, D] of half precision, copied if kernels that load 16 bytes at a time do not take it as it lies."""
-    return x if _in_pieces(x) else x.clone(memory_format=torch.contiguous_format)
+    return x if in_pieces(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def heads_of(x):
@@ -267,7 +220,7 @@ torch.library.register_autograd("pruneattn::attention", _backward, setup_context
 torch.library.register_autograd("pruneattn::attention_backward", _no_second_backward, lib=LIBRARY)
 
 
-@register_flop_formula(torch.ops.pruneattn.attention)
+@register_flop_formula([torch.ops.pruneattn.attention, torch.ops.pruneattn.pytorch_attention])
 def _flops(q, k, *_, **__):
     batch, heads, rows, channels = q
     return 2 * 2 * batch * heads * rows * k[2] * channels  # two matrix products, a multiplication and an addition

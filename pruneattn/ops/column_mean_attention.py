@@ -9,7 +9,8 @@ from ..backend import _C, launch, stands_in
 from ._checks import check_extra_tokens, check_shape
 from ._registration import LIBRARY, define
 from .attention import CPU_DTYPES, CUDA_DTYPES, aligned, attention_backward, check_qkv, empty_outputs
-from .attention import heads_of, logits, rows_together, scale_of, together
+from .attention import heads_of, logits, scale_of, together
+from .pytorch_attention import rows_together
 
 
 def reference(q, k, v, extra_tokens, scale=None):
