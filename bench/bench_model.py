@@ -42,7 +42,7 @@ def ours(subject, sizes):
         )
         if fast != "eager" and (rate == 1 or sizes.all_ways):
             yield Provider(call=partial(at_keep_rate, subject.plain, rate, fbank), check=check, backend="eager", **variant)
-        if sizes.all_ways:
+        if sizes.compiles_ours(subject.case.batch, rate):
             compiled = peers.compiled(subject.copy_at(rate), fbank)
             yield Provider(call=partial(compiled, fbank), check=check, backend="compiled", **variant)
         if fbank.is_cuda:

@@ -24,10 +24,14 @@ class Sizes(NamedTuple):
     keep_rates: tuple = FEW_RATES  # of ours and the paper's way
     peer_rates: tuple = FEW_RATES[-1:]  # at which all others prune
     all_ways: bool = False  # compile pruned models too (half a minute each on two cores), run the slower ways of ours too
-    compiled_batches: tuple | None = None  # at which the dense model is compiled, half a minute each; None: at all of them
+    compiled_batches: tuple | None = None  # at which models are compiled, half a minute each; None: at all of them
+    compiled_rates: tuple = ()  # of ours, beside the dense model; with `all_ways` all of them
 
     def compiles(self, batch):
         return self.compiled_batches is None or batch in self.compiled_batches
+
+    def compiles_ours(self, batch, rate):
+        return self.all_ways or (rate in self.compiled_rates and self.compiles(batch))
 
 
 # Without instructions for it, a product in bfloat16 takes some hundred times as long as in float32.
@@ -64,7 +68,7 @@ GRIDS = {
         "op": Sizes(("bfloat16",), (1, 64), (257, 513, 514), 9),
         "block": Sizes(("bfloat16",), (1, 64), (512,), 9, MODELS),
         # A single clip is bound by launches, and a CUDA graph of the model is what to beat.
-        "model": Sizes(("bfloat16",), (1, 64), (512,), 9, MODELS, compiled_batches=(64,)),
+        "model": Sizes(("bfloat16",), (1, 64), (512,), 9, MODELS, compiled_batches=(64,), compiled_rates=(1.0, 0.5)),
         "adapters": Sizes(("bfloat16",), (64,), (196,), 9, IMAGE_MODELS[:1], compiled_batches=()),
         TRAINING: Sizes(("bfloat16",), (32,), (512,), 5, MODELS),
         "wav to label": Sizes(("bfloat16",), (64,), (512,), 5, MODELS),

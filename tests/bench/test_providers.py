@@ -111,6 +111,13 @@ def test_the_whole_grid_has_all_ways(not_compiled):
     assert ("SDPA", "compiled", 1.0) in ways
 
 
+@pytest.mark.parametrize("batches, expected", [(None, [("ours", 0.5), ("SDPA", 1.0)]), ((), [])])
+def test_some_of_ours_are_compiled_where_the_dense_model_is(not_compiled, batches, expected):
+    sizes = SIZES._replace(compiled_batches=batches, compiled_rates=(0.5,))
+    providers = bench_model.providers(model_case("model", "audiomae_tiny"), sizes)
+    assert [(p.name, p.keep_rate) for p in providers if p.backend == "compiled" and p.call] == expected
+
+
 def test_missing_libraries_are_left_out(monkeypatch, not_compiled, peaks):
     monkeypatch.setattr(peers, "version", lambda package: None)
     for level, module in (("model", bench_model), (TRAINING, bench_training_step)):
