@@ -4,7 +4,7 @@
 
 #include "block.cuh"
 #include "numbers.cuh"
-#include "tensor_cores.cuh"
+#include "tile.cuh"
 
 namespace pruneattn::cuda {
 

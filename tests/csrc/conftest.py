@@ -115,9 +115,10 @@ def setup_module():
 
 @pytest.fixture(scope="session")
 def build_shim(setup_module):
-    """``build_shim(sources, output, *flags, race=...)``: CUDA and C++ sources compiled against tests/csrc/shim, a library.
+    """``build_shim(sources, output, *flags, own={}, race=...)``: sources compiled against tests/csrc/shim, a library.
 
-    Objects stay beside ``output``; what has not changed is not compiled again.
+    ``own``: further flags of some sources, by source; all else is shared by the libraries of a folder. Objects stay
+    beside ``output``; what has not changed is not compiled again.
 
     ``race``: so that it finds races, too; by default where SHIM_RACE is set, as by ``make race``.
     """
@@ -126,7 +127,7 @@ def build_shim(setup_module):
     ninja = pytest.importorskip("ninja")
     from ninja.ninja_syntax import Writer
 
-    def build(sources, output, *flags, race=bool(os.environ.get("SHIM_RACE"))):
+    def build(sources, output, *flags, own={}, race=bool(os.environ.get("SHIM_RACE"))):
         flags = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{SHIM}",
                  f"-I{ROOT / 'csrc'}", *flags]
         kernel_flags = ["-O1"]
@@ -145,9 +146,11 @@ def build_shim(setup_module):
         parts = [edges[0], *((source, kernel_flags) for source in kernels), edges[1]]
         parts += [(source, ["-O1", *setup_module.isa_flags(source).split()]) for source in others]
         parts += [(source, ["-O2"]) for source in runtime]
-        objects = [output.with_name(f"{number}-{source.name}.o") for number, (source, _) in enumerate(parts)]
+        parts = [(source, [*how, *own.get(source, [])]) for source, how in parts]
+        whose = [f"-{output.name.partition('.')[0]}" if source in own else "" for source, _ in parts]
+        objects = [output.with_name(f"{number}-{part[0].name}{whose[number]}.o") for number, part in enumerate(parts)]
         output.parent.mkdir(parents=True, exist_ok=True)
-        with open(output.with_suffix(".lock"), "w") as lock:
+        with open(output.with_name("lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # tests of the same checkout that run at the same time
             script = output.with_suffix(".ninja")
             with open(script, "w") as file:
@@ -169,8 +172,8 @@ def build_shim(setup_module):
 
 
 @pytest.fixture(scope="session")
-def shim_module(setup_module, build_shim):
-    """``_C`` with the CUDA sources compiled by g++ against tests/csrc/shim."""
+def load_shim(setup_module, build_shim):
+    """``load_shim(name, own={})``: ``_C`` with the CUDA sources compiled by g++ against tests/csrc/shim."""
     pybind11 = pytest.importorskip("pybind11")
     folder = ROOT / "build" / f"{'race' if os.environ.get('SHIM_RACE') else 'shim'}-{sysconfig.get_config_var('SOABI')}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,13 +181,28 @@ def shim_module(setup_module, build_shim):
     config = "".join(f'#define PRUNEATTN_{name} "shim"\n' for name in names)
     setup_module.write_if_changed(folder / "build_config.h", config)
     sources = sorted([*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cpp")])
-    output = build_shim(sources, folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "-DPRUNEATTN_CUDA",
-                        f"-I{folder}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}")
-    spec = importlib.util.spec_from_file_location("_C", output)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules.pop("_C", None)
-    return module
+    flags = ["-DPRUNEATTN_CUDA", f"-I{folder}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+    def load(name, own={}):
+        output = build_shim(sources, folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}", *flags, own=own)
+        spec = importlib.util.spec_from_file_location("_C", output)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules.pop("_C", None)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def shim_module(load_shim):
+    return load_shim("_C")
+
+
+@pytest.fixture(scope="session")
+def mma_sync_module(load_shim):
+    """As `shim_module`, with the tensor cores of GPUs other than Hopper's."""
+    return load_shim("mma_sync", {ROOT / "csrc/cuda/column_mean_attention.cu": ["-DSHIM_MMA_SYNC"]})
 
 
 @pytest.fixture(scope="session")
@@ -200,6 +218,11 @@ def cpu(compiled):
 @pytest.fixture
 def shim(shim_module):
     return Kernels(shim_module, "cuda", (0, 0), Memory())
+
+
+@pytest.fixture
+def shim_mma_sync(mma_sync_module):
+    return Kernels(mma_sync_module, "cuda", (0, 0), Memory())
 
 
 @pytest.fixture

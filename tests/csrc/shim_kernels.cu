@@ -4,6 +4,7 @@
 #include "cuda/dynamic_shared.cuh"
 #include "cuda/launch.h"
 #include "cuda/synchronize.cuh"
+#include "cuda/tensor_cores.cuh"
 
 using namespace pruneattn::cuda;
 
@@ -56,6 +57,33 @@ __global__ void tickets_kernel(int* data) {
   data[1 + ticket] = blockIdx.z * 10000 + blockIdx.y * 1000 + blockIdx.x * 100 + threadIdx.x;
 }
 
+// data[0..8): what is in shared memory of two copies, a group each, when at most `pending` of them need not be there yet.
+__global__ void copies_kernel(int* data, int pending, int waits_at_the_end) {
+  alignas(16) __shared__ int shared[8];
+  if (threadIdx.x > 0) return;
+  for (int i = 0; i < 8; ++i) shared[i] = -1;
+  for (int i = 0; i < 8; i += 4) {
+    copy_async(shared + i, data + 8 + i, true);
+    commit_copies();
+  }
+  if (pending == 0) wait_copies<0>();
+  if (pending == 1) wait_copies<1>();
+  for (int i = 0; i < 8; ++i) data[i] = shared[i];
+  if (waits_at_the_end) wait_copies<0>();
+}
+
+// data[i], data[128 + i]: whether a thread has its logit before and after it waits for the product.
+__global__ void products_kernel(int* data) {
+  int* tiles = reinterpret_cast<int*>(dynamic_shared());
+  for (int i = threadIdx.x; i < (kTileRows + 48) * kRowBytes / 4; i += blockDim.x) tiles[i] = 0;
+  __syncthreads();
+  float logits[24];
+  start_logits<Half, 48>(logits, dynamic_shared(), dynamic_shared() + kTileRows * kRowBytes);
+  data[threadIdx.x] = logits[5] == 0;
+  wait_products(logits);
+  data[128 + threadIdx.x] = logits[5] == 0;
+}
+
 __global__ void stack_kernel(int* data) {
   volatile float many[16000];
   for (int i = 0; i < 16000; ++i) many[i] = static_cast<float>(i);
@@ -83,6 +111,10 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* ke
       launch(describe, half_warp_kernel, {1, 64}, nullptr);
     } else if (name == "divergent") {
       launch(describe, divergent_kernel, {1, 64}, nullptr);
+    } else if (name == "copies") {
+      launch(describe, copies_kernel, {1, 32}, nullptr, data, a, b);
+    } else if (name == "products") {
+      launch(describe, products_kernel, {1, 128, (kTileRows + 48) * kRowBytes}, nullptr, data);
     } else if (name == "stack") {
       launch(describe, stack_kernel, {1, 64}, nullptr, data);
     } else if (name == "tickets") {

@@ -1,10 +1,23 @@
-"""column_mean_attention in CUDA C++ against numpy in float64: under the shim, and on a GPU where there is one."""
+"""column_mean_attention in CUDA C++ against numpy in float64: under the shim, and on a GPU where there is one.
+
+Under the shim with wgmma, and once more with mma.sync.
+"""
 
 import numpy as np
 import pytest
 
 D = 64
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2}  # of outputs of about 1: a rounding of the weights and one of the sum
+
+
+@pytest.fixture(params=["shim", "shim_mma_sync", pytest.param("device", marks=pytest.mark.device)])
+def cuda(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["shim", "shim_mma_sync"])
+def emulated(request):
+    return request.getfixturevalue(request.param)
 
 
 def to_bits(x, dtype):
@@ -90,11 +103,12 @@ def test_every_small_number_of_tokens(cuda, extra):
         case.check(out, lse, sums.astype(np.float64).sum(1))
 
 
-@pytest.mark.parametrize("order", ["reverse", "shuffle"])
-def test_result_does_not_depend_on_order(shim, monkeypatch, order):
-    case = Case(shim, 2, 2, 130)
+@pytest.mark.parametrize("variable, value", [("ORDER", "reverse"), ("ORDER", "shuffle"), ("BACKGROUND", "early")])
+@pytest.mark.parametrize("tokens", [130, 257])
+def test_result_does_not_depend_on_time(emulated, monkeypatch, tokens, variable, value):
+    case = Case(emulated, 2, 2, tokens)
     first = case.run()
-    monkeypatch.setenv("SHIM_ORDER", order)
+    monkeypatch.setenv(f"SHIM_{variable}", value)
     for one, other in zip(first, case.run()):
         np.testing.assert_array_equal(one, other)
 
@@ -144,9 +158,9 @@ def test_what_is_not_finite_goes_where_the_definition_says(cuda, change):
 
 
 @pytest.mark.parametrize("multiprocessors", ["1", "4", "132"])
-def test_queries_shared_by_blocks(shim, monkeypatch, multiprocessors):
+def test_queries_shared_by_blocks(emulated, monkeypatch, multiprocessors):
     monkeypatch.setenv("SHIM_MULTIPROCESSORS", multiprocessors)
-    case = Case(shim, 1, 2, 257)
+    case = Case(emulated, 1, 2, 257)
     assert case.parts() == {"1": 1, "4": 2, "132": 4}[multiprocessors]
     out, lse, sums = case.run()
     case.check(out, lse, sums.astype(np.float64).sum(1))
@@ -170,10 +184,10 @@ def test_arguments_are_checked(cuda):
         call("float16", 5, 64, 1.0, k=(2, 64, 64, 64))
 
 
-def test_tokens_that_fit_a_smaller_gpu(shim, monkeypatch):
-    assert shim.module.cuda_most_tokens(0) == 576
+def test_tokens_that_fit_a_smaller_gpu(emulated, monkeypatch):
+    assert emulated.module.cuda_most_tokens(0) == 576
     monkeypatch.setenv("SHIM_SHARED_LIMIT", str(163 << 10))  # sm_80
-    assert shim.module.cuda_most_tokens(0) == 384
+    assert emulated.module.cuda_most_tokens(0) == 384
     monkeypatch.setenv("SHIM_LAUNCH_ERROR", "1")
     with pytest.raises(RuntimeError, match=r"column_mean_attention\(bfloat16, batch=1, heads=1, tokens=385, extra"):
-        Case(shim, 1, 1, 385).run()
+        Case(emulated, 1, 1, 385).run()

@@ -16,10 +16,10 @@ def library(build_shim, tmp_path_factory):
 
 @pytest.fixture
 def run(library):
-    """``run(name, a, b)``: the error message of a kernel of shim_kernels.cu and the int32 numbers that it wrote."""
+    """``run(name, a, b, data)``: the error message of a kernel of shim_kernels.cu and the int32 numbers that it wrote."""
 
-    def run(name, a=0, b=0):
-        data = np.zeros(512, np.int32)
+    def run(name, a=0, b=0, data=None):
+        data = np.zeros(512, np.int32) if data is None else data
         library.run.restype = ctypes.c_char_p
         error = library.run(name.encode(), data.ctypes.data_as(ctypes.c_void_p), ctypes.c_int(a), ctypes.c_int(b))
         return error.decode(), data
@@ -94,6 +94,29 @@ def test_atomic_add_gives_each_thread_a_ticket(run, monkeypatch, order):
     assert sorted(data[1:129].tolist()) == everyone
     assert (data[1:129].tolist() == everyone) == (order == "forward")
     assert (data[1:129].tolist() == everyone[::-1]) == (order == "reverse")
+
+
+@pytest.mark.parametrize("background", ["late", "early"])
+@pytest.mark.parametrize("pending", [0, 1, 2])
+def test_copies_are_there_when_they_are_waited_for(run, monkeypatch, background, pending):
+    monkeypatch.setenv("SHIM_BACKGROUND", background)
+    error, data = run("copies", pending, 1, np.arange(512, dtype=np.int32))
+    there = 8 if background == "early" else 4 * (2 - pending)
+    assert error == ""
+    assert data[:there].tolist() == list(range(8, 8 + there)) and (data[there:8] == -1).all()
+
+
+def test_copies_that_nothing_waits_for(run):
+    for pending, expected in ((0, ""), (1, "which nothing waits for"), (2, "which nothing waits for")):
+        error, _ = run("copies", pending, 0)
+        assert error.endswith(expected) and bool(error) == bool(expected)
+
+
+@pytest.mark.parametrize("background, before", [("late", 0), ("early", 1)])
+def test_products_are_there_when_they_are_waited_for(run, monkeypatch, background, before):
+    monkeypatch.setenv("SHIM_BACKGROUND", background)
+    error, data = run("products")
+    assert error == "" and (data[:128] == before).all() and (data[128:256] == 1).all()
 
 
 def test_threads_have_a_stack_of_some_size(run):

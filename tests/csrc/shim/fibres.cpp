@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <cstdio>
+#include <deque>
 #include <numeric>
 #include <random>
 
@@ -29,11 +30,17 @@ struct Meeting {
   std::string operation;
 };
 
+struct Running {
+  std::vector<Work> open;
+  std::deque<std::vector<Work>> groups;
+};
+
 struct Lane {
   std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t start;
   jmp_buf here;
   bool started, finished;
+  Running running[2];
   Meeting* waits_for;
   uint64_t generation;
 };
@@ -45,6 +52,7 @@ size_t current;
 jmp_buf scheduler;
 const std::function<void()>* body;
 std::string failure;
+bool early;
 std::vector<unsigned char> arena;
 unsigned char* dynamic;
 
@@ -127,6 +135,7 @@ void start_block(const Launch& launch, unsigned number) {
     makecontext(&lane.start, lane_main, 0);
     std::fill(lane.stack.get(), lane.stack.get() + 64, static_cast<char>(kUntouched));
     lane.started = lane.finished = false;
+    std::fill(lane.running, lane.running + 2, Running());
     lane.waits_for = nullptr;
   }
   const char* bytes = reinterpret_cast<const char*>(dynamic);
@@ -144,6 +153,11 @@ void check_block(const Launch& launch) {
       throw std::logic_error("a thread waits forever at " + meeting->operation + ": " +
                              std::to_string(meeting->members.size()) + " of " + std::to_string(meeting->expected) +
                              " threads are there");
+    }
+    for (const Running& running : lanes[l].running) {
+      size_t left = running.open.size();
+      for (const auto& group : running.groups) left += group.size();
+      if (left > 0) throw std::logic_error("a thread ends while it has work in the background, which nothing waits for");
     }
     const auto* stack = reinterpret_cast<unsigned char*>(lanes[l].stack.get());
     if (changed(stack, stack + 64)) throw std::logic_error("a thread needs more stack: raise kStack in fibres.cpp");
@@ -196,6 +210,8 @@ std::string place_of(const void* code) {
 
 void run(const Launch& launch, const std::function<void()>& thread) {
   body = &thread;
+  const char* background = std::getenv("SHIM_BACKGROUND");
+  early = background && std::string(background) == "early";
   race::start_launch();
   const dim3 grid = launch.grid;
   for (size_t number : order_of(size_t{grid.x} * grid.y * grid.z, 0)) {
@@ -252,6 +268,35 @@ void meet_at_barrier(int id, int threads) {
     }
   }
   meet(meeting, threads, meeting.members.size(), name, 0, true);
+}
+
+void start(Background what, const Work& work) {
+  if (early) return work.run(work);
+  const race::Pause pause;
+  lanes[current].running[what].open.push_back(work);
+}
+
+void commit(Background what) {
+  const race::Pause pause;
+  Running& running = lanes[current].running[what];
+  running.groups.emplace_back();
+  running.groups.back().swap(running.open);
+}
+
+void wait(Background what, size_t pending) {
+  Running& running = lanes[current].running[what];
+  while (running.groups.size() > pending) {
+    std::vector<Work> group;
+    {
+      const race::Pause pause;
+      group.swap(running.groups.front());
+      running.groups.pop_front();
+    }
+    for (const Work& each : group) {
+      const Work work = each;  // on the thread's own stack, where no race is looked for
+      work.run(work);
+    }
+  }
 }
 
 // Threads run one at a time: an atomic operation needs nothing but to be told from plain accesses.

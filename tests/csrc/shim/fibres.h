@@ -33,6 +33,19 @@ const uint64_t* meet_block(const char* operation, uint64_t value);
 const uint64_t* meet_warp(const char* operation, unsigned mask, uint64_t value);
 void meet_at_barrier(int id, int threads);
 
+// What a thread has running beside it, in groups. SHIM_BACKGROUND says when it is done: "late" (the default), when its
+// group is waited for, or "early", when it is started. Each shows mistakes that the other one hides.
+enum Background { kCopies, kProducts };
+struct Work {
+  void (*run)(const Work&);
+  void* to;
+  const void* from[2];
+  uint64_t more[24];
+};
+void start(Background what, const Work& work);
+void commit(Background what);                 // what was started since the last one is a group
+void wait(Background what, size_t pending);  // until at most so many groups, the last ones, are left
+
 // The running thread is never resumed, and run() throws.
 [[noreturn]] void fail(const std::string& message);
 

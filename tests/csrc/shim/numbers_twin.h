@@ -60,4 +60,9 @@ inline float exp2_approximate(float x) {
 inline float reciprocal_approximate(float x) { return 1 / x; }
 inline float log2_approximate(float x) { return std::log2(x); }
 
+template <typename T>
+uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+
 }  // namespace pruneattn::cuda
