@@ -103,14 +103,16 @@ def test_every_small_number_of_tokens(cuda, extra):
         case.check(out, lse, sums.astype(np.float64).sum(1))
 
 
-@pytest.mark.parametrize("variable, value", [("ORDER", "reverse"), ("ORDER", "shuffle"), ("BACKGROUND", "early")])
-@pytest.mark.parametrize("tokens", [130, 257])
-def test_result_does_not_depend_on_time(emulated, monkeypatch, tokens, variable, value):
-    case = Case(emulated, 2, 2, tokens)
-    first = case.run()
-    monkeypatch.setenv(f"SHIM_{variable}", value)
-    for one, other in zip(first, case.run()):
-        np.testing.assert_array_equal(one, other)
+@pytest.mark.parametrize("order", ["forward", "reverse", "shuffle"])
+@pytest.mark.parametrize("early", ["", "copies", "products", "copies and products"])
+def test_result_does_not_depend_on_time(emulated, monkeypatch, order, early):
+    cases = [Case(emulated, 2, 1, 130), Case(emulated, 1, 1, 257)]
+    expected = [case.run() for case in cases]
+    monkeypatch.setenv("SHIM_ORDER", order)
+    monkeypatch.setenv("SHIM_EARLY", early)
+    for first, case in zip(expected, cases):
+        for one, other in zip(first, case.run()):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_same_bits_in_every_run(cuda):

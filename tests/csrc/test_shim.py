@@ -96,12 +96,12 @@ def test_atomic_add_gives_each_thread_a_ticket(run, monkeypatch, order):
     assert (data[1:129].tolist() == everyone[::-1]) == (order == "reverse")
 
 
-@pytest.mark.parametrize("background", ["late", "early"])
+@pytest.mark.parametrize("early", ["", "products", "copies"])
 @pytest.mark.parametrize("pending", [0, 1, 2])
-def test_copies_are_there_when_they_are_waited_for(run, monkeypatch, background, pending):
-    monkeypatch.setenv("SHIM_BACKGROUND", background)
+def test_copies_are_there_when_they_are_waited_for(run, monkeypatch, early, pending):
+    monkeypatch.setenv("SHIM_EARLY", early)
     error, data = run("copies", pending, 1, np.arange(512, dtype=np.int32))
-    there = 8 if background == "early" else 4 * (2 - pending)
+    there = 8 if early == "copies" else 4 * (2 - pending)
     assert error == ""
     assert data[:there].tolist() == list(range(8, 8 + there)) and (data[there:8] == -1).all()
 
@@ -112,9 +112,9 @@ def test_copies_that_nothing_waits_for(run):
         assert error.endswith(expected) and bool(error) == bool(expected)
 
 
-@pytest.mark.parametrize("background, before", [("late", 0), ("early", 1)])
-def test_products_are_there_when_they_are_waited_for(run, monkeypatch, background, before):
-    monkeypatch.setenv("SHIM_BACKGROUND", background)
+@pytest.mark.parametrize("early, before", [("copies", 0), ("products", 1)])
+def test_products_are_there_when_they_are_waited_for(run, monkeypatch, early, before):
+    monkeypatch.setenv("SHIM_EARLY", early)
     error, data = run("products")
     assert error == "" and (data[:128] == before).all() and (data[128:256] == 1).all()
 

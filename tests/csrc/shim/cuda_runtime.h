@@ -2,9 +2,10 @@
 //
 // One block runs at a time in one OS thread. Each CUDA thread is a fibre that runs until its next barrier or warp
 // exchange; SHIM_ORDER (forward, reverse, shuffle) sets which thread and which block goes first, so that a missing
-// barrier shows; SHIM_BACKGROUND (late, early) sets when asynchronous copies and products happen, so that a missing wait
-// does. Shared memory is poisoned before each block, and what is written beside dynamic shared memory is found after it.
-// A barrier that some threads never reach, different operations within a warp, and partial masks are errors.
+// barrier shows. Asynchronous copies and products happen when they are waited for, so that a missing wait shows, or at
+// once, if SHIM_EARLY names them. Shared memory is poisoned before each block, and what is written beside dynamic shared
+// memory is found after it. A barrier that some threads never reach, different operations within a warp, and partial
+// masks are errors.
 // SHIM_MULTIPROCESSORS, SHIM_SHARED_LIMIT and SHIM_CAPABILITY (such as 8.0) set what the device claims to have;
 // SHIM_LAUNCH_ERROR makes launches fail. Memory is the host's. race.h says what `make race` adds.
 #pragma once

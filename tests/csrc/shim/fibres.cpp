@@ -52,7 +52,7 @@ size_t current;
 jmp_buf scheduler;
 const std::function<void()>* body;
 std::string failure;
-bool early;
+bool early[2];
 std::vector<unsigned char> arena;
 unsigned char* dynamic;
 
@@ -210,8 +210,9 @@ std::string place_of(const void* code) {
 
 void run(const Launch& launch, const std::function<void()>& thread) {
   body = &thread;
-  const char* background = std::getenv("SHIM_BACKGROUND");
-  early = background && std::string(background) == "early";
+  const char* setting = std::getenv("SHIM_EARLY");
+  early[kCopies] = setting && std::strstr(setting, "copies");
+  early[kProducts] = setting && std::strstr(setting, "products");
   race::start_launch();
   const dim3 grid = launch.grid;
   for (size_t number : order_of(size_t{grid.x} * grid.y * grid.z, 0)) {
@@ -271,7 +272,7 @@ void meet_at_barrier(int id, int threads) {
 }
 
 void start(Background what, const Work& work) {
-  if (early) return work.run(work);
+  if (early[what]) return work.run(work);
   const race::Pause pause;
   lanes[current].running[what].open.push_back(work);
 }

@@ -33,8 +33,8 @@ const uint64_t* meet_block(const char* operation, uint64_t value);
 const uint64_t* meet_warp(const char* operation, unsigned mask, uint64_t value);
 void meet_at_barrier(int id, int threads);
 
-// What a thread has running beside it, in groups. SHIM_BACKGROUND says when it is done: "late" (the default), when its
-// group is waited for, or "early", when it is started. Each shows mistakes that the other one hides.
+// What a thread has running beside it, in groups. It is done when its group is waited for, or, if SHIM_EARLY names it
+// (copies, products), when it is started. Each shows mistakes that the other hides.
 enum Background { kCopies, kProducts };
 struct Work {
   void (*run)(const Work&);
