@@ -95,6 +95,13 @@ def test_real_sizes(cuda, tokens, dtype):
     case.check(out, lse, sums.astype(np.float64).sum(1))
 
 
+@pytest.mark.parametrize("tokens", [288, 289, 384, 385, 480, 481, 544, 545])
+def test_the_most_and_least_tokens_of_each_instantiation(cuda, tokens):
+    case = Case(cuda, 1, 1, tokens)
+    out, lse, sums = case.run()
+    case.check(out, lse, sums.astype(np.float64).sum(1))
+
+
 @pytest.mark.parametrize("extra", [0, 1, 2])
 def test_every_small_number_of_tokens(cuda, extra):
     for tokens in range(max(2, extra + 1), 131):
