@@ -15,7 +15,7 @@ from pruneattn.data.fbank import WINDOW, samples_for
 from pruneattn.models import export
 from pruneattn.models.export import _decompositions, DESCRIPTION_FILE, KEY, export_model
 
-SMALL = {"depth": 3, "prune_blocks": (0, 2), "keep_rate": 0.6}
+SMALL = {"depth": 2, "prune_blocks": (0, 1), "keep_rate": 0.6}
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 // Stands in for the CUDA runtime so that g++ can compile csrc/cuda/*.cu unchanged and run them without a GPU.
 //
 // One block runs at a time in one OS thread. Each CUDA thread is a fibre that runs until its next barrier or warp
-// exchange; SHIM_ORDER (forward, reverse, shuffle) sets which thread and which block goes first, so that a missing
-// barrier shows. Asynchronous copies and products happen when they are waited for, so that a missing wait shows, or at
+// exchange, and a warp runs as far as it can before the next one does; SHIM_ORDER (forward, reverse, shuffle) sets which
+// thread and which block goes first. So a missing barrier shows. Asynchronous copies and products happen when they are waited for, so that a missing wait shows, or at
 // once, if SHIM_EARLY names them. Shared memory is poisoned before each block, and what is written beside dynamic shared
 // memory is found after it. A barrier that some threads never reach, different operations within a warp, and partial
 // masks are errors.

@@ -168,19 +168,29 @@ void check_block(const Launch& launch) {
   if (changed(end, arena.data() + arena.size())) throw std::logic_error("wrote past the end of " + what);
 }
 
+// Runs some lanes, each until it has to wait; whether there was one that did not.
+bool advance(const size_t* first, const size_t* last) {
+  bool progress = false;
+  for (const size_t* l = first; l < last; ++l) {
+    Lane& lane = lanes[*l];
+    if (lane.finished || (lane.waits_for && lane.waits_for->generation == lane.generation)) continue;
+    lane.waits_for = nullptr;
+    resume(*l);
+    if (!failure.empty()) throw std::logic_error(failure);
+    progress = true;
+  }
+  return progress;
+}
+
 void run_block(const Launch& launch, unsigned number) {
   failure.clear();
   start_block(launch, number);
   const std::vector<size_t> order = order_of(launch.threads, number);
   for (bool progress = true; progress;) {
     progress = false;
-    for (size_t l : order) {
-      Lane& lane = lanes[l];
-      if (lane.finished || (lane.waits_for && lane.waits_for->generation == lane.generation)) continue;
-      lane.waits_for = nullptr;
-      resume(l);
-      if (!failure.empty()) throw std::logic_error(failure);
-      progress = true;
+    // A warp goes as far as it can without the others: what it should have waited for has not begun.
+    for (size_t first = 0; first < order.size(); first += kWarp) {
+      while (advance(&order[first], &order[first] + kWarp)) progress = true;
     }
   }
   check_block(launch);
