@@ -1,9 +1,9 @@
 """`make gpu`: build, tests, benchmarks and sanitizer on the CUDA device here, in one result file.
 
-Some seven minutes with an H100 and 16 CPU cores: the tests that use a device (``-m device``; the others are for ``make
-test``), the small grid of the benchmarks, and compute-sanitizer over some of our kernels' tests. A step that is at its
-limit is stopped, said to have been, and the next one begins. ``python -m bench.gpu_run --no-limits --bench-full`` takes
-the time it takes; other options than ``--no-limits`` go to the benchmarks.
+The tests that use a device (``-m device``; the others are for ``make test``), the small grid of the benchmarks, and
+compute-sanitizer over some of our kernels' tests. A step that is at its limit (`LIMITS`, eleven minutes in all) is
+stopped, said to have been, and the next one begins. ``python -m bench.gpu_run --no-limits --bench-full`` takes the time
+it takes; other options than ``--no-limits`` go to the benchmarks.
 
 The result file (bench/results/gpu-<date>.json) is what `pytest bench/ --benchmark-only` writes and in it what each step
 said. It is written after every step. Exit code 1 if a step failed; the table at the end says which. Needs pytest,

@@ -5,8 +5,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import choose, launch
 from ._checks import ATTENTION_DTYPES, check_dtype, check_like, check_shape
+from ._layout import heads_of, rows_together, together
 from ._registration import LIBRARY, define
-from .pytorch_attention import in_pieces, pytorch_attention, rows_together, sdpa
+from .pytorch_attention import pytorch_attention, sdpa
 
 #: What the CPU kernels compute; other dtypes run the reference there.
 CPU_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -114,22 +115,6 @@ def _fake(q, k, v, scale=None):
 
 def _fake_backward(grad_out, q, k, v, out, lse, scale=None):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def together(x):
-    """``x`` with contiguous channels, for kernels that take any other strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def aligned(x):
-    """``x`` [B, H, N, D] of half precision, copied if kernels that load 16 bytes at a time do not take it as it lies."""
-    return x if in_pieces(x) else x.clone(memory_format=torch.contiguous_format)
-
-
-def heads_of(x):
-    """``x`` [B, H, N, D] with contiguous channels, and where a kernel finds them: pointer and strides in elements."""
-    x = together(x)
-    return x, (x.data_ptr(), *x.stride()[:3])
 
 
 def _cpu(q, k, v, scale=None):

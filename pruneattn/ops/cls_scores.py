@@ -5,8 +5,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import _C, launch
 from ._checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_shape
+from ._layout import heads_of, together
 from ._registration import LIBRARY, define
-from .attention import CPU_DTYPES, CUDA_DTYPES, heads_of, scale_of, together
+from .attention import CPU_DTYPES, CUDA_DTYPES, scale_of
 
 
 def reference(q_cls, k, extra_tokens, scale=None):

@@ -7,10 +7,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import _C, launch, stands_in
 from ._checks import check_extra_tokens, check_shape
+from ._layout import aligned, heads_of, rows_together, together
 from ._registration import LIBRARY, define
-from .attention import CPU_DTYPES, CUDA_DTYPES, aligned, attention_backward, check_qkv, empty_outputs
-from .attention import heads_of, logits, scale_of, together
-from .pytorch_attention import rows_together
+from .attention import CPU_DTYPES, CUDA_DTYPES, attention_backward, check_qkv, empty_outputs, logits, scale_of
 
 
 def reference(q, k, v, extra_tokens, scale=None):

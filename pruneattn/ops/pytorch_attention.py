@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
+from ._layout import in_pieces, rows_together
 from ._registration import LIBRARY
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -14,14 +15,12 @@ _HALVES = (torch.float16, torch.bfloat16)
 def pytorch_attention(q, k, v, scale=None):
     """``scaled_dot_product_attention``, by cuDNN where that is fastest: in half precision, for inference, from Hopper on.
 
-    Whether cuDNN takes the tensors is asked when they are there, also in compiled graphs, which have the operator
-    ``pruneattn::pytorch_attention`` in their place. Exported programs leave the choice to PyTorch.
+    Whether cuDNN takes the tensors is asked inside the operator ``pruneattn::pytorch_attention``, and so when a compiled
+    graph runs, not when it is traced. Exported programs have PyTorch's own operator.
     """
-    if not _may_be_cudnns(q, k, v, scale):
-        return sdpa(q, k, v, scale)
-    if torch.compiler.is_compiling():
+    if _may_be_cudnns(q, k, v, scale):
         return torch.ops.pruneattn.pytorch_attention.default(q, k, v, scale)
-    return _now(q, k, v, scale)
+    return sdpa(q, k, v, scale)
 
 
 def sdpa(q, k, v, scale):
@@ -31,24 +30,13 @@ def sdpa(q, k, v, scale):
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def rows_together(out):
-    """``[B, H, M, D]`` stored as ``[B, M, H, D]``: the projection reads the heads of a token one after the other."""
-    return out.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
-
-
-def in_pieces(x):
-    """Whether pieces of 16 bytes of half precision can be loaded from anywhere in ``x``."""
-    *outer, last = x.stride()
-    return last == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in outer)
-
-
 def _may_be_cudnns(q, k, v, scale):
-    """By what is known while a graph is traced."""
+    """By what is known of tensors that are not there, as while a graph is traced."""
     if q.dtype not in _HALVES or (scale is not None and scale <= 0) or not _cudnn_is_fast(q.device.type, q.device.index):
         return False
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
-    # Else to be cast, which the operators do not do.
+    # Otherwise they are to be cast, which the operators do not do.
     return not torch.is_autocast_enabled(q.device.type) or torch.get_autocast_dtype(q.device.type) == q.dtype
 
 
@@ -68,10 +56,6 @@ def _cudnn_takes(q, k, v):
     return fits and k.shape == v.shape and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, False, False))
 
 
-def _now(q, k, v, scale):
-    return (_cudnn if _cudnn_takes(q, k, v) else sdpa)(q, k, v, scale)
-
-
 def _cudnn(q, k, v, scale):
     # By its operator: `sdpa_kernel` would change what the whole process prefers, other threads included, and undo what it
     # was told from outside.
@@ -82,7 +66,7 @@ LIBRARY.define("pytorch_attention(Tensor q, Tensor k, Tensor v, float? scale=Non
 
 
 def _run(q, k, v, scale=None):
-    out = _now(q, k, v, scale)
+    out = (_cudnn if _cudnn_takes(q, k, v) else sdpa)(q, k, v, scale)
     return out if out.transpose(1, 2).is_contiguous() else rows_together(out)
 
 
@@ -93,4 +77,3 @@ def _fake(q, k, v, scale=None):
 
 LIBRARY.impl("pytorch_attention", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("pruneattn::pytorch_attention", _fake, lib=LIBRARY)
-

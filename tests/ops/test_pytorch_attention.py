@@ -5,6 +5,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pruneattn.ops import attention, pytorch_attention as module
 
@@ -92,7 +94,20 @@ def test_compiled_graphs_ask_when_they_run(cudnn, monkeypatch):
     torch.testing.assert_close(compiled(q, k, v), Attend()(q, k, v))
     assert cudnn == [0.3] * 6
     # With gradients, another graph.
-    compiled(q.detach().requires_grad_(), k, v).sum().backward()
+    q = q.detach().requires_grad_()
+    ours, expected = (torch.autograd.grad(function(q, k, v).sum(), q)[0] for function in (compiled, Attend()))
+    torch.testing.assert_close(ours, expected)
+    assert cudnn == [0.3] * 6
+
+
+def test_tensors_that_are_not_there(cudnn):
+    """No pointer is asked for."""
+    with FakeTensorMode():
+        q, k, v = half()
+        out = attention(q[:, :, :5], k, v)
+    assert out.shape == (2, 2, 5, 64) and out.transpose(1, 2).is_contiguous()
+    graph = make_fx(Attend(), tracing_mode="fake")(*half()).graph
+    assert torch.ops.pruneattn.pytorch_attention.default in {node.target for node in graph.nodes} and cudnn == []
 
 
 def test_compiled_by_inductor(cudnn):

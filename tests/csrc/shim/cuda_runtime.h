@@ -1,13 +1,13 @@
 // Stands in for the CUDA runtime so that g++ can compile csrc/cuda/*.cu unchanged and run them without a GPU.
 //
 // One block runs at a time in one OS thread. Each CUDA thread is a fibre that runs until its next barrier or warp
-// exchange, and a warp runs as far as it can before the next one does; SHIM_ORDER (forward, reverse, shuffle) sets which
-// thread and which block goes first. So a missing barrier shows. Asynchronous copies and products happen when they are waited for, so that a missing wait shows, or at
-// once, if SHIM_EARLY names them. Shared memory is poisoned before each block, and what is written beside dynamic shared
-// memory is found after it. A barrier that some threads never reach, different operations within a warp, and partial
-// masks are errors.
-// SHIM_MULTIPROCESSORS, SHIM_SHARED_LIMIT and SHIM_CAPABILITY (such as 8.0) set what the device claims to have;
-// SHIM_LAUNCH_ERROR makes launches fail. Memory is the host's. race.h says what `make race` adds.
+// exchange, and a warp runs as far as it can before the next one does, so that a missing barrier shows; SHIM_ORDER
+// (forward, reverse, shuffle) sets which thread and which block goes first. Asynchronous copies and products happen when
+// they are waited for, so that a missing wait shows, or at once, if SHIM_EARLY names them. Shared memory is poisoned
+// before each block, and what is written beside dynamic shared memory is found after it. A barrier that some threads
+// never reach, different operations within a warp, and partial masks are errors. SHIM_MULTIPROCESSORS, SHIM_SHARED_LIMIT
+// and SHIM_CAPABILITY (such as 8.0) set what the device claims to have; SHIM_LAUNCH_ERROR makes launches fail. Memory is
+// the host's. race.h says what `make race` adds.
 #pragma once
 
 #include <algorithm>

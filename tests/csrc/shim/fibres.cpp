@@ -303,10 +303,7 @@ void wait(Background what, size_t pending) {
       group.swap(running.groups.front());
       running.groups.pop_front();
     }
-    for (const Work& each : group) {
-      const Work work = each;  // on the thread's own stack, where no race is looked for
-      work.run(work);
-    }
+    for (const Work work : group) work.run(work);  // a copy on the thread's own stack, where no race is looked for
   }
 }
 
