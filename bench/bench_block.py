@@ -33,11 +33,11 @@ def providers(case, sizes):
 def _exact(subject, x, sizes):
     """Those that keep the reference's patches."""
     sdpa = with_sdpa(subject.copy_at(1.0))
-    yield Provider("SDPA", partial(sdpa.blocks[0], x), _check(subject, x, 1.0), "eager", 1.0, _work(subject, 1.0))
+    yield Provider("SDPA", partial(sdpa.blocks[0], x, 1.0), _check(subject, x, 1.0), "eager", 1.0, _work(subject, 1.0))
     for rate in sizes.keep_rates:
         check, work = _check(subject, x, rate), _work(subject, rate)
         for model, backend in {subject.fast: subject.fast_backend, subject.plain: "eager"}.items():
-            yield Provider("ours", partial(_block_at, model.blocks[0], rate, x), check, backend, rate, work)
+            yield Provider("ours", partial(model.blocks[0], x, rate), check, backend, rate, work)
         for name, attention in PAPERS_WAYS.items():
             if attention is peers.PapersAttention or rate in sizes.peer_rates:
                 block = peers.PapersViT(subject.plain, rate, attention).blocks[0]
@@ -53,7 +53,7 @@ def _approximate(subject, x, sizes):
     for rate in sizes.peer_rates:
         for name, score in DROPS.items():
             model = subject.made_fast(subject.with_score(score))
-            call = partial(_block_at, model.blocks[0], rate, x)
+            call = partial(model.blocks[0], x, rate)
             yield Provider(name, call, _check_count(subject, rate), subject.fast_backend, rate, _work(subject, rate, model))
         extra, patches = subject.model.num_extra_tokens, subject.model.num_patches
         r = mergeable(extra + patches, patches - kept_patches(patches, rate), extra)
@@ -61,11 +61,6 @@ def _approximate(subject, x, sizes):
         yield Provider(
             "token merging", merging, _check_count(subject, rate, r), subject.fast_backend, rate, _merging_work(subject, r)
         )
-
-
-def _block_at(block, keep_rate, x):
-    block.keep_rate = keep_rate
-    return block(x)
 
 
 def _work(subject, keep_rate, model=None):
@@ -91,7 +86,7 @@ def _block_work(subject, paper, computed):
 def _check(subject, x, keep_rate):
     """A check of tokens and, where something was pruned, of the patches kept, in whatever order."""
     with torch.inference_mode(), pruneattn.use_backend("reference"):
-        expected, index = _block_at(subject.model.blocks[0], keep_rate, x.float())[:2]
+        expected, index = subject.model.blocks[0](x.float(), keep_rate)[:2]
     return partial(_check_block, subject, keep_rate, expected, index)
 
 

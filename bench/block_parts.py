@@ -25,9 +25,8 @@ def part_rows(subject, x, keep_rate, rounds, seen=None):
     times = {rate: seen.setdefault((case, rate), []) for rate in rates}
     for turn in range(rounds + 1):
         for rate in rates if turn % 2 else reversed(rates):
-            block.keep_rate = rate
             with torch.inference_mode():
-                parts = part_times(block, x)
+                parts = part_times(block, x, rate)
             if turn:  # one warms up
                 times[rate].append(parts)
     rows, dense = [], {}
@@ -47,7 +46,7 @@ def part_rows(subject, x, keep_rate, rounds, seen=None):
     return rows
 
 
-def part_times(block, x):
+def part_times(block, x, keep_rate):
     """Seconds of each part in one call of a block, as the profiler saw its operators (and on CUDA their kernels).
 
     An operator belongs to the part that its name says, or else to the part of the block that the call has reached. What
@@ -56,7 +55,7 @@ def part_times(block, x):
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if x.is_cuda else [])]
     with profile(activities=activities, acc_events=True) as profiler:
         with record_function("block"):
-            block(x)
+            block(x, keep_rate)
     clock = "device_time_total" if x.is_cuda else "cpu_time_total"
     (whole,) = (event for event in profiler.events() if event.name == "block" and event.cpu_children)
     times = dict.fromkeys(PARTS, 0.0)

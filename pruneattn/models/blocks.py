@@ -20,8 +20,11 @@ def kept_patches(patches, keep_rate):
 
 
 def spread_keep_rate(keep_rate, blocks):
-    """A keep-rate for each of so many pruning blocks: list of floats in (0, 1], from one number or one per block."""
-    rates = [keep_rate] * max(1, blocks) if isinstance(keep_rate, Real) else list(keep_rate)
+    """A keep-rate for each of so many pruning blocks: tuple of floats in (0, 1], from one number or one per block."""
+    try:
+        rates = [keep_rate] * max(1, blocks) if isinstance(keep_rate, Real) else list(keep_rate)
+    except TypeError as error:
+        raise UserError(f"keep_rate: expected a number or one per pruning block, got {keep_rate!r}") from error
     for rate in rates:
         if not isinstance(rate, Real) or not 0 < rate <= 1:
             raise UserError(f"keep_rate: must be above 0 and at most 1, got {rate!r}")
@@ -29,15 +32,20 @@ def spread_keep_rate(keep_rate, blocks):
         raise UserError(f"keep_rate: {keep_rate} needs pruning blocks, and prune_blocks is empty")
     if blocks and len(rates) != blocks:
         raise UserError(f"keep_rate: {len(rates)} values for {blocks} pruning blocks")
-    return [float(rate) for rate in rates]
+    return tuple(map(float, rates[:blocks]))
 
 
 def check_prune_blocks(name, prune_blocks, depth):
-    """Raise unless these are numbers of blocks, ascending; ``name`` is the argument's."""
+    """Numbers of blocks, ascending, as a tuple; ``name`` is the argument's, for what is raised if they are none."""
+    try:
+        prune_blocks = tuple(prune_blocks)
+    except TypeError as error:
+        raise UserError(f"{name}: expected numbers of blocks, such as (3, 6, 9), got {prune_blocks!r}") from error
     if not all(isinstance(i, int) and 0 <= i < depth for i in prune_blocks):
         raise UserError(f"{name}: {prune_blocks} must lie within depth {depth} (blocks 0 to {depth - 1})")
     if list(prune_blocks) != sorted(set(prune_blocks)):
         raise UserError(f"{name}: must ascend without repeats, got {prune_blocks}")
+    return prune_blocks
 
 
 def attention(q, k, v):
@@ -167,10 +175,9 @@ class PruningBlock(Block):
         super().__init__(dim, num_heads, drop_path)
         self.pruning = pruning
         self.extra_tokens = extra_tokens
-        self.keep_rate = 1.0
 
-    def forward(self, x, values=None, scored=False):
-        """Run the block on the tokens ``x`` ``[B, N, C]``.
+    def forward(self, x, keep_rate, values=None, scored=False):
+        """Run the block on the tokens ``x`` ``[B, N, C]``, and keep this share of the patches, in (0, 1].
 
         ``values`` ``[B, N - extra]`` are the patches' input statistics, for the scores that rank by these. With
         ``scored`` the scores are computed even when every patch stays.
@@ -179,7 +186,7 @@ class PruningBlock(Block):
         and the scores ``[B, N - extra]``; None for both where every patch stays and no scores were wanted.
         """
         patches = x.shape[1] - self.extra_tokens
-        keep = kept_patches(patches, self.keep_rate)
+        keep = kept_patches(patches, keep_rate)
         if keep == patches and not scored:
             return super().forward(x), None, None
         index, scores, x, attended = self.pruning(

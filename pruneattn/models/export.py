@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,6 @@ from .. import __version__
 from ..backend import references
 from ..errors import UserError
 from ..io import atomic_write
-from .optimize import is_optimized
 from .vit import MEL_BINS, PrunedViT
 
 #: Formats, each with the end of a file's name.
@@ -90,9 +90,17 @@ def export_model(model, path, format, *, example=None, waveform=False, dtype=Non
     except (UserError, OSError):
         raise
     except Exception as error:  # of the exporters, of which each has its own kinds
-        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+        reason = _first_line(error)
         raise UserError(f"{path}: {type(model).__name__} cannot be exported as {format}: {reason}") from error
     return difference
+
+
+def _first_line(error):
+    """What went wrong at first, in one line without colours: the exporters wrap it into advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return next(filter(None, map(str.strip, text.splitlines())), type(error).__name__)
 
 
 class _Exported(nn.Module):
@@ -127,7 +135,7 @@ def _check(model, path, format, example, waveform, kernels):
         raise UserError(
             "kernels: ONNX has no place for this package's operators: leave them out, or use the format torch or aoti"
         )
-    if is_optimized(model):
+    if getattr(model, "optimized", False):
         raise UserError(
             "export: the model was optimized for inference, and its packed weights fit into no file: load it again and "
             "export it as it is"

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from .blocks import MLP_RATIO, PATCH, PruningBlock, kept_patches
+from .blocks import MLP_RATIO, PATCH, kept_patches
+from .vit import own_model
 
 
 class Macs(NamedTuple):
@@ -33,17 +34,17 @@ def count_macs(model):
     Matrix products only: norms, activations, softmax and selection are not counted, nor is what a score function of
     one's own does.
     """
+    model = own_model(model, "count_macs")
     dim, extra, patches = model.embed_dim, model.num_extra_tokens, model.num_patches
+    keep_rates = dict(zip(model.prune_blocks, model.keep_rates))
     blocks = []
     left = patches
-    for block in model.blocks:
-        tokens = left + extra
-        saved = 0
-        if isinstance(block, PruningBlock) and kept_patches(left, block.keep_rate) < left:
-            left = kept_patches(left, block.keep_rate)
-            saved = block_macs(tokens, 0, dim) - block.pruning.attention_macs(tokens, left + extra, dim)
-        paper = block_macs(tokens, left + extra, dim)
-        blocks.append((paper, paper - saved))
+    for i in range(len(model.blocks)):
+        entered, left = left, kept_patches(left, keep_rates.get(i, 1.0))
+        attention = block_macs(entered + extra, 0, dim)
+        computed = model.pruning.attention_macs(entered + extra, left + extra, dim) if left < entered else attention
+        mlp = block_macs(0, left + extra, dim)
+        blocks.append((attention + mlp, computed + mlp))
     embedding = patches * PATCH**2 * dim
     paper, computed = (sum(column) for column in zip(*blocks))
     return Macs(embedding + paper, embedding + computed + dim * model.num_classes, blocks)

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from .blocks import Linear, PruningBlock
-from .vit import PrunedViT
+from .blocks import Linear
+from .vit import own_model
 
 
 def optimize_for_inference(model, dtype=None):
@@ -13,7 +13,7 @@ def optimize_for_inference(model, dtype=None):
 
     On a CPU the weights of the blocks are packed once for oneDNN, bias, GELU and residual add are fused into the
     matrix products, and attention runs our kernels in every block. Keep-rates can still be changed, and
-    ``state_dict``, ``copy.deepcopy`` and ``save_pretrained`` go on working; training, moving, casting and
+    ``state_dict``, ``copy.deepcopy`` and ``save_pretrained`` go on working; training, moving, casting, autocast and
     ``torch.compile`` do not. On other devices there is nothing to pack: use ``torch.compile`` there.
 
     Args:
@@ -27,29 +27,23 @@ def optimize_for_inference(model, dtype=None):
     Raises:
         UserError: not a model of this package, or one that cannot run in this precision here.
     """
-    if not isinstance(model, PrunedViT):
-        given = type(model).__name__
-        raise UserError(f"optimize_for_inference: expected a model of pruneattn.create_model, got {given}")
+    model = own_model(model, "optimize_for_inference")
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise UserError(f"optimize_for_inference: dtype must be torch.float32 or torch.bfloat16, got {dtype}")
-    if not is_optimized(model):
+    if not model.optimized:
         model.to(dtype=dtype)
     elif dtype not in (None, model.head.weight.dtype):
         raise UserError(f"optimize_for_inference: the model is packed in {model.head.weight.dtype} already")
     model.eval().requires_grad_(False)
     if can_pack(model.head.weight):
-        for block in model.blocks:
-            parts = block.pruning.parts if isinstance(block, PruningBlock) else ("qkv",)
+        for i, block in enumerate(model.blocks):
+            parts = model.pruning.parts if i in model.prune_blocks else ("qkv",)
             block.attn.qkv = PackedQKV.of(block.attn.qkv, parts)
             block.attn.proj = PackedLinear.of(block.attn.proj)
             block.mlp.fc1 = PackedLinear.of(block.mlp.fc1)
             block.mlp.fc2 = PackedLinear.of(block.mlp.fc2)
+        model.optimized = True
     return model
-
-
-def is_optimized(model):
-    """Whether the model's weights are packed by :func:`optimize_for_inference`."""
-    return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def can_pack(weight):
@@ -102,12 +96,6 @@ class PackedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.weight
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        raise UserError("a model that was optimized for inference takes no new weights: load them before")
-
-    def _apply(self, function, recurse=True):
-        raise UserError("a model that was optimized for inference cannot be moved or cast: do that before")
-
     def __deepcopy__(self, memo):
         return self
 
@@ -120,8 +108,7 @@ class PackedQKV(nn.Module):
 
     def __init__(self, weight, bias, parts):
         super().__init__()
-        self.parts = parts
-        dim = weight.shape[1]
+        self.dim = dim = weight.shape[1]
         sizes = [len(part) * dim for part in parts]
         rows = zip(parts, weight.split(sizes), bias.split(sizes))
         self.packed = nn.ModuleDict({part: PackedLinear(w, b) for part, w, b in rows})
@@ -131,8 +118,13 @@ class PackedQKV(nn.Module):
         return cls(linear.weight, linear.bias, parts) if isinstance(linear, Linear) else linear
 
     def project(self, x, parts):
-        wanted = [parts] if parts in self.packed else [part for part in self.parts if part in parts]
-        return [self.packed[part](x) for part in wanted]
+        found = []
+        for part, linear in self.packed.items():
+            common = "".join(letter for letter in part if letter in parts)
+            if common:  # a part of a packed one costs as much as the whole
+                first = part.index(common) * self.dim
+                found.append(linear(x)[..., first : first + len(common) * self.dim])  # [B, N, .. * C]
+        return found
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name in ("weight", "bias"):

@@ -14,6 +14,7 @@ from .folder import write_folder
 from .hub import CONFIG
 from .huggingface import load_from_config
 from .state_files import find_file, is_safetensors, read_safetensors
+from .vit import own_model
 
 FORMAT_VERSION = 1
 _KEY = "pruneattn"  # of the metadata: JSON
@@ -41,7 +42,7 @@ def save_pretrained(model, path, *, features, labels, multilabel, extra=None):
             a function, which no file can hold.
         ValueError: labels or frames do not fit the model, or `extra` holds more than JSON can.
     """
-    labels, path = list(labels), Path(path)
+    model, labels, path = own_model(model, "save_pretrained"), list(labels), Path(path)
     check_description(model, features, labels)
     content = {
         "format_version": FORMAT_VERSION,

@@ -13,7 +13,7 @@ from .folder import write_folder
 from .hub import CONFIG, PREPROCESSOR
 from .huggingface import to_config
 from .pretrained import check_description
-from .vit import MEL_BINS
+from .vit import MEL_BINS, own_model
 
 #: Keys of each layout.
 LAYOUTS = {
@@ -55,6 +55,7 @@ def save_checkpoint(model, path, *, format, features=None, labels=None, multilab
         UserError: the format is unknown, of the other family, or needs features; or the files cannot be written.
         ValueError: features or labels do not fit the model.
     """
+    model = own_model(model, "save_checkpoint")
     state = _renamed(model, format)
     if format == "ast":
         return _write_file({f"module.{key}": tensor for key, tensor in (state | _imagenet_heads(model)).items()}, path)

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from .vit import own_model
+
 
 class Trace(NamedTuple):
     """Logits of a batch, and each pruning block's choice.
@@ -24,9 +26,10 @@ class Trace(NamedTuple):
 def trace(model, fbank, patches=None):
     """Run a pruned model and note which patches each pruning block keeps and why.
 
-    The arguments are the model's own. A block whose keep-rate is 1 is scored too. Gradients and dropped paths are as
+    The arguments are those of a model of :func:`~pruneattn.create_model`. A block whose keep-rate is 1 is scored too. Gradients and dropped paths are as
     in a plain forward: put the model in ``eval()`` for repeatable answers.
     """
+    model = own_model(model, "trace")
     record = []
     logits = model.forward_head(model.forward_features(fbank, patches, record))
     numbers = patches

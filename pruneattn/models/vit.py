@@ -1,5 +1,7 @@
 """The pruned vision transformer on spectrograms. AudioMAE and AST (the two files beside) are small variations of it."""
 
+from numbers import Real
+
 import torch
 from torch import nn
 
@@ -9,6 +11,19 @@ from .blocks import PATCH, Block, PatchEmbed, PruningBlock, check_prune_blocks, 
 from .scores import make_pruning
 
 MEL_BINS = 128
+
+
+def own_model(model, caller):
+    """The :class:`PrunedViT` that was given, also as ``torch.compile`` wraps it; ``caller`` names the function.
+
+    Raises:
+        UserError: it is none.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PrunedViT):
+        given = type(model).__name__
+        raise UserError(f"{caller}: expected a model of pruneattn.create_model itself, got {given}")
+    return model
 
 
 class PrunedViT(nn.Module):
@@ -21,6 +36,7 @@ class PrunedViT(nn.Module):
     time_major: bool  # order of the patch tokens: time column by time column, or mel row by mel row
     num_extra_tokens: int
     default_score: str
+    optimized = False  # whether optimize_for_inference packed the weights
 
     def __init__(
         self,
@@ -37,8 +53,8 @@ class PrunedViT(nn.Module):
         drop_path,
     ):
         super().__init__()
-        prune_blocks = tuple(prune_blocks)
-        _check_arguments(embed_dim, depth, num_heads, num_classes, frames, prune_blocks, drop_path)
+        _check_arguments(embed_dim, depth, num_heads, num_classes, frames, drop_path)
+        prune_blocks = check_prune_blocks("prune_blocks", prune_blocks, depth)
         self.name = name
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.num_classes, self.frames = num_classes, frames
@@ -122,14 +138,8 @@ class PrunedViT(nn.Module):
 
     def set_keep_rate(self, keep_rate):
         """Share of the patches that each pruning block keeps, in (0, 1]: one number, or one per pruning block."""
-        rates = spread_keep_rate(keep_rate, len(self.prune_blocks))
-        for i, rate in zip(self.prune_blocks, rates):
-            self.blocks[i].keep_rate = rate
-
-    @property
-    def keep_rates(self):
-        """Keep-rate of each pruning block."""
-        return tuple(self.blocks[i].keep_rate for i in self.prune_blocks)
+        #: Keep-rate of each pruning block.
+        self.keep_rates = spread_keep_rate(keep_rate, len(self.prune_blocks))
 
     @property
     def config(self):
@@ -160,6 +170,18 @@ class PrunedViT(nn.Module):
             return int(parameter_name.split(".")[1]) + 1
         embeddings = ("cls_token", "dist_token", "pos_embed", "patch_embed")
         return 0 if parameter_name.split(".")[0] in embeddings else len(self.blocks) + 1
+
+    # What the packed weights of optimize_for_inference rule out, refused here before any part of the model changes ---
+
+    def _apply(self, fn, recurse=True):
+        if self.optimized:
+            raise UserError("a model that was optimized for inference cannot be moved or cast: do that before")
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        if self.optimized:
+            raise UserError("a model that was optimized for inference takes no new weights: load them before")
+        super()._load_from_state_dict(*args, **kwargs)
 
     # Forward ----------------------------------------------------------------------------------------------------
 
@@ -194,11 +216,12 @@ class PrunedViT(nn.Module):
             x = ops.gather_tokens(x, patches, 0)  # [B, P', C]
             values = values if values is None else values.gather(1, patches)
         x = self.prepend_extra_tokens(x)  # [B, N, C]
-        for block in self.blocks:
-            if not isinstance(block, PruningBlock):
+        keep_rates = dict(zip(self.prune_blocks, self.keep_rates))
+        for i, block in enumerate(self.blocks):
+            if i not in keep_rates:
                 x = block(x)
                 continue
-            x, index, scores = block(x, values, scored=record is not None)
+            x, index, scores = block(x, keep_rates[i], values, scored=record is not None)
             if values is not None and index is not None:
                 values = values.gather(1, index)
             if record is not None:
@@ -227,6 +250,11 @@ class PrunedViT(nn.Module):
     def _check_input(self, fbank, patches):
         if fbank.dim() != 3 or fbank.shape[1:] != (self.frames, MEL_BINS):
             raise ValueError(f"fbank: expected [B, {self.frames}, {MEL_BINS}], got {list(fbank.shape)}")
+        if self.optimized and torch.is_autocast_enabled("cpu"):
+            raise UserError(
+                f"autocast: the model was optimized for inference, its weights packed in {self.head.weight.dtype}; call it "
+                "outside, and give optimize_for_inference the dtype"
+            )
         if patches is None:
             return
         if patches.dtype != torch.int64 or patches.dim() != 2 or patches.shape[0] != fbank.shape[0]:
@@ -235,7 +263,7 @@ class PrunedViT(nn.Module):
             )
 
 
-def _check_arguments(embed_dim, depth, num_heads, num_classes, frames, prune_blocks, drop_path):
+def _check_arguments(embed_dim, depth, num_heads, num_classes, frames, drop_path):
     counts = {
         "embed_dim": embed_dim,
         "depth": depth,
@@ -250,6 +278,5 @@ def _check_arguments(embed_dim, depth, num_heads, num_classes, frames, prune_blo
         raise UserError(f"frames: must be a multiple of {PATCH}, got {frames}")
     if embed_dim % num_heads:
         raise UserError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
-    check_prune_blocks("prune_blocks", prune_blocks, depth)
-    if not 0 <= drop_path < 1:
+    if not isinstance(drop_path, Real) or not 0 <= drop_path < 1:
         raise UserError(f"drop_path: must be at least 0 and below 1, got {drop_path!r}")

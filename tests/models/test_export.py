@@ -211,6 +211,20 @@ def test_models_that_cannot_be_exported(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_cause_of_a_failure_is_told(model, tmp_path, monkeypatch):
+    """The exporters wrap it into advice, in colours."""
+
+    def write(*_):
+        try:
+            raise ValueError("\x1b[96mno function for aten.gcd\x1b[0m\nmore")
+        except ValueError as error:
+            raise RuntimeError("\x1b[31mFailed.\x1b[0m Next steps: ...") from error
+
+    monkeypatch.setitem(export._WRITERS, "torch", write)
+    with pytest.raises(UserError, match=r"AST cannot be exported as torch: no function for aten\.gcd$"):
+        export_model(model, tmp_path / "model.pt2", "torch")
+
+
 def test_without_onnx(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setitem(sys.modules, "onnx", type(sys)("onnx"))

@@ -103,7 +103,7 @@ def test_a_copy_has_its_own_keep_rate(make_model):
 
 
 def test_what_cannot_be_done_is_refused(make_model):
-    with pytest.raises(UserError, match="expected a model of pruneattn.create_model, got Linear"):
+    with pytest.raises(UserError, match="expected a model of pruneattn.create_model itself, got Linear"):
         optimize_for_inference(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
         optimize_for_inference(make_model("ast"), torch.float16)
@@ -113,10 +113,41 @@ def test_what_cannot_be_done_is_refused(make_model):
         optimize_for_inference(fast, torch.bfloat16)
     with pytest.raises(UserError, match="has no gradients: load it again to train it"):
         fast(torch.randn(1, 128, 128, requires_grad=True))
+    fbank = torch.randn(1, 128, 128)
+    expected = fast(fbank)
     with pytest.raises(UserError, match="cannot be moved or cast: do that before"):
         fast.double()
-    with pytest.raises(UserError, match="takes no new weights: load them before"):
-        fast.load_state_dict(make_model("ast").state_dict())
+    for holder in (fast, torch.nn.ModuleDict({"m": fast})):
+        names = {name: torch.zeros_like(tensor) for name, tensor in holder.state_dict().items()}
+        with pytest.raises(UserError, match="takes no new weights: load them before"):
+            holder.load_state_dict(names)
+    with pytest.raises(UserError, match="packed in torch.float32; call it outside"):
+        with torch.autocast("cpu", torch.bfloat16):
+            fast(fbank)
+    assert torch.equal(fast(fbank), expected)
+
+
+class OwnPruning(pruneattn.Pruning):
+    """By the length of the values, with queries and keys of the kept rows or of all, as ``steps`` says."""
+
+    def __init__(self, parts, steps):
+        self.parts, self.steps = parts, steps
+
+    def __call__(self, attn, x, y, keep, extra, values):
+        views = {}
+        for step in self.steps:
+            views |= zip(step, attn.project(y, step), strict=True)
+        scores = views["v"].square().mean((1, 3))[:, extra:]
+        return self.select_then_query(attn, x, y, scores, views["k"], views["v"], keep, extra)
+
+
+@pytest.mark.parametrize("parts", [("qkv",), ("q", "kv"), ("qk", "v"), ("q", "k", "v")], ids="-".join)
+@pytest.mark.parametrize("steps", [("kv",), ("k", "v"), ("qk", "v"), ("qkv",)], ids="-".join)
+def test_a_pruning_may_project_other_parts_than_are_packed(make_model, parts, steps):
+    model, fbank = make_model("ast", score=OwnPruning(parts, steps), keep_rate=0.5), torch.randn(2, 128, 128)
+    with torch.no_grad():
+        expected = model(fbank)
+        torch.testing.assert_close(optimize_for_inference(model)(fbank), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_without_onednn_the_model_runs_as_it_is(make_model, monkeypatch):

@@ -1,12 +1,15 @@
 import math
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pruneattn
 from pruneattn import UserError, create_model, list_models
+from pruneattn.data import FeatureConfig
 from pruneattn.models.audiomae import sincos_positions
-from pruneattn.models.blocks import DropPath, PruningBlock, kept_patches
+from pruneattn.models.blocks import Block, DropPath, PruningBlock, kept_patches
 
 FAMILIES = ("audiomae", "ast")
 SCORES = ("column_mean", "cls", "intensity", "variation", "random")
@@ -39,6 +42,9 @@ def test_names_and_sizes():
         ({"prune_blocks": (6, 3)}, "prune_blocks: must ascend"),
         ({"prune_blocks": (3, 3)}, "prune_blocks: must ascend"),
         ({"prune_blocks": (-1,)}, "prune_blocks"),
+        ({"prune_blocks": 3}, r"prune_blocks: expected numbers of blocks, such as \(3, 6, 9\), got 3"),
+        ({"keep_rate": None}, "keep_rate: expected a number or one per pruning block, got None"),
+        ({"drop_path": "a"}, "drop_path: must be at least 0 and below 1, got 'a'"),
         ({"keep_rate": 0}, "keep_rate: must be above 0 and at most 1, got 0"),
         ({"keep_rate": 1.5}, "keep_rate"),
         ({"keep_rate": float("nan")}, "keep_rate"),
@@ -268,6 +274,70 @@ def test_a_compiled_model_follows_its_keep_rate(make_model, score):
             outputs.append(compiled(fbank))
             torch.testing.assert_close(outputs[-1], model(fbank), rtol=1e-4, atol=1e-4)
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2 < (outputs[1] - outputs[2]).abs().max()
+
+
+def checkpointed(model):
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as checkpoint
+
+    checkpoint.apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+
+
+def compiled_one_by_one(model):
+    torch._dynamo.reset()
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("wrap", [checkpointed, compiled_one_by_one])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_may_be_wrapped(make_model, family, wrap):
+    """As for gradient checkpointing: the wrapped blocks prune, at the keep-rate of the moment."""
+    arguments = {"depth": 3, "prune_blocks": (0, 2), "keep_rate": 0.6}
+    model, wrapped = make_model(family, **arguments), make_model(family, **arguments)
+    wrap(wrapped)
+    assert not any(type(block) in (Block, PruningBlock) for block in wrapped.blocks)
+    for keep_rate in (0.6, 0.3, 1.0):
+        outputs = []
+        for each in (model, wrapped):
+            each.set_keep_rate(keep_rate)
+            fbank = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            logits = each(fbank)
+            outputs.append((logits, torch.autograd.grad(logits.sum(), fbank)[0]))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_model_is_taken_as_the_model(make_model, tmp_path):
+    """It is not run compiled, and its weights keep their names."""
+    model, fbank = make_model("ast", keep_rate=0.6), torch.randn(2, 128, 128)
+    compiled = torch.compile(model, backend="eager")
+    assert pruneattn.count_macs(compiled) == pruneattn.count_macs(model)
+    about = {"features": FeatureConfig(frames=128, mean=0.0, std=1.0), "labels": "abcde", "multilabel": False}
+    pruneattn.save_pretrained(compiled, tmp_path / "own.safetensors", **about)
+    pruneattn.save_checkpoint(compiled, tmp_path / "official.pth", format="ast")
+    for name in ("own.safetensors", "official.pth"):
+        again = torch.compile(make_model("ast", seed=1, keep_rate=0.6), backend="eager")
+        assert not pruneattn.load_checkpoint(again, tmp_path / name).missing
+        assert torch.equal(pruneattn.trace(again, fbank).logits, pruneattn.trace(compiled, fbank).logits)
+    pruneattn.set_keep_rate(compiled, 0.3)
+    assert model.keep_rates == (0.3,) * 3
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (pruneattn.trace, (torch.zeros(1, 128, 128),)),
+        (pruneattn.count_macs, ()),
+        (pruneattn.load_checkpoint, ("model.pth",)),
+        (partial(pruneattn.save_checkpoint, format="ast"), ("model.pth",)),
+        (partial(pruneattn.save_pretrained, features=None, labels="", multilabel=False), ("model.safetensors",)),
+    ],
+)
+def test_what_is_no_model_of_ours_is_named(make_model, tmp_path, monkeypatch, function, arguments):
+    monkeypatch.chdir(tmp_path)
+    for model, given in ((torch.nn.Linear(2, 2), "Linear"), (torch.nn.DataParallel(make_model("ast")), "DataParallel")):
+        with pytest.raises(UserError, match=f"expected a model of pruneattn.create_model itself, got {given}"):
+            function(model, *arguments)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("score", [None, "variation", "random"])
