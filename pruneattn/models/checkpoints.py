@@ -6,9 +6,11 @@ import torch
 
 from ..errors import UserError
 from . import name_of_size
+from .blocks import PATCH
 from .converters import QKV, detect_format
 from .positions import fit_positions
 from .state_files import find_file, read_state
+from .vit import own_model
 
 # What may be absent from a checkpoint: everything behind the last block but AST's final norm.
 HEAD = ("head.", "head_norm.", "fc_norm.")
@@ -43,7 +45,7 @@ class LoadReport:
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
-def load_checkpoint(model, path):
+def load_checkpoint(model, path, stride=None):
     """Load weights of any known format into `model`, completely or not at all.
 
     Known are the official AST, AudioMAE pre-trained and fine-tuned (the authors', the paper's, timm's), Hugging Face's
@@ -55,6 +57,8 @@ def load_checkpoint(model, path):
         model: from :func:`~pruneattn.create_model`; its parameters are changed in place.
         path: a file; a folder that holds ``best.safetensors``, ``model.safetensors`` or ``pytorch_model.bin``; or
             the name of such a repository on the Hugging Face Hub, ``user/name`` or ``user/name@revision``.
+        stride: of an AST checkpoint's patches, 10 or 16, where the size of its position table does not tell: 12 x 50
+            patches of stride 10 are as many as 8 x 75 of 16. None: by the size (``fit_positions`` says how).
 
     Returns:
         A :class:`LoadReport`; ``print`` shows it.
@@ -63,9 +67,14 @@ def load_checkpoint(model, path):
         UserError: the file is missing, damaged, unsafe to open, of no known format, or does not fit the model. The
             model is unchanged then.
     """
+    model = own_model(model, "load_checkpoint")
+    if stride not in (None, PATCH, 10):
+        raise UserError(f"stride: expected 10, 16 or None, got {stride!r}")
     path = find_file(path)
     state = read_state(path)
     format_ = detect_format(state, path)
+    if not format_.strided and stride == 10:
+        raise UserError(f"{path}: {format_.name}, whose patches have a stride of 16, and stride is 10")
     wanted = model.state_dict()
     sources, unused = format_.sources(state)
     found = {name: _joined([state[key] for key in keys], keys, path) for name, keys in sources.items()}
@@ -73,7 +82,7 @@ def load_checkpoint(model, path):
 
     _check_trunk(found, wanted, model, format_, path)
     try:
-        found["pos_embed"], note = fit_positions(found["pos_embed"], model, strided=format_.strided)
+        found["pos_embed"], note = fit_positions(found["pos_embed"], model, stride=stride if format_.strided else PATCH)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     report.notes += [note] if note else []
@@ -92,9 +101,9 @@ def load_checkpoint(model, path):
     return report
 
 
-def load_complete(model, path):
+def load_complete(model, path, stride=None):
     """:func:`load_checkpoint` of weights with a head: what leaves a parameter at its initial value is refused."""
-    report = load_checkpoint(model, path)
+    report = load_checkpoint(model, path, stride)
     if report.missing:
         fresh = [note for note in report.notes if note.startswith("head:")]
         why = fresh[0] if fresh else "it was never fine-tuned for a task of its own"

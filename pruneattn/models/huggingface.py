@@ -76,7 +76,7 @@ def load_from_config(path):
     if config.get("model_type") != MODEL_TYPE:
         return None
     try:
-        model, labels = _make(config)
+        model, labels, stride = _make(config)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{place}: an AST that cannot be made here ({error}); use another model") from error
     place = path.with_name(PREPROCESSOR)
@@ -91,14 +91,16 @@ def load_from_config(path):
         raise UserError(f"{place}: {error}") from error
     if features.frames // PATCH * PATCH != model.frames:
         raise UserError(f"{place}: max_length is {features.frames}, and in {CONFIG} it is {config.get('max_length')}")
-    load_complete(model, path)
+    load_complete(model, path, stride)
     model.features = replace(features, frames=model.frames)  # the convolution leaves out what fills no patch
     model.labels, model.multilabel, model.extra = labels, config.get("problem_type") == _MULTILABEL, {}
     return model.eval()
 
 
 def _make(config):
-    """A fresh model for ``config.json``, and its labels; what is absent has Hugging Face's default."""
+    """A fresh model for ``config.json``, its labels, and the stride of the patches; what is absent has Hugging Face's
+    default.
+    """
     width, depth = config.get("hidden_size", 768), config.get("num_hidden_layers", 12)
     strides = (config.get("frequency_stride", 10), config.get("time_stride", 10))
     only = {
@@ -126,7 +128,7 @@ def _make(config):
         depth=depth,
         num_heads=config.get("num_attention_heads", 12),
     )
-    return model, labels
+    return model, labels, strides[0]
 
 
 def _read(path):

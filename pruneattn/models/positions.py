@@ -6,13 +6,14 @@ import torch
 
 from ..errors import UserError
 from .audiomae import sincos_positions
+from .blocks import PATCH
 
 ROWS = 8  # patches along mel
-# Patches of an AST with stride 10 (12 mel rows), and the frames that it sees: the Hub's models for 1, 5 and 10 s.
-STRIDE_10 = {144: 128, 600: 512, 1212: 1024}
+ROWS_10 = 12  # the same with a stride of 10
+STRIDE_10 = (144, 600, 1212)  # patches of the published ASTs with stride 10, for 1, 5 and 10 s
 
 
-def fit_positions(table, model, *, strided=False):
+def fit_positions(table, model, *, stride=PATCH):
     """Fit a checkpoint's position table to `model`'s grid.
 
     - A table of the same length is taken as it is.
@@ -25,7 +26,9 @@ def fit_positions(table, model, *, strided=False):
     Args:
         table: ``[1, extra + P', C]``.
         model: AudioMAE or AST, with P patches.
-        strided: allow tables of an AST with stride 10, which are resampled to the 16-stride patches' centres.
+        stride: of the patches that the table is for: 16, or an AST's 10, whose positions are resampled to the
+            16-stride patches' centres. None: not known, so 10 for the published sizes and for that of the model's
+            frames, unless it is the model's own.
 
     Returns:
         ``(table, note)``: float32 ``[1, extra + P, C]``, and what was done in words ("" if nothing).
@@ -38,18 +41,18 @@ def fit_positions(table, model, *, strided=False):
         raise UserError(f"position table: expected [1, tokens, channels], the file has {list(table.shape)}")
     table = table.float()
     patches = table[0, extra:]  # [P', C]
-    if len(patches) == model.num_patches:
+    stride = _guess_stride(len(patches), model) if stride is None else stride
+    if stride == PATCH and len(patches) == model.num_patches:
         return table, ""
-    if strided and len(patches) in STRIDE_10:
-        grid, note = _from_stride_10(patches)
-    elif len(patches) and len(patches) % ROWS == 0:
-        grid, note = patches.unflatten(0, (ROWS, -1)), ""  # [8, columns', C]
-    else:
-        known = f", or that of an AST with stride 10 ({', '.join(map(str, STRIDE_10))} patches)" if strided else ""
+    rows = ROWS if stride == PATCH else ROWS_10
+    if not len(patches) or len(patches) % rows:
         raise UserError(
             f"position table: {len(patches)} patches are no grid of 16 x 16 patches over 128 mel bins, which has a "
-            f"multiple of {ROWS}{known}; use a checkpoint with patches and strides of 16"
+            f"multiple of {rows} with a stride of {stride}; use a checkpoint with patches and strides of 16"
         )
+    grid, note = patches.unflatten(0, (rows, -1)), ""  # [rows, columns', C]
+    if stride != PATCH:
+        grid, note = _from_stride_10(grid, columns)
     if model.time_major and _is_ours(patches, model):
         fitted = _ours(model, model.num_patches, table.shape[-1])
         note = f"positions: pruneattn's sine-cosine table made for {columns} time columns"
@@ -74,15 +77,23 @@ def _fit_columns(grid, columns, centre):
     )
 
 
-def _from_stride_10(patches):
-    """The table of 12 rows with stride 10, read at the centres of the 16-stride patches: ``[8, columns, C]``."""
-    frames = STRIDE_10[len(patches)]
-    grid = patches.unflatten(0, (12, -1))
+def _guess_stride(patches, model):
+    of_the_model = ROWS_10 * ((model.frames - PATCH) // 10 + 1)
+    return 10 if patches != model.num_patches and patches in (of_the_model, *STRIDE_10) else PATCH
+
+
+def _from_stride_10(grid, columns):
+    """The table ``[12, columns', C]`` of stride 10, read at the centres of the 16-stride patches of as many frames.
+
+    Those may be 10 columns' + 6 to 10 columns' + 15: what fits the model's ``columns`` of them, else the most.
+    """
     had = grid.shape[1]
+    least, most = (10 * had + 6) // PATCH, (10 * had + 15) // PATCH
+    columns = columns if least <= columns <= most else most
     grid = _interpolate(grid, 0, torch.arange(ROWS) * 1.6)
-    grid = _interpolate(grid, 1, torch.arange(frames // 16) * 1.6)
+    grid = _interpolate(grid, 1, torch.arange(columns) * 1.6)
     return grid, _warn(
-        f"positions: an AST of stride 10, its 12 x {had} positions resampled to {ROWS} x {frames // 16} of stride 16; "
+        f"positions: an AST of stride 10, its {ROWS_10} x {had} positions resampled to {ROWS} x {columns} of stride 16; "
         "it will lose accuracy until it is fine-tuned"
     )
 

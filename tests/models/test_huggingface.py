@@ -1,6 +1,7 @@
 """An AST of Hugging Face's opened by what lies beside its weights, and its feature extractor before our model."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -107,6 +108,21 @@ def test_stride_10_is_resampled(tmp_path, hugging_face):
     with pytest.warns(UserWarning, match="stride 10"):
         model = pruneattn.load_pretrained(tmp_path)
     assert model.pos_embed.shape == (1, 66, 48)
+
+
+def test_the_config_says_what_grid_the_positions_have(tmp_path, hugging_face):
+    """12 x 18 positions of stride 10 are as many as 8 x 27 of stride 16; 12 x 50 as many as 8 x 75."""
+    theirs = hugging_face(tmp_path / "10", frequency_stride=10, time_stride=10, max_length=200)
+    table = theirs.audio_spectrogram_transformer.embeddings.position_embeddings[0, 2:].reshape(12, 19, 48)
+    with pytest.warns(UserWarning, match="12 x 19 positions resampled to 8 x 12"):
+        model = pruneattn.load_pretrained(tmp_path / "10")
+    assert model.frames == 192
+    fitted = model.pos_embed[0, 2:].reshape(8, 12, 48)
+    torch.testing.assert_close(fitted[5, 5], table[8, 8])  # 1.6 times 5
+    hugging_face(tmp_path / "16", max_length=1200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pruneattn.load_pretrained(tmp_path / "16").frames == 1200
 
 
 def change(**values):

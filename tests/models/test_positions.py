@@ -92,7 +92,7 @@ def test_stride_10_is_read_at_the_centres_of_stride_16(patches, frames):
     place = torch.stack([10 * rows, 10 * times, 10 * rows + 20 * times, torch.ones_like(rows)], dim=-1)
     table = torch.cat([torch.full((1, 2, 4), -1.0), place.reshape(1, patches, 4)], dim=1)
     with pytest.warns(UserWarning, match="stride 10"):
-        fitted, note = fit_positions(table, make("ast", frames), strided=True)
+        fitted, note = fit_positions(table, make("ast", frames), stride=None)
     grid = fitted[0, 2:].reshape(8, columns, 4)
     bins = (16.0 * torch.arange(8)).clamp(max=110).reshape(8, 1).expand(8, columns)  # the last row is the 12th's
     start = (16.0 * torch.arange(columns)).clamp(max=10.0 * (had - 1)).expand(8, columns)
@@ -100,12 +100,40 @@ def test_stride_10_is_read_at_the_centres_of_stride_16(patches, frames):
     assert (fitted[:, :2] == -1).all() and f"12 x {had}" in note
 
 
+@pytest.mark.parametrize("frames", range(128, 1200, 7))
+def test_a_known_stride_decides_what_the_table_is_for(frames):
+    """The positions of a configuration of any length, whose column says in which frame it begins."""
+    columns, rows = (frames - 16) // 10 + 1, torch.arange(12.0)
+    grid = torch.stack([10 * rows.reshape(12, 1).expand(-1, columns), 10 * torch.arange(columns).expand(12, -1)], -1)
+    table = torch.cat([torch.zeros(1, 2, 2), grid.reshape(1, -1, 2).float()], 1)
+    model = make("ast", frames // 16 * 16)
+    for stride in (10, None):
+        if stride is None and frames // 16 * 16 != frames:
+            continue  # of a multiple of 16 frames the size tells
+        with pytest.warns(UserWarning, match="stride 10"):
+            fitted, note = fit_positions(table, model, stride=stride)
+        assert "crop" not in note
+        start = (16.0 * torch.arange(frames // 16)).clamp(max=10.0 * (columns - 1))
+        torch.testing.assert_close(fitted[0, 2:, 1].reshape(8, -1), start.expand(8, -1))
+
+
+def test_what_is_known_to_have_stride_16_is_not_resampled():
+    """600 patches are 12 x 50 with stride 10, but 8 x 75 of 1200 frames."""
+    fitted, note = fit_positions(numbered("ast", 600), make("ast", 512), stride=16)
+    assert values(fitted, "ast")[1] == [75 * row + 21 + column for row in range(8) for column in range(32)]
+    assert note == "positions: centre crop of 75 time columns to 32"
+    same, note = fit_positions(numbered("ast", 600), make("ast", 1200), stride=None)
+    assert values(same, "ast")[1] == list(range(600)) and note == ""
+    with pytest.warns(UserWarning, match="stride 10"):
+        fit_positions(numbered("ast", 600), make("ast", 1200), stride=10)
+
+
 def test_stride_10_is_resampled_before_the_crop():
     table = torch.randn(1, 1214, 4)
     with pytest.warns(UserWarning, match="stride 10"):
-        full, _ = fit_positions(table, make("ast", 1024), strided=True)
+        full, _ = fit_positions(table, make("ast", 1024), stride=None)
     with pytest.warns(UserWarning, match="stride 10"):
-        short, note = fit_positions(table, make("ast", 128), strided=True)
+        short, note = fit_positions(table, make("ast", 128), stride=None)
     cropped, _ = fit_positions(full, make("ast", 128))
     assert torch.equal(short, cropped)
     assert "12 x 101" in note and "centre crop of 64 time columns to 8" in note
@@ -121,7 +149,7 @@ def test_only_formats_that_come_with_stride_10_are_resampled():
 @pytest.mark.parametrize(("family", "patches"), [("ast", 1213), ("ast", 196), ("audiomae", 1212), ("audiomae", 0)])
 def test_other_counts_are_refused(family, patches):
     with pytest.raises(UserError, match=f"{patches} patches are no grid"):
-        fit_positions(numbered(family, patches), make(family, 1024), strided=family == "ast")
+        fit_positions(numbered(family, patches), make(family, 1024), stride=None if family == "ast" else 16)
 
 
 def test_a_table_of_another_rank_is_refused():
