@@ -10,7 +10,7 @@ from ..models.blocks import check_prune_blocks, spread_keep_rate
 from ..models.scores import make_pruning
 from ..models.vit import PrunedViT
 from . import huggingface, timm
-from .block import BlockPruning, BlockView, PrunedBlock, start_pruning, stop_pruning
+from .block import BlockPruning, BlockView, PrunedBlock, check_forward, start_pruning, stop_pruning
 from .checks import check_block
 from .trunk import Trunk
 
@@ -71,13 +71,14 @@ def prune(model, keep_rate=0.7, blocks=(3, 6, 9), score=None):
             "create_model say where and by what"
         )
     trunk = _trunk_of("prune", model)
-    blocks = tuple(blocks)
-    check_prune_blocks("blocks", blocks, len(trunk.blocks))
+    blocks = check_prune_blocks("blocks", blocks, len(trunk.blocks))
     rates = spread_keep_rate(keep_rate, len(blocks))
     pruning = _pruning(score, trunk)
     for i in blocks:
+        path = f"{trunk.path}[{i}]"
+        check_forward(trunk.blocks[i], path)
         if not isinstance(trunk.blocks[i], PrunedBlock):
-            check_block(trunk.blocks[i], f"{trunk.path}[{i}]", trunk.view, trunk.extra_tokens)
+            check_block(trunk.blocks[i], path, trunk.view, trunk.extra_tokens)
     unprune(model)
     for i, rate in zip(blocks, rates):
         mine = BlockPruning(f"{trunk.path}[{i}]", trunk.view, trunk.extra_tokens, pruning, rate)
@@ -90,12 +91,15 @@ def unprune(model):
     """Undo :func:`prune`, in place. Nothing happens to a model that is not pruned. Returns the model.
 
     Raises:
-        UserError: a model of ``create_model``, or one that :func:`prune` would not know.
+        UserError: a model of ``create_model``, or one that :func:`prune` would not know, or a block's ``forward`` was
+            replaced on the object; the model is as it was then.
     """
     if isinstance(model, PrunedViT):
         raise UserError("unprune: this model prunes by itself: model.set_keep_rate(1) keeps every patch")
-    trunk = _trunk_of("unprune", model)
-    for block in _pruned_blocks(model):
+    trunk, blocks = _trunk_of("unprune", model), _pruned_blocks(model)
+    for block in blocks:
+        check_forward(block, block._pruneattn.path)
+    for block in blocks:
         stop_pruning(block)
     trunk.unguard()
     return model
@@ -109,7 +113,7 @@ def set_keep_rate(model, keep_rate):
     Raises:
         UserError: not such a rate, or the model does not prune.
     """
-    if isinstance(model, PrunedViT):
+    if isinstance(getattr(model, "_orig_mod", model), PrunedViT):  # compiled or not
         model.set_keep_rate(keep_rate)
         return
     blocks = _pruned_blocks(model)

@@ -127,31 +127,28 @@ class PrunedBlock:
 
 def start_pruning(block, mine):
     """Make a block prune, where it is, as ``mine`` (BlockPruning) says."""
-    _drop_bound_forward(block, mine.path)
+    vars(block).pop("forward", None)  # the class's own, by check_forward
     block._pruneattn = mine
     block.__class__ = _pruned_class(type(block))
 
 
 def stop_pruning(block):
     """Undo :func:`start_pruning`."""
-    _drop_bound_forward(block, block._pruneattn.path)
+    vars(block).pop("forward", None)
     del block._pruneattn
     block.__class__ = type(block).unpruned_class
 
 
-def _drop_bound_forward(block, path):
-    """Let the class say what ``forward`` is. transformers 4.5x leaves the class's own on the object after it recorded
-    hidden states; what others put there would go on in spite of the class, or be lost.
+def check_forward(block, path):
+    """Raise a ``UserError`` where the object's ``forward`` is not its class's. transformers 4.5x leaves the class's own
+    on the object after it recorded hidden states; what others put there would go on in spite of the class, or be lost.
     """
     forward = vars(block).get("forward")
-    if forward is None:
-        return
-    if getattr(forward, "__func__", None) is not type(block).forward:
+    if forward is not None and getattr(forward, "__func__", None) is not type(block).forward:
         raise UserError(
             f"{path}.forward was replaced on the object, and pruning cannot tell by what: prune, or unprune, before "
             "that is done (accelerate does it when it spreads a model over devices)"
         )
-    del block.forward
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """What holds for every family, on a model that needs no library."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -136,6 +137,18 @@ def test_arguments_that_cannot_be_used_change_nothing(plain_vit, tokens, argumen
     before = counts(plain_vit, tokens)
     with pytest.raises(pruneattn.UserError, match=message):
         pruneattn.prune(plain_vit, **{"keep_rate": 0.5, "blocks": (1, 2)} | arguments)
+    assert counts(plain_vit, tokens) == before
+
+
+@pytest.mark.parametrize("undo, number", [(False, 1), (False, 2), (False, 3), (True, 2), (True, 3)])
+def test_a_replaced_forward_changes_nothing(plain_vit, tokens, undo, number):
+    """Of a block that is pruned, or is to be: none of the others is changed either."""
+    pruneattn.prune(plain_vit, 0.5, (0, 2, 3))
+    block = plain_vit.blocks[number]
+    block.forward = partial(type(block).forward, block)
+    before = counts(plain_vit, tokens)
+    with pytest.raises(pruneattn.UserError, match=rf"blocks\[{number}\].forward was replaced on the object"):
+        pruneattn.unprune(plain_vit) if undo else pruneattn.prune(plain_vit, 0.3, (0, 1, 2))
     assert counts(plain_vit, tokens) == before
 
 
