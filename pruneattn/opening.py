@@ -153,15 +153,17 @@ def fingerprint(model):
 
 
 def _open_foreign(args, dataset):
-    from .data import DATASETS, FeatureConfig
+    from .data import FeatureConfig
+    from .data.catalog import dataset_info
     from .models import create_model
     from .models.checkpoints import load_complete
 
-    info = DATASETS[dataset]
-    num_classes = args.num_classes or info.num_classes
+    info = dataset_info(dataset)
+    num_classes = info.num_classes if args.num_classes is None else args.num_classes
     if num_classes is None:
         raise UserError(f"the dataset {dataset} does not fix the number of classes: give --num-classes")
-    model = create_model(args.model, num_classes=num_classes, frames=args.frames or info.frames)
+    frames = info.frames if args.frames is None else args.frames
+    model = create_model(args.model, num_classes=num_classes, frames=frames)
     load_complete(model, args.checkpoint)
     model.features = FeatureConfig(
         frames=model.frames,

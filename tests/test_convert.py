@@ -104,4 +104,10 @@ def test_refusals(tmp_path):
         convert(tmp_path, tmp_path / "out", "--format", "timm", "--label-csv", tmp_path / "labels.csv")
     with pytest.raises(UserError, match="--mean is for checkpoints of other projects"):
         convert(tmp_path, tmp_path / "out", "--format", "timm", "--mean", 1)
+    foreign = (tmp_path / "best.safetensors", tmp_path / "out", "--format", "audiomae", "--model", "audiomae_tiny")
+    with pytest.raises(UserError, match="no data set 'nope'; there are as20k"):
+        convert(*foreign, "--dataset", "nope")
+    for option in ("--frames", "--num-classes"):
+        with pytest.raises(UserError, match=f"{option[2:].replace('-', '_')}: must be a whole number above 0, got 0"):
+            convert(*foreign, option, 0)
     assert sorted(os.listdir(tmp_path)) == ["best.safetensors", "labels.csv"]

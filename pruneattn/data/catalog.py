@@ -199,11 +199,9 @@ def load_dataset(
     Raises:
         UserError: The data is not there, or a file of it cannot be used.
     """
-    if name not in DATASETS:
-        raise UserError(f"no data set {name!r}; there are {', '.join(DATASETS)}")
+    info = dataset_info(name)
     if split not in SPLITS:
         raise UserError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-    info = DATASETS[name]
     cut = {"max_samples": samples_for(frames or info.frames), "cache": cache}
     if name == "toy":
         return ToyDataset(split, seed=seed, **cut)
@@ -232,6 +230,13 @@ def load_dataset(
     return ClipDataset(
         name, listing.clips, listing.labels, multilabel=listing.multilabel, missing=listing.missing, **cut
     )
+
+
+def dataset_info(name):
+    """The ``DatasetInfo`` of a data set's name; ``UserError`` where there is none."""
+    if name not in DATASETS:
+        raise UserError(f"no data set {name!r}; there are {', '.join(DATASETS)}")
+    return DATASETS[name]
 
 
 def find_root(name, data_dir):
