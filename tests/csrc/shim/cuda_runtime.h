@@ -46,14 +46,6 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 // Barriers and warp exchanges.
 inline void __syncthreads() { shim::meet_block("__syncthreads", 0); }
-inline int __syncthreads_count(int predicate) {
-  const uint64_t* all = shim::meet_block("__syncthreads_count", predicate != 0);
-  return static_cast<int>(std::count(all, all + blockDim.x, 1u));
-}
-inline int __syncthreads_or(int predicate) {
-  const uint64_t* all = shim::meet_block("__syncthreads_or", predicate != 0);
-  return std::count(all, all + blockDim.x, 1u) > 0;
-}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { shim::meet_warp("__syncwarp", mask, 0); }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const uint64_t* all = shim::meet_warp("__ballot_sync", mask, predicate != 0);
@@ -93,15 +85,6 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return shim_shuffle("__shfl_xor_sync", mask, value, shim_lane() ^ lanes);
 }
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, int delta) {
-  return shim_shuffle("__shfl_up_sync", mask, value, shim_lane() < delta ? shim_lane() : shim_lane() - delta);
-}
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, int delta) {
-  const int source = shim_lane() + delta;
-  return shim_shuffle("__shfl_down_sync", mask, value, source < shim::kWarp ? source : shim_lane());
-}
 
 // Atomic operations and fences.
 __forceinline__ unsigned atomicAdd(unsigned* address, unsigned value) { return shim::atomic_add(address, value); }
@@ -132,8 +115,6 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmul_ru(float a, float b) {
   const double exact = static_cast<double>(a) * b;
   const float nearest = static_cast<float>(exact);
@@ -173,10 +154,6 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
-  return cudaSuccess;
-}
 inline const char* shim_setting(const char* name, const char* otherwise) {
   const char* value = std::getenv(name);
   return value ? value : otherwise;
