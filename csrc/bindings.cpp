@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -201,7 +203,7 @@ void cuda_column_mean_attention(const std::string& dtype, int64_t batch, int64_t
       aligned_heads_of("v", v),
       aligned_heads_of("out", out),
       reinterpret_cast<float*>(lse),
-      static_cast<float>(scale * kLog2E),
+      std::max(static_cast<float>(scale * kLog2E), std::numeric_limits<float>::min()),  // 0 times the padding is NaN
       static_cast<int>(heads),
       static_cast<int>(tokens),
       static_cast<int>(extra_tokens),

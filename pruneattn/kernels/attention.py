@@ -1,5 +1,6 @@
 """Attention in Triton: a program has some query rows of a head and goes through the keys in tiles (online softmax)."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -7,7 +8,7 @@ from .launch import Launch, choose, strided, tiles_of
 from .tiles import LOG2_E, load_row, load_rows, locate, product, store_rows
 
 # Times the -Inf of a key that is not there, 0 would be NaN.
-_SMALLEST_SCALE = 1e-30
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def attention(q, k, v, out, lse, scale, maximum=None, inverse=None):
@@ -15,8 +16,8 @@ def attention(q, k, v, out, lse, scale, maximum=None, inverse=None):
 
     ``q`` ``[B, H, M, D]``, ``k`` and ``v`` ``[B, H, N, D]``: any strides with contiguous channels. ``lse`` is float32.
     ``maximum`` and ``inverse``, both or neither, float32 ``[B, H, M]``: each row's decisive product of query and key,
-    and one over the sum of its ``exp(scale * (product - maximum))``. Together they are the row's weights to rounding,
-    where the log-sum-exp of large logits has lost them.
+    and one over the sum of its ``exp(scale * (product - maximum))``. Together they are the row's weights, as exactly as the
+    products can be computed again, where the log-sum-exp of large logits has lost them.
     """
     launch(q, k, v, out, lse, scale, maximum, inverse, choose("attention", q, q.shape[2])).run(q)
 
@@ -36,7 +37,7 @@ def launch(q, k, v, out, lse, scale, maximum, inverse, config):
             heads=heads,
             rows=rows,
             keys=keys,
-            scale=abs(scale) or _SMALLEST_SCALE,
+            scale=max(abs(scale), _SMALLEST_SCALE),
             NEGATIVE=scale < 0,
             **tiles_of(channels, rows, config.BLOCK_M, keys, config.BLOCK_N),
         ),

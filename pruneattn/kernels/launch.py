@@ -59,12 +59,13 @@ class Launch(NamedTuple):
 
 # What a call compiled, by all that Triton specializes a kernel for: its own look-up is half of what a launch takes.
 _compiled = {}
+_HIP = torch.version.hip is not None  # where Triton takes offsets of 32 bits in tensors of up to 2 GiB
 
 
 def _kind(value):
     """What a compiled kernel depends on of an argument that is no int: of those, it may be the value."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16
+        return value.dtype, value.data_ptr() % 16, _HIP and value.untyped_storage().size() >= 2**31
     return float if value.__class__ is float else value
 
 

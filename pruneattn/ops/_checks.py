@@ -13,6 +13,12 @@ def check_shape(name, tensor, letters, expected=None):
         raise ValueError(f"{name}: expected shape {layout}, got {list(shape)}")
 
 
+def check_not_empty(name, tensor, letters):
+    """No dimension but the batch, the first, is empty."""
+    if 0 in tensor.shape[1:]:
+        raise ValueError(f"{name}: expected [{', '.join(letters)}] empty in B at most, got {list(tensor.shape)}")
+
+
 def check_like(name, tensor, other_name, other):
     """The tensor has the dtype and the device of another."""
     if tensor.dtype != other.dtype:

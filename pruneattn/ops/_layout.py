@@ -4,8 +4,13 @@ import torch
 
 
 def together(x):
-    """``x`` with contiguous channels, for kernels that take any other strides."""
+    """``x`` with a contiguous last dimension, for kernels that take any other strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def near(x):
+    """``x`` [B, H, N, D] with contiguous channels and rows no farther apart than Triton's 32-bit offsets reach."""
+    return x if x.stride(3) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
 def in_pieces(x):

@@ -4,12 +4,12 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import choose, launch
-from ._checks import ATTENTION_DTYPES, check_dtype, check_like, check_shape
-from ._layout import heads_of, rows_together, together
+from ._checks import ATTENTION_DTYPES, check_device, check_dtype, check_like, check_not_empty, check_shape
+from ._layout import heads_of, near, rows_together, together
 from ._registration import LIBRARY, define
 from .pytorch_attention import pytorch_attention, sdpa
 
-#: What the CPU kernels compute; other dtypes run the reference there.
+#: What the CPU kernels compute; float16 is computed in float32 there, and float64 by the reference.
 CPU_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 #: And the CUDA kernels.
 CUDA_DTYPES = {**CPU_DTYPES, torch.float16: "float16"}
@@ -72,6 +72,9 @@ def attention(q, k, v, scale=None):
         TypeError, ValueError: an argument has another dtype, shape or device than said here.
     """
     if _pytorch_is_best(q.device.type):
+        check_heads(q, k, v)
+        if q.device.type == "meta" or not torch.is_autocast_enabled(q.device.type):  # which casts them
+            check_dtypes(q, k, v)
         return pytorch_attention(q, k, v, scale)
     return _attention(q, k, v, scale)[0]
 
@@ -83,11 +86,25 @@ def _pytorch_is_best(device_type):
 
 def check_qkv(q, k, v):
     """Raise unless these are queries, keys and values of one dtype and device."""
+    check_heads(q, k, v)
+    check_dtypes(q, k, v)
+
+
+def check_heads(q, k, v):
+    """Raise unless these have the shapes of queries, keys and values, and one device."""
     check_shape("q", q, "BHMD")
-    check_dtype("q", q, ATTENTION_DTYPES)
     batch, heads, _, channels = q.shape
     check_shape("k", k, "BHND", (batch, heads, *k.shape[2:3], channels))
     check_shape("v", v, "BHND", k.shape)
+    check_not_empty("q", q, "BHMD")
+    check_not_empty("k", k, "BHND")
+    check_device("k", k, "q", q)
+    check_device("v", v, "q", q)
+
+
+def check_dtypes(q, k, v):
+    """Raise unless these have one dtype that attention is for."""
+    check_dtype("q", q, ATTENTION_DTYPES)
     check_like("k", k, "q", q)
     check_like("v", v, "q", q)
 
@@ -118,8 +135,11 @@ def _fake_backward(grad_out, q, k, v, out, lse, scale=None):
 
 
 def _cpu(q, k, v, scale=None):
-    if q.dtype not in CPU_DTYPES:
+    if q.dtype == torch.float64:
         return reference(q, k, v, scale)
+    if q.dtype == torch.float16:
+        out, lse = _cpu(q.float(), k.float(), v.float(), scale)
+        return out.half(), lse
     out, lse = empty_outputs(q)
     (q, q_heads), (k, k_heads), (v, v_heads) = map(heads_of, (q, k, v))
     shape = (*q.shape[:3], k.shape[2], q.shape[3])
@@ -132,7 +152,8 @@ def _cpu_backward(grad_out, q, k, v, out, lse, scale=None):
     if q.dtype in (torch.bfloat16, torch.float16) and k.shape[2] <= _FUSED_HALF_TOKENS:
         return backward_reference(grad_out, q, k, v, out, lse, scale)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    grads = fused(grad_out, q, k, v, out, lse, 0.0, False, scale=scale)
+    # It takes channels that lie apart for contiguous ones.
+    grads = fused(grad_out, *map(together, (q, k, v)), out, lse, 0.0, False, scale=scale)
     return tuple(grad.contiguous() for grad in grads)
 
 
@@ -143,7 +164,7 @@ def _triton(q, k, v, scale=None):
     if not takes(q):
         return reference(q, k, v, scale)
     out, lse = empty_outputs(q)
-    kernel.attention(*map(together, (q, k, v)), out, lse, scale_of(q, scale))
+    kernel.attention(*map(near, (q, k, v)), out, lse, scale_of(q, scale))
     return out, lse
 
 
@@ -154,7 +175,7 @@ def _triton_backward(grad_out, q, k, v, out, lse, scale=None):
     if not takes(q):
         return backward_reference(grad_out, q, k, v, out, lse, scale)
     grads = _fake_backward(grad_out, q, k, v, out, lse)
-    inputs = map(together, (grad_out, q, k, v, out))
+    inputs = map(near, (grad_out, q, k, v, out))
     kernel.attention_backward(*inputs, lse.contiguous(), *grads, torch.empty_like(lse), scale_of(q, scale))
     return grads
 

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..backend import choose
 from ._checks import check_keep
 from ._registration import define
-from .cls_scores import check_scoring, cpu_scores, cuda_partials, triton_partials
+from .cls_scores import check_scoring, cpu_scores, cuda_partials, flops, triton_partials
 from .cls_scores import reference as cls_reference
 from .prune_tokens import check_tokens, differentiable_in_tokens, empty_kept
 from .prune_tokens import compiled as prune_compiled
@@ -88,7 +88,4 @@ _cls_prune_tokens = define(
 differentiable_in_tokens("cls_prune_tokens", x_place=2)
 
 
-@register_flop_formula(torch.ops.pruneattn.cls_prune_tokens)
-def _flops(q_cls, k, *args, **kwargs):
-    batch, heads, tokens, channels = k
-    return 2 * batch * heads * tokens * channels
+register_flop_formula(torch.ops.pruneattn.cls_prune_tokens)(flops)

@@ -4,8 +4,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import _C, launch
-from ._checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_shape
-from ._layout import heads_of, together
+from ._checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_not_empty, check_shape
+from ._layout import heads_of, near
 from ._registration import LIBRARY, define
 from .attention import CPU_DTYPES, CUDA_DTYPES, scale_of
 
@@ -45,6 +45,7 @@ def check_scoring(q_cls, k, extra_tokens, scale=None):
     check_shape("q_cls", q_cls, "BHD", (batch, heads, channels))
     check_dtype("q_cls", q_cls, ATTENTION_DTYPES)
     check_like("k", k, "q_cls", q_cls)
+    check_not_empty("k", k, "BHND")
     check_extra_tokens(extra_tokens, tokens)
 
 
@@ -54,8 +55,10 @@ def _fake(q_cls, k, extra_tokens, scale=None):
 
 def cpu_scores(q_cls, k, extra_tokens, scale=None):
     """:func:`cls_scores` by the CPU kernel where it takes the input."""
-    if k.dtype not in CPU_DTYPES:
+    if k.dtype == torch.float64:
         return reference(q_cls, k, extra_tokens, scale)
+    if k.dtype == torch.float16:
+        return cpu_scores(q_cls.float(), k.float(), extra_tokens, scale)
     scores = _fake(q_cls, k, extra_tokens)
     (q, q_heads), (k, k_heads) = heads_of(q_cls.unsqueeze(2)), heads_of(k)
     places = (q_heads, k_heads)
@@ -83,7 +86,7 @@ def triton_partials(q_cls, k, extra_tokens, scale=None):
     if not takes(k):
         return reference(q_cls, k, extra_tokens, scale).unsqueeze(1)
     weights = k.new_empty(k.shape[:3], dtype=torch.float32)  # [B, H, N]
-    kernel.cls_weights(together(q_cls.unsqueeze(2)), together(k), weights, scale_of(q_cls, scale))
+    kernel.cls_weights(near(q_cls.unsqueeze(2)), near(k), weights, scale_of(q_cls, scale))
     return weights[:, :, extra_tokens:]
 
 
@@ -119,6 +122,7 @@ torch.library.register_autograd("pruneattn::cls_scores", _backward, setup_contex
 
 
 @register_flop_formula(torch.ops.pruneattn.cls_scores)
-def _flops(q_cls, k, extra_tokens, scale=None, *, out_shape=None, **_):
+def flops(q_cls, k, *_, **__):
+    """Of the op, for keys of this shape."""
     batch, heads, tokens, channels = k
     return 2 * batch * heads * tokens * channels

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import _C, launch, stands_in
 from ._checks import check_extra_tokens, check_shape
-from ._layout import aligned, heads_of, rows_together, together
+from ._layout import aligned, heads_of, near, rows_together
 from ._registration import LIBRARY, define
 from .attention import CPU_DTYPES, CUDA_DTYPES, attention_backward, check_qkv, empty_outputs, logits, scale_of
 
@@ -62,8 +62,11 @@ def _fake(q, k, v, extra_tokens, scale=None):
 
 def cpu_attention(q, k, v, extra_tokens, scale=None):
     """:func:`column_mean_attention` and its log-sum-exp by the CPU kernel, where it takes the input."""
-    if q.dtype not in CPU_DTYPES:
+    if q.dtype == torch.float64:
         return reference(q, k, v, extra_tokens, scale)
+    if q.dtype == torch.float16:
+        out, scores, lse = cpu_attention(q.float(), k.float(), v.float(), extra_tokens, scale)
+        return out.half(), scores, lse
     out, scores, lse = _fake(q, k, v, extra_tokens)
     (q, q_heads), (k, k_heads), (v, v_heads) = map(heads_of, (q, k, v))
     places = (q_heads, k_heads, v_heads, heads_of(out)[1], lse.data_ptr())
@@ -104,7 +107,7 @@ def triton_partials(q, k, v, extra_tokens, scale=None):
 
     if not takes(q):
         return _reference_partials(q, k, v, extra_tokens, scale)
-    q, k, v = map(together, (q, k, v))
+    q, k, v = map(near, (q, k, v))
     out, lse = empty_outputs(q)
     maximum, inverse = torch.empty_like(lse), torch.empty_like(lse)
     attention.attention(q, k, v, out, lse, scale_of(q, scale), maximum, inverse)
@@ -161,6 +164,7 @@ torch.library.register_autograd(
 
 
 @register_flop_formula(torch.ops.pruneattn.column_mean_attention)
-def _flops(q, *_, **__):
+def flops(q, *_, **__):
+    """Of the op, for queries of this shape."""
     batch, heads, tokens, channels = q
     return 2 * 2 * batch * heads * tokens * tokens * channels  # two matrix products, a multiplication and an addition

@@ -3,7 +3,8 @@
 import torch
 
 from ..backend import _C, launch
-from ._checks import check_device, check_dtype, check_extra_tokens, check_shape
+from ._checks import check_device, check_dtype, check_extra_tokens, check_not_empty, check_shape
+from ._layout import together
 from ._registration import LIBRARY, define
 
 
@@ -46,13 +47,14 @@ def scatter_tokens(grad, index, extra_tokens, tokens):
 
 def rows_of(x):
     """``x`` [B, N, C] with contiguous rows, and where a kernel finds them: pointer, strides and row size in bytes."""
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = together(x)
     size = x.element_size()
     return x, (x.data_ptr(), x.stride(0) * size, x.stride(1) * size, x.shape[2] * size)
 
 
 def _check(x, index, extra_tokens):
     check_shape("x", x, "BNC")
+    check_not_empty("x", x, "BNC")
     check_shape("index", index, ("B", "keep"))
     if index.shape[0] != x.shape[0]:
         raise ValueError(f"index: expected batch {x.shape[0]}, the batch of x, got {index.shape[0]}")

@@ -4,6 +4,7 @@ import torch
 
 from ..backend import _C, launch
 from ._checks import check_dtype, check_keep, check_shape
+from ._layout import together
 from ._registration import define
 from .prune_tokens import check_tokens, differentiable_in_tokens, empty_kept, rows_to_copy
 from .prune_tokens import compiled as prune_compiled
@@ -65,7 +66,7 @@ def _cuda(partial_scores, x, y, keep, extra_tokens):
     batch, rows, patches = partial_scores.shape
     if patches > _C.MAX_PATCHES:
         return reference(partial_scores, x, y, keep, extra_tokens)
-    partials = partial_scores if partial_scores.stride(2) == 1 else partial_scores.contiguous()
+    partials = together(partial_scores)
     scores, index, *kept = _fake(partials, x, y, keep, extra_tokens)
     tokens, copies = rows_to_copy((x, y), kept)
     places = (partials.data_ptr(), batch, rows, patches, *partials.stride()[:2])

@@ -3,10 +3,11 @@
 import torch
 
 from ..backend import _C, launch
-from ._checks import check_device, check_extra_tokens, check_shape
+from ._checks import check_device, check_extra_tokens, check_not_empty, check_shape
+from ._layout import together
+from ._registration import LIBRARY, define
 from .gather_tokens import reference as gather_reference
 from .gather_tokens import rows_of, scatter_tokens
-from ._registration import LIBRARY, define
 from .select_tokens import check_selection
 from .select_tokens import reference as select_reference
 
@@ -52,6 +53,7 @@ def check_tokens(x, y, patches, extra_tokens, name, other):
                 f"{tokens_name}: expected [{batch}, {extra_tokens} + {patches}, C] for {name} {list(other.shape)} and "
                 f"extra_tokens {extra_tokens}, got {list(tokens.shape)}"
             )
+        check_not_empty(tokens_name, tokens, "BNC")
         check_device(tokens_name, tokens, name, other)
     check_extra_tokens(extra_tokens, x.shape[1])
 
@@ -83,7 +85,7 @@ def compiled(scores, x, y, keep, extra_tokens):
     batch, patches = scores.shape
     if scores.is_cuda and patches > _C.MAX_PATCHES:
         return reference(scores, x, y, keep, extra_tokens)
-    scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    scores = together(scores)
     index, *kept = empty_kept(x, y, keep, extra_tokens)
     tokens, rows = rows_to_copy((x, y), kept)
     selection = (scores.data_ptr(), batch, patches, scores.stride(0), keep, index.data_ptr())

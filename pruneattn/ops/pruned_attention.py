@@ -7,7 +7,7 @@ from ..backend import choose
 from ._checks import check_keep
 from ._registration import LIBRARY, define
 from .attention import attention_backward, empty_outputs
-from .column_mean_attention import check_attention, cpu_attention, cuda_partials, triton_partials
+from .column_mean_attention import check_attention, cpu_attention, cuda_partials, flops, triton_partials
 from .column_mean_attention import reference as attention_reference
 from .gather_tokens import scatter_tokens
 from .prune_tokens import check_tokens, empty_kept
@@ -118,7 +118,4 @@ def _backward(ctx, _, __, grad_x, grad_out, *___):
 torch.library.register_autograd("pruneattn::pruned_attention", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
-@register_flop_formula(torch.ops.pruneattn.pruned_attention)
-def _flops(q, *_, **__):
-    batch, heads, tokens, channels = q
-    return 2 * 2 * batch * heads * tokens * tokens * channels  # two matrix products, a multiplication and an addition
+register_flop_formula(torch.ops.pruneattn.pruned_attention)(flops)

@@ -4,6 +4,7 @@ import torch
 
 from ..backend import _C, launch
 from ._checks import check_dtype, check_keep, check_shape
+from ._layout import together
 from ._registration import define
 
 
@@ -50,7 +51,7 @@ def _compiled(scores, keep):
     batch, patches = scores.shape
     if scores.is_cuda and patches > _C.MAX_PATCHES:
         return reference(scores, keep)
-    scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    scores = together(scores)
     index = torch.empty((batch, keep), dtype=torch.int64, device=scores.device)
     launch("select_tokens", scores, scores.data_ptr(), batch, patches, scores.stride(0), keep, index.data_ptr())
     return index

@@ -139,6 +139,16 @@ def test_sharp_and_flat_rows(cuda, spread):
     np.testing.assert_allclose(sums.astype(np.float64).sum(1), expected[2], rtol=2e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1e-50])
+def test_a_scale_of_next_to_nothing_makes_all_keys_equal(cuda, scale):
+    """In float32 the second one would be 0, which times the -Inf of the keys that are not there is NaN."""
+    case = Case(cuda, 1, 2, 40, scale=scale)
+    out, _, sums = case.run()
+    expected = case.expected()
+    np.testing.assert_allclose(out, expected[0], rtol=2e-2, atol=TOLERANCE["bfloat16"])
+    np.testing.assert_allclose(sums.astype(np.float64).sum(1), expected[2], rtol=1e-5)
+
+
 def unscored_row(packed):
     packed[:, 0, 0] = np.nan  # the class token's query: its output is lost, no score is
 

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from pruneattn.kernels import launch, tiles  # noqa: E402
 from pruneattn.kernels.launch import Config, config_for, fit  # noqa: E402
+from pruneattn.ops._layout import near  # noqa: E402
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
@@ -24,6 +25,23 @@ def test_tiles_cover_every_count_once(block):
         last = tiles.last_rows(count, block)
         assert (last == 0) == (count % block == 0) and last >= count % block and last & (last - 1) == 0
         assert tiles.tiled(count, block) >= count
+
+
+def test_rows_that_offsets_of_32_bits_do_not_reach_are_copied():
+    storage = torch.empty(2**32, dtype=torch.float16, device="meta")
+    for row in (512, 2**31 // 3, 2**31 // 3 + 1, 2**30):
+        x = storage.as_strided((1, 1, 3, 8), (8, 8, row, 1))
+        assert (near(x) is x) == (3 * row < 2**31) and near(x).shape == x.shape
+    assert near(storage.as_strided((2, 2, 3, 8), (2**31, 2**30, 8, 1))).stride() == (2**31, 2**30, 8, 1)  # are 64 bits
+    assert near(storage.as_strided((1, 1, 3, 8), (0, 0, 1, 3))).stride(3) == 1
+
+
+def test_a_tensor_of_2_gib_is_another_kind_on_hip(monkeypatch):
+    """Triton compiles offsets of 32 bits for smaller ones there."""
+    small, large = (torch.empty(size, dtype=torch.int8, device="meta") for size in (2**31 - 16, 2**31))
+    assert launch._kind(small) == launch._kind(large)
+    monkeypatch.setattr(launch, "_HIP", True)
+    assert launch._kind(small) != launch._kind(large)
 
 
 @pytest.mark.parametrize("tokens", [65, 257, 513, 514])

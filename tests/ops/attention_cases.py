@@ -113,6 +113,27 @@ def random_cases(count, device):
         yield q, k, v, extra_tokens, (None, 0.2, -0.2)[number(0, 2)]
 
 
+def strides_of_a_head(x):
+    """``(what, view)`` of ``x`` [B, H, N, D] with strides of which any attention may be given."""
+    yield "contiguous", x.contiguous()
+    yield "channels apart", x.transpose(2, 3).contiguous().transpose(2, 3)
+    yield "every second channel", torch.stack([x, x + 1], -1).flatten(3)[..., ::2]
+    yield "one channel for all", x[..., :1].expand_as(x)
+    yield "one row for all", x[:, :, :1].expand_as(x)
+
+
+def assert_gradients_of_any_strides(attend, q, k, v):
+    """Those of ``attend(q, k, v)`` are those of float64, however q, k, v and the gradient of the result lie."""
+    grad = torch.randn(q.shape, device=q.device).to(q.dtype)
+    for (what, q_view), (_, k_view), (_, v_view), (_, grad_view) in zip(*map(strides_of_a_head, (q, k, v, grad))):
+        inputs = leaves((q_view, k_view, v_view))
+        exact = leaves(x.double() for x in inputs)
+        ours = torch.autograd.grad(attend(*inputs), inputs, grad_view)
+        expected = torch.autograd.grad(F.scaled_dot_product_attention(*exact), exact, grad_view.double())
+        for name, our, truth in zip("qkv", ours, expected):
+            assert rms(our - truth) <= 2 * EPS[q.dtype] * (rms(truth) + 1), (what, name)
+
+
 def special_cases(dtype, device, token, tokens):
     """``(what, [q, k, v])`` with NaN, Inf and logits too large for float32 at one token of one clip and head."""
     clean = torch.randn(3, 2, 2, tokens, 8, device=device)

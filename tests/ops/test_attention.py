@@ -138,6 +138,12 @@ def test_gradients_where_queries_are_not_the_keys(place, cases, scale):
         torch.testing.assert_close(our.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, tokens", [(torch.float32, 21), (torch.bfloat16, 21), (torch.bfloat16, 259)])
+def test_gradients_of_any_strides(place, interpreted, cases, dtype, tokens):
+    sizes = (1, 1, min(tokens, 35), 8) if interpreted else (2, 2, tokens, 8)
+    cases.assert_gradients_of_any_strides(attention, *cases.packed_qkv(*sizes, dtype, place))
+
+
 def test_gradient_reaches_one_input_alone(place, cases):
     q, k, v = cases.packed_qkv(1, 2, 5, 3, torch.float32, place)
     v = v.detach().requires_grad_()
@@ -152,8 +158,11 @@ def test_second_derivative_is_refused(cases):
         grad.sum().backward()
 
 
-def test_refuses_bad_arguments():
-    q = torch.zeros(2, 3, 9, 4)
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.device)])
+def test_refuses_bad_arguments(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    q = torch.zeros(2, 3, 9, 4, device=device)
     with pytest.raises(ValueError, match=r"q: expected shape \[B, H, M, D\], got \[3, 9, 4\]"):
         attention(q[0], q[0], q[0])
     with pytest.raises(ValueError, match=r"k: expected shape \[B, H, N, D\] = \[2, 3, 9, 4\], got \[2, 3, 9, 3\]"):
@@ -166,5 +175,12 @@ def test_refuses_bad_arguments():
         attention(q, q, q.bfloat16())
     with pytest.raises(TypeError, match="q: expected dtype torch.float32 or .* got torch.int64"):
         attention(q.long(), q.long(), q.long())
-    with pytest.raises(ValueError, match="k: expected device cpu, the device of q, got meta"):
-        attention(q, q.to("meta"), q)
+    other = "cpu" if device == "meta" else "meta"
+    with pytest.raises(ValueError, match=f"k: expected device {device}.*, the device of q, got {other}"):
+        attention(q, torch.zeros_like(q, device=other), q)
+    with pytest.raises(ValueError, match=r"q: expected \[B, H, M, D\] empty in B at most, got \[2, 3, 0, 4\]"):
+        attention(q[:, :, :0], q, q)
+    for empty in (q[:, :, :0], q[..., :0], q[:, :0]):
+        with pytest.raises(ValueError, match="empty in B at most"):
+            attention(q if empty.shape[2] == 0 else empty, empty, empty)
+    assert attention(q[:0], q[:0], q[:0]).shape == (0, 3, 9, 4)

@@ -108,3 +108,6 @@ def test_refuses_bad_arguments(any_device):
         cls_scores(q_cls.long(), k, 1)
     with pytest.raises(ValueError, match="extra_tokens: expected 0 to 8 of 9 tokens, got 9"):
         cls_scores(q_cls, k, 9)
+    for q, empty in ((q_cls[..., :0], k[..., :0]), (q_cls[:, :0], k[:, :0])):
+        with pytest.raises(ValueError, match=r"k: expected \[B, H, N, D\] empty in B at most, got"):
+            cls_scores(q, empty, 1)

@@ -89,3 +89,5 @@ def test_refuses_bad_arguments(device):
     for extra_tokens in (-1, 9):
         with pytest.raises(ValueError, match=f"extra_tokens: expected 0 to 8 of 9 tokens, got {extra_tokens}"):
             gather_tokens(x, index, extra_tokens)
+    with pytest.raises(ValueError, match=r"x: expected \[B, N, C\] empty in B at most, got \[2, 9, 0\]"):
+        gather_tokens(x[..., :0], index, 1)

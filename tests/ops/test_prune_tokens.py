@@ -24,10 +24,11 @@ def test_is_select_and_two_gathers(device, extra_tokens):
 
 def test_strides(device):
     scores, x = torch.randn(4, 40, device=device), torch.randn(4, 60, 20, device=device)
-    # The attention output before the projection: [B, H, N, D] stored as [B, N, H, D].
-    y = torch.randn(2, 11, 3, 4, device=device).transpose(1, 2).transpose(1, 2).reshape(2, 11, 12)
+    y = torch.randn(2, 22, 12, device=device)[:, ::2, :11]
     check(scores[::2, 5:25:2], x[:2, :11, 4:9], y, 6, 1)
-    check(scores.t()[:2, :3].t()[:2].contiguous()[:, :2].expand(2, 2), x[:2, ::20], x[:2, ::20, ::3], 1, 1)
+    check(scores[1:, :10][:2], x[:1, :11].expand(2, -1, -1), y.transpose(1, 2), 6, 1)  # apart: a clip, a row, a channel
+    check(scores[:1, :10].expand(2, -1), x[::2, 1:34:3], x[1::2, :11, ::3], 6, 1)
+    check(scores[:2, ::4].t().contiguous().t(), x[:2, :11], y, 6, 1)
 
 
 def test_gradients(device):

@@ -115,6 +115,17 @@ def test_gradients_are_those_of_the_definition(place, cases, scale):
         torch.testing.assert_close(*torch.autograd.grad(result, leaf, grad), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_any_strides(place, interpreted, cases, dtype):
+    """Of every patch kept, which is attention, rows merged."""
+
+    def attend(q, k, v):
+        out = pruned_attention(q, k, v, merged(v.detach()), q.shape[2] - 1, 1)[3]
+        return out.unflatten(2, q.shape[1::2]).transpose(1, 2)
+
+    cases.assert_gradients_of_any_strides(attend, *cases.packed_qkv(*((1, 1) if interpreted else (2, 3)), 19, 8, dtype, place))
+
+
 def test_gradients(any_device, cases):
     q, k, v = cases.leaves(cases.packed_qkv(2, 2, 6, 3, torch.float64, any_device))
     x = torch.randn(2, 6, 2, device=any_device, dtype=torch.float64, requires_grad=True)
