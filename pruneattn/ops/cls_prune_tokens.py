@@ -88,4 +88,4 @@ _cls_prune_tokens = define(
 differentiable_in_tokens("cls_prune_tokens", x_place=2)
 
 
-register_flop_formula(torch.ops.pruneattn.cls_prune_tokens)(flops)
+register_flop_formula(torch.ops.pruneattn.cls_prune_tokens, get_raw=True)(flops)

@@ -118,4 +118,4 @@ def _backward(ctx, _, __, grad_x, grad_out, *___):
 torch.library.register_autograd("pruneattn::pruned_attention", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
-register_flop_formula(torch.ops.pruneattn.pruned_attention)(flops)
+register_flop_formula(torch.ops.pruneattn.pruned_attention, get_raw=True)(flops)
