@@ -70,6 +70,11 @@ def prune(model, keep_rate=0.7, blocks=(3, 6, 9), score=None):
             "prune: this model prunes by itself: set_keep_rate changes how much, and prune_blocks and score of "
             "create_model say where and by what"
         )
+    if getattr(model, "decoder", None) is not None:
+        raise UserError(
+            f"prune: {type(model).__name__} has a decoder, which would take the tokens that are left for others: prune the "
+            "encoder alone"
+        )
     trunk = _trunk_of("prune", model)
     blocks = check_prune_blocks("blocks", blocks, len(trunk.blocks))
     rates = spread_keep_rate(keep_rate, len(blocks))

@@ -185,6 +185,13 @@ def test_our_own_models():
         pruneattn.unprune(model)
 
 
+def test_a_decoder_wants_every_token(plain_vit, tokens):
+    plain_vit.decoder = nn.Linear(24, 24)
+    with pytest.raises(pruneattn.UserError, match="PlainViT has a decoder, .* prune the encoder alone"):
+        pruneattn.prune(plain_vit, 0.5, (1,))
+    assert counts(plain_vit, tokens) == [11] * 4
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, nn.Sequential, lambda model: None])
 def test_what_is_no_model_of_a_known_kind(plain_vit, wrap):
     for function in (pruneattn.prune, pruneattn.unprune):
