@@ -15,7 +15,7 @@ def check_shape(name, tensor, letters, expected=None):
 
 def check_not_empty(name, tensor, letters):
     """No dimension but the batch, the first, is empty."""
-    if 0 in tensor.shape[1:]:
+    if tensor.numel() == 0 and 0 in tensor.shape[1:]:
         raise ValueError(f"{name}: expected [{', '.join(letters)}] empty in B at most, got {list(tensor.shape)}")
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backend import choose, launch
-from ._checks import ATTENTION_DTYPES, check_device, check_dtype, check_like, check_not_empty, check_shape
+from ._checks import ATTENTION_DTYPES, check_dtype, check_like, check_not_empty, check_shape
 from ._layout import heads_of, near, rows_together, together
 from ._registration import LIBRARY, define
 from .pytorch_attention import pytorch_attention, sdpa
@@ -91,19 +91,19 @@ def check_qkv(q, k, v):
 
 
 def check_heads(q, k, v):
-    """Raise unless these have the shapes of queries, keys and values, and one device."""
+    """Raise unless these have the shapes of queries, keys and values."""
     check_shape("q", q, "BHMD")
-    batch, heads, _, channels = q.shape
-    check_shape("k", k, "BHND", (batch, heads, *k.shape[2:3], channels))
-    check_shape("v", v, "BHND", k.shape)
     check_not_empty("q", q, "BHMD")
-    check_not_empty("k", k, "BHND")
-    check_device("k", k, "q", q)
-    check_device("v", v, "q", q)
+    if k.shape != q.shape:
+        batch, heads, _, channels = q.shape
+        check_shape("k", k, "BHND", (batch, heads, *k.shape[2:3], channels))
+        check_not_empty("k", k, "BHND")
+    if v.shape != k.shape:
+        check_shape("v", v, "BHND", k.shape)
 
 
 def check_dtypes(q, k, v):
-    """Raise unless these have one dtype that attention is for."""
+    """Raise unless these have one dtype, one that attention is for, and one device."""
     check_dtype("q", q, ATTENTION_DTYPES)
     check_like("k", k, "q", q)
     check_like("v", v, "q", q)
