@@ -46,7 +46,7 @@ def main(argv=None):
             "clips": len(dataset) - len(failed),
             "failed": len(failed),
             "missing": len(dataset.missing),
-            "metric": _metric(args.dataset, dataset),
+            "metric": _metric(args.dataset, model.multilabel),
             "amp": args.amp,
             "batch_size": args.batch_size,
             "device": describe_device(device),
@@ -162,10 +162,10 @@ def _make_output(args):
     return make_folder(output)
 
 
-def _metric(name, dataset):
+def _metric(name, multilabel):
     from .data import DATASETS
 
-    return DATASETS[name].metric or ("map" if dataset.multilabel else "top1")
+    return DATASETS[name].metric or ("map" if multilabel else "top1")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from pruneattn.errors import UserError, check_least, run_command
 from pruneattn.metrics import evaluate_predictions
 from pruneattn.opening import make_folder
 from pruneattn.tables import save_failed, say_failed
-from pruneattn.training.build import measure, open_split
+from pruneattn.training.build import measure, open_splits
 from pruneattn.training.schedule import keep_rate_at
 from pruneattn.training.state import write_json
 
@@ -111,7 +111,7 @@ def main(argv=None):
 
     config = open_config(args)
     args.frames = args.frames or min(DATASETS[args.dataset].frames, config.max_length if config else math.inf)
-    splits = {split: open_split(args, args, split) for split in ("train", "val", "test")}
+    splits = open_splits(args, args)
     train_set = splits["train"]
     model = make_model(args, config, train_set)
     pruning = {"keep_rate": args.keep_rate, "blocks": args.prune_blocks, "score": args.score}

@@ -128,6 +128,22 @@ def test_checkpoint_decides_what_is_seen(checkpoint, clips, tmp_path):
     assert "clips_per_second" not in other["rows"][0] and "dense" not in other
 
 
+def test_checkpoint_decides_whether_the_task_is_multilabel(clips, tmp_path):
+    """The clips of a small manifest may happen to have one label each."""
+    pruneattn.save_pretrained(
+        make_model(), tmp_path / "best.safetensors", features=FEATURES, labels=LABELS, multilabel=True
+    )
+    rows = ["index,mid,display_name", *(f"{number},/m/{label},{label}" for number, label in enumerate(LABELS))]
+    (tmp_path / "class_labels_indices.csv").write_text("\n".join(rows))
+    paths = sorted((clips / "test").rglob("*.wav"))
+    entries = [{"wav": str(path), "labels": f"/m/{path.parent.name}"} for path in paths]
+    (tmp_path / "test.json").write_text(json.dumps({"data": entries}))
+    options = ["--dataset", "manifest", "--manifest", tmp_path / "test.json", "--keep-rate", 0.5, "--rounds", 0]
+    table = run(tmp_path, clips, tmp_path, *options)
+    expected = evaluate_predictions(by_hand(make_model(), 0.5, paths), torch.eye(3)[true_labels(paths)], True)
+    assert table["metric"] == "map" and table["rows"][0]["metric"] == pytest.approx(expected["map"])
+
+
 def test_two_processes_agree_with_one(checkpoint, clips, tmp_path):
     options = ["--keep-rate", "1", "0.5", "--rounds", "0", "--batch-size", "2"]
     one = run(checkpoint, clips, tmp_path / "one", *options)

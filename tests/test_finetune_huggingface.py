@@ -178,6 +178,23 @@ def test_input_is_that_of_the_feature_extractor(script, arguments, tones, tmp_pa
         assert clips[number]["labels"] == dataset.clips[number].labels[0]
 
 
+def test_training_clips_decide_whether_the_task_is_multilabel(script, arguments, tones, tmp_path):
+    """Each clip of val has one label here, every second one of train has two."""
+    rows = ["index,mid,display_name", *(f"{number},{kind},{kind}" for number, kind in enumerate(("high", "low", "middle")))]
+    (tmp_path / "class_labels_indices.csv").write_text("\n".join(rows))
+    manifests = ["--dataset", "manifest"]
+    for split in ("train", "val"):
+        kinds = [(path, path.parent.name) for path in sorted((tones / split).rglob("*.wav"))]
+        entries = [
+            {"wav": str(path), "labels": f"{kind},low" if split == "train" and number % 2 else kind}
+            for number, (path, kind) in enumerate(kinds)
+        ]
+        (tmp_path / f"{split}.json").write_text(json.dumps({"data": entries}))
+        manifests += [f"--{split}-manifest", tmp_path / f"{split}.json"]
+    script.main(arguments(tmp_path / "run", *manifests, "--epochs", 1, "--keep-rate", 1))
+    assert trainer_state(tmp_path / "run")["best_metric"] == trainer_state(tmp_path / "run")["log_history"][-1]["eval_map"]
+
+
 def test_resumed_run_equals_the_uninterrupted(script, arguments, finished, tmp_path, monkeypatch):
     begin = script.KeepRateSchedule.on_epoch_begin
 

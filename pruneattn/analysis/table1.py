@@ -154,7 +154,8 @@ class Table:
         device = distributed.start(options.device)
         try:
             model = load_pretrained(self.output / cell.name)
-            dataset = open_split(options, recipe, "test") or open_split(options, recipe, "val")
+            test_set = open_split(options, recipe, "test", model.multilabel)
+            dataset = test_set or open_split(options, recipe, "val", model.multilabel)
             features = FeatureExtractor(model.features).to(device)
             loader = make_loader(dataset, recipe.batch_size, train=False, workers=options.workers)
             model.set_keep_rate(recipe.keep_rate * (len(recipe.prune_blocks) // len(recipe.keep_rate)))
@@ -165,7 +166,7 @@ class Table:
             distributed.finish()
         arrays = {name: getattr(found, name).numpy() for name in ("logits", "targets", "index")}
         with atomic_write(self.predictions(cell)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays, multilabel=dataset.multilabel, macs=macs)
+            np.savez(file, **arrays, multilabel=model.multilabel, macs=macs)
 
     def rows(self):
         """What is known so far, a dict per ranking and keep-rate; see `compare`."""

@@ -22,8 +22,19 @@ from pruneattn.training.options import describe
 from pruneattn.training.recipes import RECIPES
 
 
-def open_split(options, recipe, split):
-    """The data set of a split, or None where a manifest run has no manifest for its test split."""
+def open_splits(options, recipe):
+    """Dict of the data sets train, val and test; test is None where a manifest run has no manifest for it."""
+    train_set = open_split(options, recipe, "train")
+    # Asked of the training clips alone: those of a small val split may happen to have one label each.
+    others = {split: open_split(options, recipe, split, train_set.multilabel) for split in ("val", "test")}
+    return {"train": train_set, **others}
+
+
+def open_split(options, recipe, split, multilabel=None):
+    """The data set of a split, or None where a manifest run has no manifest for its test split.
+
+    ``multilabel`` says whether a clip can have several classes, else the clips of the split do.
+    """
     manifest = getattr(options, f"{split}_manifest")
     if options.dataset == "manifest" and manifest is None:
         if split == "test":
@@ -31,7 +42,7 @@ def open_split(options, recipe, split):
         raise UserError(f"--dataset manifest needs --{split}-manifest, a JSON file of clips")
     return load_dataset(
         options.dataset, split, data_dir=options.data_dir, fold=options.fold, manifest=manifest,
-        label_csv=options.label_csv, frames=recipe.frames, cache=options.cache, seed=options.seed,
+        label_csv=options.label_csv, multilabel=multilabel, frames=recipe.frames, cache=options.cache, seed=options.seed,
     )  # fmt: skip
 
 
@@ -101,7 +112,8 @@ def build_trainer(options, recipe, stop):
     resume, folder = find_resume(options)
     if distributed.is_main():
         state.open_output(folder, going_on=options.resume is not None)
-    train_set, val_set = open_split(options, recipe, "train"), open_split(options, recipe, "val")
+    train_set = open_split(options, recipe, "train")
+    val_set = open_split(options, recipe, "val", train_set.multilabel)
     check_batch(recipe, train_set)
     recipe = resolve(recipe, DATASETS[options.dataset], train_set)
     config = describe(options, recipe) | {"train_clips": len(train_set), "num_classes": train_set.num_classes}
@@ -137,7 +149,7 @@ def build_trainer(options, recipe, stop):
     return Trainer(
         options=options, recipe=recipe, config=config, folder=folder, device=device, model=model, running=running,
         features=features, augment=augment, optimizer=optimizer, scaler=scaler, train_set=train_set, val_set=val_set,
-        open_test=lambda: open_split(options, recipe, "test"), progress=progress, log=log, stop=stop,
+        open_test=lambda: open_split(options, recipe, "test", train_set.multilabel), progress=progress, log=log, stop=stop,
     )  # fmt: skip
 
 

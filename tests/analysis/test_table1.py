@@ -1,5 +1,6 @@
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,22 @@ def test_whole_table_from_training_to_files(tmp_path, options, analysis_script, 
     logs = [(output / f"{name}-seed0" / "log.jsonl").read_text() for name in ("unpruned", "random-0.5")]
     first = [json.loads(log.splitlines()[0]) for log in logs]
     assert first[0]["kind"] == "epoch" and first[0]["train_loss"] == first[1]["train_loss"]
+
+
+def test_predictions_are_multilabel_as_the_training_is(tmp_path, options):
+    """Each test clip has one label here, while training clips have two."""
+    clips = Path(options[-1])
+    (tmp_path / "class_labels_indices.csv").write_text("index,mid,display_name\n0,n,noise\n1,t,tone\n")
+    manifests = []
+    for split in ("train", "val", "test"):
+        paths = sorted((clips / split).rglob("*.wav"))
+        entries = [{"wav": str(path), "labels": "n,t" if split == "train" else path.parent.name[0]} for path in paths]
+        (tmp_path / f"{split}.json").write_text(json.dumps({"data": entries}))
+        manifests += [f"--{split}-manifest", str(tmp_path / f"{split}.json")]
+    table = Table(tmp_path, [Cell("unpruned", 1.0, 0)], [*options, "--dataset", "manifest", *manifests])
+    assert table.train_next() == "trained"
+    with np.load(table.predictions(table.cells[0])) as saved:
+        assert saved["multilabel"] and (saved["targets"].sum(1) == 1).all()
 
 
 def test_a_stopped_run_is_resumed_and_ends_the_command(tmp_path, options, monkeypatch):

@@ -26,6 +26,23 @@ def clips(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def tagged(clips):
+    """Options for manifests of the same clips: every other one to train on has two labels, the rest have one each."""
+    kinds = ("high", "low", "middle")
+    rows = ["index,mid,display_name", *(f"{number},/m/{kind},{kind}" for number, kind in enumerate(kinds))]
+    (clips / "class_labels_indices.csv").write_text("\n".join(rows))
+    options = ["--dataset", "manifest"]
+    for split in ("train", "val", "test"):
+        entries = []
+        for number, path in enumerate(sorted((clips / split).rglob("*.wav"))):
+            both = ",/m/low" if split == "train" and number % 2 else ""
+            entries.append({"wav": str(path.relative_to(clips)), "labels": f"/m/{path.parent.name}{both}"})
+        (clips / f"{split}.json").write_text(json.dumps({"data": entries}))
+        options += [f"--{split}-manifest", str(clips / f"{split}.json")]
+    return options
+
+
 @pytest.fixture
 def train(clips, tmp_path):
     """Runs training in this process; see `Runs`."""

@@ -50,6 +50,22 @@ def test_learns_and_leaves_everything_behind(train, clips):
     assert metrics["map"] == pytest.approx(result["test"]["map"])
 
 
+def test_training_clips_decide_whether_the_task_is_multilabel(train, tagged):
+    """The best is chosen by the same metric where each clip of val and test happens to have one label."""
+    run = train("run", *tagged, *train.plain, "--epochs", 2, "--shrink-epochs", 0, "--mean", -9, "--std", 3)
+    model = load_pretrained(run)
+    result = json.loads((run / "result.json").read_text())
+    assert model.multilabel and result["metric"] == "map"
+    features = pruneattn.data.FeatureExtractor(model.features)
+    for split in ("val", "test"):
+        manifest = tagged[tagged.index(f"--{split}-manifest") + 1]
+        loader = make_loader(load_dataset("manifest", split, manifest=manifest, frames=64), 5, train=False)
+        by_sigmoid, by_softmax = (
+            evaluate_model(model, features, loader, "cpu", multilabel=multilabel)[0]["map"] for multilabel in (True, False)
+        )
+        assert result[split]["map"] == pytest.approx(by_sigmoid) != pytest.approx(by_softmax)
+
+
 def test_pruning_flag_reaches_the_augmentation(train, monkeypatch):
     seen = []
     for name in ("features", "patches"):
