@@ -321,7 +321,6 @@ def parse(argv):
     option(run, "amp", "precision of the model", "fp32", choices=("fp32", "bf16", "fp16"))
     option(run, "seed", "seed of everything random", 0, type=int)
     args = parser.parse_args(argv)
-    args.cache = False  # the spectrograms are kept, no need to keep the sound
     check_least(args, shrink_start=0, shrink_epochs=0, epochs=1, batch_size=1, warmup_steps=0, workers=0)
     for name in ("embed_dim", "depth", "num_heads"):
         if args.model and getattr(args, name) is not None:

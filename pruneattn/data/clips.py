@@ -46,7 +46,7 @@ class ClipDataset(torch.utils.data.Dataset):
         self.max_samples = max_samples
         self._cache = None
         if cache:
-            self._cache = self._decode_all()
+            self.fill_cache()
 
     def __len__(self):
         return len(self.clips)
@@ -80,7 +80,8 @@ class ClipDataset(torch.utils.data.Dataset):
         except (UserError, OSError) as error:
             return None, str(error)
 
-    def _decode_all(self):
+    def fill_cache(self):
+        """Decode every clip and keep it in memory, as ``cache`` does at once."""
         # One buffer, not one tensor per clip: workers that start by fork share it, others get a single handle.
         samples, ends, errors = bytearray(), [], {}
         with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
@@ -93,4 +94,4 @@ class ClipDataset(torch.utils.data.Dataset):
                     errors[index] = error
                 ends.append(len(samples) // 4)
         samples = torch.frombuffer(samples, dtype=torch.float32) if samples else torch.empty(0)
-        return samples, ends, errors
+        self._cache = samples, ends, errors

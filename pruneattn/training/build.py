@@ -23,7 +23,7 @@ from pruneattn.training.recipes import RECIPES
 
 
 def open_splits(options, recipe):
-    """Dict of the data sets train, val and test; test is None where a manifest run has no manifest for it."""
+    """Dict of the data sets train, val and test, not decoded; test is None where a manifest run has no manifest for it."""
     train_set = open_split(options, recipe, "train")
     # Asked of the training clips alone: those of a small val split may happen to have one label each.
     others = {split: open_split(options, recipe, split, train_set.multilabel) for split in ("val", "test")}
@@ -42,7 +42,7 @@ def open_split(options, recipe, split, multilabel=None):
         raise UserError(f"--dataset manifest needs --{split}-manifest, a JSON file of clips")
     return load_dataset(
         options.dataset, split, data_dir=options.data_dir, fold=options.fold, manifest=manifest,
-        label_csv=options.label_csv, multilabel=multilabel, frames=recipe.frames, cache=options.cache, seed=options.seed,
+        label_csv=options.label_csv, multilabel=multilabel, frames=recipe.frames, seed=options.seed,
     )  # fmt: skip
 
 
@@ -110,11 +110,14 @@ def build_trainer(options, recipe, stop):
     if options.deterministic:
         torch.use_deterministic_algorithms(True)
     resume, folder = find_resume(options)
+    splits = open_splits(options, recipe)
+    train_set, val_set = splits["train"], splits["val"]
+    check_batch(recipe, train_set)
     if distributed.is_main():
         state.open_output(folder, going_on=options.resume is not None)
-    train_set = open_split(options, recipe, "train")
-    val_set = open_split(options, recipe, "val", train_set.multilabel)
-    check_batch(recipe, train_set)
+    if options.cache:
+        train_set.fill_cache()
+        val_set.fill_cache()
     recipe = resolve(recipe, DATASETS[options.dataset], train_set)
     config = describe(options, recipe) | {"train_clips": len(train_set), "num_classes": train_set.num_classes}
 
@@ -149,7 +152,7 @@ def build_trainer(options, recipe, stop):
     return Trainer(
         options=options, recipe=recipe, config=config, folder=folder, device=device, model=model, running=running,
         features=features, augment=augment, optimizer=optimizer, scaler=scaler, train_set=train_set, val_set=val_set,
-        open_test=lambda: open_split(options, recipe, "test", train_set.multilabel), progress=progress, log=log, stop=stop,
+        test_set=splits["test"], progress=progress, log=log, stop=stop,
     )  # fmt: skip
 
 

@@ -49,12 +49,12 @@ class Trainer:
     """
 
     def __init__(self, *, options, recipe, config, folder, device, model, running, features, augment, optimizer, scaler,
-                 train_set, val_set, open_test, progress, log, stop):  # fmt: skip
+                 train_set, val_set, test_set, progress, log, stop):  # fmt: skip
         self.options, self.recipe, self.config = options, recipe, config
         self.folder, self.device = folder, device
         self.model, self.running, self.features, self.augment = model, running, features, augment
         self.optimizer, self.scaler = optimizer, scaler
-        self.train_set, self.val_set, self.open_test = train_set, val_set, open_test
+        self.train_set, self.val_set, self.test_set = train_set, val_set, test_set
         self.progress, self.log, self.stop = progress, log, stop
         self.micro_batch = recipe.batch_size // (distributed.world_size() * recipe.accumulate)
         self.steps_per_epoch = len(train_set) // recipe.batch_size
@@ -246,11 +246,10 @@ class Trainer:
             return
         metric = self.recipe.metric
         result = {"metric": metric, "best_epoch": best["epoch"], "keep_rate": best["keep_rate"], "val": best["val"]}
-        test_set = self.open_test()
-        if test_set is not None and test_set.clips != self.val_set.clips:
+        if self.test_set is not None and self.test_set.clips != self.val_set.clips:
             self.model.load_state_dict(load_file(self.folder / state.BEST))
             self.model.set_keep_rate(best["keep_rate"])
-            result["test"] = self.evaluate(test_set)
+            result["test"] = self.evaluate(self.test_set)
             self.list_failed()
         split = "test" if "test" in result else "val"
         say(f"best epoch {best['epoch'] + 1}: {metric} {result[split][metric]:.4f} on {split}; {self.folder}")

@@ -8,6 +8,7 @@ import torch
 import pruneattn.inference
 from pruneattn.data import load_dataset, make_loader
 from pruneattn.data.augment import Augment
+from pruneattn.data.clips import ClipDataset
 from pruneattn.errors import UserError
 from pruneattn.inference import evaluate_model, predict_dataset
 from pruneattn.models.pretrained import load_pretrained
@@ -163,6 +164,20 @@ def test_full_disk_keeps_the_checkpoint_before(train, monkeypatch):
     assert train.state(full)["progress"]["epoch"] == 2 and not list(full.glob(".*.tmp"))
     train("full", "--resume")
     train.assert_same(whole, full)
+
+
+@pytest.mark.parametrize("cache", ["--cache", "--no-cache"])
+def test_wrong_test_split_is_refused_at_the_start(train, tagged, clips, tmp_path, monkeypatch, cache):
+    """Before any clip is decoded, and before the output folder is taken, so that the corrected command runs."""
+    monkeypatch.setattr(ClipDataset, "read", None)
+    with pytest.raises(UserError, match="nothing.json"):
+        train("run", *tagged, "--test-manifest", tmp_path / "nothing.json", cache)
+    (tmp_path / "clips").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "clips" / split).symlink_to(clips / split)
+    with pytest.raises(UserError, match="has train/ but no test/"):
+        train("run", "--data-dir", tmp_path / "clips", cache)
+    assert not (train.root / "run").exists()
 
 
 def test_bad_clips_are_listed_and_left_out(train, clips, tmp_path):
