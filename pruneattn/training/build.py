@@ -1,6 +1,7 @@
 """From a command line to a `Trainer`: data, model, optimiser, and the state to go on from."""
 
 import dataclasses
+import hashlib
 import platform
 import sys
 from pathlib import Path
@@ -70,6 +71,19 @@ def measure(dataset):
     return round(stats.mean, 3), round(stats.std, 3)
 
 
+def describe_data(train_set, val_set):
+    """The classes, and the clips by name and labels, wherever they lie: a run that goes on has to find the same."""
+
+    def digest(dataset):
+        lines = "".join(f"{clip.path.name} {clip.labels}\n" for clip in dataset.clips)
+        return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
+
+    return {
+        "train_clips": len(train_set), "num_classes": train_set.num_classes, "labels": train_set.labels,
+        "train_clips_digest": digest(train_set), "val_clips_digest": digest(val_set),
+    }  # fmt: skip
+
+
 def build_model(options, recipe, num_classes):
     """The model with fresh weights that depend on the seed alone."""
     seed_step(options.seed, -1)
@@ -119,7 +133,7 @@ def build_trainer(options, recipe, stop):
         train_set.fill_cache()
         val_set.fill_cache()
     recipe = resolve(recipe, DATASETS[options.dataset], train_set)
-    config = describe(options, recipe) | {"train_clips": len(train_set), "num_classes": train_set.num_classes}
+    config = describe(options, recipe) | describe_data(train_set, val_set)
 
     model = build_model(options, recipe, train_set.num_classes)
     saved = None
@@ -192,7 +206,7 @@ def check_same_start(folder, start):
 def write_config(folder, config, train_set, val_set):
     """config.json: every resolved value, and what it ran on; the missing clips in a list of their own."""
     versions = {"pruneattn": pruneattn.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    counts = {"val_clips": len(val_set), "labels": train_set.labels, "processes": distributed.world_size()}
+    counts = {"val_clips": len(val_set), "processes": distributed.world_size()}
     state.write_json(folder / state.CONFIG, {**config, **counts, "versions": versions, "command": sys.argv})
     missing = [str(path) for path in [*train_set.missing, *val_set.missing]]
     if missing:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import types
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Union, get_args, get_origin, get_type_hints
 
 from pruneattn.errors import UserError
@@ -65,6 +66,8 @@ PLACE = {
 }  # fmt: skip
 #: What has no effect before the first pruned epoch, so that runs which differ only in these share a trunk.
 PRUNING = {"keep_rate", "shrink_epochs", "prune_blocks", "score"}
+#: What checkpoints of the first versions do not know of their data; these go on without the comparison.
+_DATA = {"labels", "train_clips_digest", "val_clips_digest"}
 
 _AT_LEAST = {
     **dict.fromkeys(("epochs", "batch_size", "accumulate", "lr_batch", "lr_step_every", "eval_every", "log_every"), 1),
@@ -190,5 +193,13 @@ def describe(options, recipe):
 
 def differences(old, new, ignore=frozenset()):
     """Lines ``name: old -> new`` for the values of two configurations that differ and matter to the result."""
-    names = [name for name in {**old, **new} if name not in PLACE | set(ignore)]
-    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+    ignore = PLACE | set(ignore) | (_DATA - old.keys())
+    names = [name for name in {**old, **new} if name not in ignore and old.get(name) != new.get(name)]
+    return [f"{name}: " + " -> ".join(_first_difference(old.get(name), new.get(name))) for name in names]
+
+
+def _first_difference(old, new):
+    """Two values as texts; of long lists, such as the labels, the first items that differ."""
+    if isinstance(old, list) and isinstance(new, list) and max(len(old), len(new)) > 8:
+        old, new = next(pair for pair in zip_longest(old, new) if pair[0] != pair[1])
+    return str(old), str(new)

@@ -95,3 +95,10 @@ def test_differences_leave_out_the_place():
     commands = ("--output a --workers 1", "--output b --seed 3 --keep-rate 0.5")
     old, new = (describe(*parse(command.split())) for command in commands)
     assert differences(old, new) == ["seed: 0 -> 3", "keep_rate: [1.0] -> [0.5]"]
+
+
+def test_differences_of_long_lists_are_short():
+    labels = [f"label {number}" for number in range(527)]
+    other = [*labels[:400], "another", *labels[401:]]
+    assert differences({"labels": labels}, {"labels": other}) == ["labels: label 400 -> another"]
+    assert differences({"labels": labels}, {"labels": labels[:-1]}) == ["labels: label 526 -> None"]

@@ -105,6 +105,36 @@ def test_branch_and_resume_refuse_another_configuration(train):
     assert (first / "log.jsonl").read_bytes() == before
 
 
+def test_branch_and_resume_refuse_other_clips_and_labels(train, tagged, clips, tmp_path):
+    options = [*tagged, "--mean", -9, "--std", 3]
+    first = train("first", *options, "--epochs", 2, "--shrink-epochs", 0)
+
+    def refused(message, *changes):
+        for going_on in (["--resume", first], ["--branch-from", first / "trunk.pt"]):
+            with pytest.raises(UserError, match=message):
+                train("other", *options, "--epochs", 2, "--shrink-epochs", 0, *changes, *going_on)
+
+    swapped = (clips / "class_labels_indices.csv").read_text().replace("0,/m/high,high", "1,/m/high,high")
+    swapped = swapped.replace("1,/m/low,low", "0,/m/low,low")
+    (tmp_path / "swapped.csv").write_text(swapped)
+    refused(r"labels: \['high', 'low', 'middle'\] -> \['low', 'high', 'middle'\]", "--label-csv", tmp_path / "swapped.csv")
+    for split in ("train", "val"):
+        manifest = json.loads((clips / f"{split}.json").read_text())
+        manifest["data"][-1]["labels"] = "/m/high,/m/low"
+        (clips / "changed.json").write_text(json.dumps(manifest))
+        refused(f"only .* may differ.*: {split}_clips_digest: ", f"--{split}-manifest", clips / "changed.json")
+
+
+def test_checkpoint_that_knows_nothing_of_its_clips_goes_on(train):
+    """Those of the first versions."""
+    first = train("first", "--epochs", 2, "--shrink-epochs", 0)
+    checkpoint = train.state(first)
+    for name in ("labels", "train_clips_digest", "val_clips_digest"):
+        del checkpoint["config"][name]
+    torch.save(checkpoint, first / "last.pt")
+    train("first", "--epochs", 2, "--shrink-epochs", 0, "--resume")
+
+
 def test_resume_by_path_and_when_finished(train, capsys):
     first = train("first", "--epochs", 2, "--shrink-epochs", 0)
     before = train.state(first)
