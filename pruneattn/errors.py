@@ -1,5 +1,6 @@
 """Errors meant for the person at the keyboard."""
 
+import signal
 import sys
 
 
@@ -18,12 +19,15 @@ def check_least(args, **least):
 def run_command(main):
     """Run a command line entry point and leave with the exit code it returns.
 
-    A ``UserError`` or an operating system error becomes one line and exit code 1.
+    A ``UserError`` or an operating system error becomes one line and exit code 1, Ctrl-C one line and 130.
     """
     try:
         sys.exit(main())
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except OSError as error:
         # A full disk, a read-only folder, a missing permission: errno text and path say which.
         where = f": {error.filename}" if error.filename else ""

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -53,20 +54,17 @@ def main(argv=None):
             "torch": torch.__version__,
         }
         rows = [_row(model, keep_rate, score, context["metric"]) for keep_rate, score in zip(keep_rates, scores)]
-        if args.rounds:
-            speed = measure_speed(
-                model.to(device), keep_rates, device, amp=args.amp, batch_size=args.batch_size, rounds=args.rounds,
-                compiled=args.compile,
-            )  # fmt: skip
-            context["rounds"], context["dense"] = args.rounds, speed.dense
-            context["dense_clips_per_second"] = speed.dense_clips_per_second
-            for row in rows:
-                row |= speed.row(row["keep_rate"], theory=row["theory"])
-        print(table_text(rows, context))
         unread = [*failed, *((str(path), "listed, but the file is not there") for path in dataset.missing)]
-        save_table(output, rows, context, dataset.labels, [score["per_class"] for score in scores], unread)
-        say_failed(failed, len(dataset), output / FAILED)
-        print(f"\nSaved in {output}")
+        save = partial(save_table, output, rows, context, dataset.labels, [one["per_class"] for one in scores], unread)
+        save()  # whatever becomes of the timing, which can take longer than all before
+        try:
+            if args.rounds:
+                _add_speed(rows, context, model.to(device), keep_rates, device, args)
+                save()
+        finally:
+            print(table_text(rows, context))
+            say_failed(failed, len(dataset), output / FAILED)
+            print(f"\nSaved in {output}")
         return 0
     finally:
         distributed.finish()
@@ -124,6 +122,18 @@ def _row(model, keep_rate, score, metric):
         "gmacs_computed": macs.computed / 1e9,
         "theory": 1 - macs.paper / dense,
     }
+
+
+def _add_speed(rows, context, model, keep_rates, device, args):
+    """Measure the speed, and add it to the rows and to the context."""
+    speed = measure_speed(
+        model, keep_rates, device, amp=args.amp, batch_size=args.batch_size, rounds=args.rounds, compiled=args.compile
+    )
+    context |= {
+        "rounds": args.rounds, "dense": speed.dense, "dense_clips_per_second": speed.dense_clips_per_second
+    }  # fmt: skip
+    for row in rows:
+        row |= speed.row(row["keep_rate"], theory=row["theory"])
 
 
 def _parse(argv):

@@ -28,6 +28,14 @@ def test_errors_become_one_line():
     assert leave(full_disk) == "error: No space left on device: out.json"
 
 
+def test_ctrl_c_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert leave(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)

@@ -116,6 +116,20 @@ def test_table_equals_computing_by_hand(checkpoint, clips, tmp_path, capsys):
     assert table["clips"] == 7 and not (tmp_path / "failed_clips.txt").exists()
 
 
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError("out of memory")])
+def test_scores_outlive_the_timing(checkpoint, clips, tmp_path, monkeypatch, capsys, interruption):
+    def measure_speed(*args, **options):
+        raise interruption
+
+    monkeypatch.setattr(evaluate, "measure_speed", measure_speed)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        run(checkpoint, clips, tmp_path, "--keep-rate", 0.5)
+    row = json.loads((tmp_path / "table.json").read_text())["rows"][0]
+    printed = capsys.readouterr().out
+    assert f"{row['top1']:.2%}" in printed and "clips_per_second" not in row
+    assert (tmp_path / "table.md").read_text() in printed
+
+
 def test_checkpoint_decides_what_is_seen(checkpoint, clips, tmp_path):
     """Ranking by intensity keeps other patches than the model's own score."""
     own = run(checkpoint, clips, tmp_path, "--keep-rate", 0.1, "--rounds", 0)
