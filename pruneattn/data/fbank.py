@@ -85,11 +85,11 @@ class FeatureConfig:
 
     def __post_init__(self):
         if self.frames < 1:
-            raise ValueError(f"frames must be positive, got {self.frames}")
+            raise UserError(f"frames must be positive, got {self.frames}")
         if not self.std > 0 or not math.isfinite(self.std) or not math.isfinite(self.mean):
-            raise ValueError(f"mean and std must be finite and std positive, got mean={self.mean} std={self.std}")
+            raise UserError(f"mean and std must be finite and std positive, got mean={self.mean} std={self.std}")
         if self.padding not in ("min", "zero"):
-            raise ValueError(f'padding must be "min" or "zero", got {self.padding!r}')
+            raise UserError(f'padding must be "min" or "zero", got {self.padding!r}')
 
     def to_dict(self):
         return asdict(self)

@@ -135,6 +135,9 @@ def build_trainer(options, recipe, stop):
     recipe = resolve(recipe, DATASETS[options.dataset], train_set)
     config = describe(options, recipe) | describe_data(train_set, val_set)
 
+    # All that can refuse an option comes before config.json, with which the folder holds a run.
+    features = FeatureExtractor(FeatureConfig(recipe.frames, recipe.mean, recipe.std, recipe.padding)).to(device)
+    augment = Augment(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Augment)})
     model = build_model(options, recipe, train_set.num_classes)
     saved = None
     if resume:
@@ -159,8 +162,6 @@ def build_trainer(options, recipe, stop):
     running = torch.compile(model) if options.compile else model
     if distributed.world_size() > 1:
         running = DistributedDataParallel(running, device_ids=[device.index] if device.type == "cuda" else None)
-    features = FeatureExtractor(FeatureConfig(recipe.frames, recipe.mean, recipe.std, recipe.padding)).to(device)
-    augment = Augment(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Augment)})
     step = progress.epoch * (len(train_set) // recipe.batch_size) + progress.step if saved else None
     log = RunLog(folder, keep_bytes=saved["log_bytes"] if saved else 0, step=step, tensorboard=options.tensorboard)
     return Trainer(

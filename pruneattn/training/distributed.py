@@ -1,6 +1,7 @@
 """One process, or several started by torchrun: the few collective operations that training and evaluation need."""
 
 import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -21,15 +22,16 @@ def start(name):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if not re.fullmatch(r"cpu|cuda(:[1-9]?\d)?", name):
+        raise UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: torch sees no GPU here; use --device cpu")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: there is no {device}; torch sees {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         _check_restarts()

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import types
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -69,11 +70,21 @@ PRUNING = {"keep_rate", "shrink_epochs", "prune_blocks", "score"}
 #: What checkpoints of the first versions do not know of their data; these go on without the comparison.
 _DATA = {"labels", "train_clips_digest", "val_clips_digest"}
 
-_AT_LEAST = {
-    **dict.fromkeys(("epochs", "batch_size", "accumulate", "lr_batch", "lr_step_every", "eval_every", "log_every"), 1),
-    **dict.fromkeys(("shrink_start", "shrink_epochs", "warmup_epochs", "warmup_steps", "workers"), 0),
-    **dict.fromkeys(("lr", "min_lr", "clip_grad"), 0),
-}
+#: What options must be, in words: the test of a number, and the options.
+_RANGES = {
+    "at least 1": (lambda x: x >= 1, "epochs batch_size accumulate lr_batch lr_step_every eval_every log_every"),
+    "at least 0": (
+        lambda x: x >= 0, "shrink_start shrink_epochs warmup_steps lr_step_first workers clip_grad save_minutes"
+    ),
+    "at least 0 and finite": (
+        lambda x: 0 <= x < math.inf, "lr min_lr warmup_epochs weight_decay layer_decay lr_step_factor"
+    ),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "betas"),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, "keep_rate"),
+    "above 0 and finite": (lambda x: 0 < x < math.inf, "std"),
+    "finite": (math.isfinite, "mean"),
+    "at least 0 and below 2**63": (lambda x: 0 <= x < 2**63, "seed"),  # what torch takes
+}  # fmt: skip
 
 _GROUPS = {
     "model": "model",
@@ -159,15 +170,15 @@ def parse(argv=None):
 
 def check(options, recipe):
     """Raise ``UserError`` for values that cannot work, before anything is loaded."""
-    if any(not 0 < rate <= 1 for rate in recipe.keep_rate):
-        raise UserError(f"--keep-rate must be above 0 and at most 1, got {' '.join(map(str, recipe.keep_rate))}")
+    values = describe(options, recipe)
+    for words, (fits, names) in _RANGES.items():
+        for name in names.split():
+            given = values[name] if isinstance(values[name], list) else [values[name]]
+            if not all(number is None or fits(number) for number in given):
+                raise UserError(f"--{name.replace('_', '-')} must be {words}, got {' '.join(map(str, given))}")
     if len(recipe.keep_rate) not in (1, len(recipe.prune_blocks)):
         blocks = len(recipe.prune_blocks)
         raise UserError(f"--keep-rate takes one value or one per pruning block ({blocks}), got {len(recipe.keep_rate)}")
-    values = describe(options, recipe)
-    for name, least in _AT_LEAST.items():
-        if not values[name] >= least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {values[name]}")
     if recipe.frames is not None and (recipe.frames < 16 or recipe.frames % 16):
         raise UserError(f"--frames must be a multiple of 16, got {recipe.frames}")
     last = recipe.shrink_start + recipe.shrink_epochs

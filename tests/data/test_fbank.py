@@ -199,7 +199,7 @@ def test_config_round_trip_and_refusals():
     assert FeatureConfig.from_dict(config.to_dict()) == config
     assert config.to_dict() == dict(frames=1024, mean=-4.2677393, std=4.5689974, padding="zero")
     for bad in (dict(frames=0), dict(std=0.0), dict(std=math.nan), dict(mean=math.inf), dict(padding="edge")):
-        with pytest.raises(ValueError, match=next(iter(bad))):
+        with pytest.raises(UserError, match=next(iter(bad))):
             FeatureConfig(**{**config.to_dict(), **bad})
 
 

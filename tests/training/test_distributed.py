@@ -16,18 +16,21 @@ from pruneattn.training import distributed
 def test_a_gpu_is_taken_by_local_rank(monkeypatch):
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     assert distributed.start("auto") == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert distributed.start("cuda") == torch.device("cuda", 3)
     assert distributed.start("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UserError, match="--device cuda:4: there is no cuda:4; torch sees 4 GPUs here"):
+        distributed.start("cuda:4")
     assert taken == [torch.device("cuda", index) for index in (0, 3, 1)]
 
 
 def test_devices_that_are_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.start("auto") == torch.device("cpu")
-    for name, message in (("cuda", "no GPU"), ("nonsense", "nonsense")):
+    for name, message in (("cuda", "no GPU"), *((name, "cuda:N") for name in ("nonsense", "mps", "meta", "cuda:999"))):
         with pytest.raises(UserError, match=f"--device {name}: .*{message}"):
             distributed.start(name)
 

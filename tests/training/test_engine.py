@@ -180,6 +180,13 @@ def test_wrong_test_split_is_refused_at_the_start(train, tagged, clips, tmp_path
     assert not (train.root / "run").exists()
 
 
+@pytest.mark.parametrize("wrong", ["--mixup 2", "--mask-1d 0.5", "--drop-path 1"])
+def test_refused_options_leave_the_output_free(train, wrong):
+    with pytest.raises(UserError, match="mixup|mask_1d|drop_path"):
+        train("run", *wrong.split())
+    train("run", "--epochs", 1, "--keep-rate", 1)
+
+
 def test_bad_clips_are_listed_and_left_out(train, clips, tmp_path):
     import shutil
 
