@@ -19,7 +19,8 @@ def check_least(args, **least):
 def run_command(main):
     """Run a command line entry point and leave with the exit code it returns.
 
-    A ``UserError`` or an operating system error becomes one line and exit code 1, Ctrl-C one line and 130.
+    A ``UserError``, an operating system error or a lost loader worker becomes one line and exit code 1, Ctrl-C one line
+    and 130.
     """
     try:
         sys.exit(main())
@@ -32,3 +33,11 @@ def run_command(main):
         # A full disk, a read-only folder, a missing permission: errno text and path say which.
         where = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{where}")
+    except RuntimeError as error:
+        # From torch's signal handler, and so out of any line of the main process, whoever reads the loader.
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        sys.exit(
+            f"error: {str(error).splitlines()[0].rstrip('. ')}: a process that decodes clips died, most often for want of "
+            "memory or of room in /dev/shm: give fewer --workers (train goes on from its last checkpoint with --resume)"
+        )

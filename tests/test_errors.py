@@ -36,6 +36,19 @@ def test_ctrl_c_is_one_line(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize(
+    "message",
+    ["DataLoader worker (pid 7) is killed by signal: Killed. ", "DataLoader worker (pid(s) 7) exited unexpectedly"],
+)
+def test_a_lost_worker_is_one_line(message):
+    def lost():
+        raise RuntimeError(message)
+
+    code = leave(lost)
+    assert code.startswith(f"error: {message.rstrip('. ')}: a process that decodes clips died")
+    assert all(word in code for word in ("memory", "/dev/shm", "--workers", "--resume")) and "\n" not in code
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 / 0)

@@ -24,7 +24,7 @@ class RunLog:
 
     Only the main process writes. ``keep_bytes`` is the part of an existing log that is kept: what came after the
     checkpoint that a run goes on from is cut off, since it will come again, and TensorBoard is told
-    to forget its events from ``step`` on.
+    to forget its events from ``step`` on. Where its events cannot be written, the run goes on without them.
     """
 
     def __init__(self, folder, *, keep_bytes=0, step=None, tensorboard=True):
@@ -55,11 +55,18 @@ class RunLog:
                 f"cannot write {self._file.name}: {error.strerror}; {state.LAST} is as it was last saved"
             ) from None
         if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (list, tuple)) and value:
-                    value = min(value)
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            try:
+                self._write_scalars(kind, step, values)
+            except OSError as error:  # of its writing thread, such as that of a full disk
+                _say_no_events(self._board.log_dir, error)
+                self._board = None
+
+    def _write_scalars(self, kind, step, values):
+        for name, value in values.items():
+            if isinstance(value, (list, tuple)) and value:
+                value = min(value)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self):
         for file in (self._file, self._board):
@@ -76,7 +83,15 @@ def _summary_writer(folder, step):
     except ImportError:
         say("no TensorBoard events: tensorboard is not installed (pip install 'pruneattn[train]')")
         return None
-    return SummaryWriter(str(folder), purge_step=step)
+    try:
+        return SummaryWriter(str(folder), purge_step=step)
+    except OSError as error:
+        _say_no_events(folder, error)
+        return None
+
+
+def _say_no_events(folder, error):
+    say(f"warning: cannot write {folder}: {error.strerror or error}; the run goes on without TensorBoard events")
 
 
 def progress_bar(total, start, text):

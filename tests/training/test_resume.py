@@ -1,5 +1,6 @@
 """A run that is stopped or killed at any moment goes on as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import signal
@@ -46,6 +47,27 @@ def test_kill_mid_epoch_and_resume_equals_uninterrupted(train):
     assert progress["epoch"] < 4
     train("cut", "--save-minutes", 0, "--resume")
     train.assert_same(whole, cut)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")
+def test_a_killed_worker_is_one_line(train):
+    """As the system's out-of-memory killer does it."""
+    options = ["--workers", 1, "--epochs", 200, "--keep-rate", 1, "--save-minutes", 0, "--resume"]
+    command = [sys.executable, "-m", "pruneattn.train", *train.arguments("cut", *options)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    while not (train.root / "cut" / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    while process.poll() is None:  # some are between their epochs
+        with open(children) as file, contextlib.suppress(ProcessLookupError):
+            for pid in file.read().split():
+                os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.05)
+    error = process.communicate()[1]
+    assert process.returncode == 1 and "Traceback" not in error
+    assert "DataLoader worker" in error and "fewer --workers" in error
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
