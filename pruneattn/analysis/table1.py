@@ -158,7 +158,7 @@ class Table:
             dataset = test_set or open_split(options, recipe, "val", model.multilabel)
             features = FeatureExtractor(model.features).to(device)
             loader = make_loader(dataset, recipe.batch_size, train=False, workers=options.workers)
-            model.set_keep_rate(recipe.keep_rate * (len(recipe.prune_blocks) // len(recipe.keep_rate)))
+            model.set_keep_rate(recipe.keep_rates)
             macs = count_macs(model).paper
             model, amp = optimized(model, device, options.amp)
             found = predict_dataset(model, features, loader, device, amp)

@@ -80,8 +80,7 @@ class Trainer:
         recipe = self.recipe
         if epoch == recipe.shrink_start and self.progress.step == 0:
             self.save(state.TRUNK)
-        targets = recipe.keep_rate * (len(recipe.prune_blocks) // len(recipe.keep_rate))
-        rates = [keep_rate_at(epoch, target, recipe.shrink_start, recipe.shrink_epochs) for target in targets]
+        rates = [keep_rate_at(epoch, rate, recipe.shrink_start, recipe.shrink_epochs) for rate in recipe.keep_rates]
         if self.options.compile and tuple(rates) != self.model.keep_rates:
             torch.compiler.reset()  # each keep-rate is another program; the old ones would only fill the cache
         self.model.set_keep_rate(rates)

@@ -79,6 +79,11 @@ class Recipe:
     mask_freq: float = option(0.0, "augmentation", "share of patch rows (frequency) left out")
     mask_1d: float = option(0.0, "augmentation", "share of single patches left out, instead of columns and rows")
 
+    @property
+    def keep_rates(self):
+        """Tuple of the share that each pruning block keeps in the end, also where ``keep_rate`` is one for all."""
+        return self.keep_rate * (len(self.prune_blocks) // len(self.keep_rate))
+
 
 _AUDIOMAE = Recipe(
     optimizer="adamw", betas=(0.9, 0.95), weight_decay=1e-4, layer_decay=0.75, drop_path=0.1, clip_grad=0.0,

@@ -62,6 +62,11 @@ def test_every_field_is_an_option():
     assert {f.name for f in dataclasses.fields(Augment)} <= {f.name for f in dataclasses.fields(Recipe)}
 
 
+def test_every_pruning_block_has_a_keep_rate():
+    assert Recipe(keep_rate=(0.5,)).keep_rates == (0.5, 0.5, 0.5)
+    assert Recipe(keep_rate=(0.5, 0.6, 0.7)).keep_rates == (0.5, 0.6, 0.7)
+
+
 def test_help_shows_the_recipe(capsys):
     with pytest.raises(SystemExit, match="0"):
         parse(["--model", "audiomae", "--dataset", "spc2", "--help"])
