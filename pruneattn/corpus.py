@@ -50,8 +50,10 @@ def find_clips(inputs, data_dir=None):
     for given in inputs:
         suffix = Path(given).suffix.lower()
         if os.path.isdir(given):
-            found = [str(path) for path in find_audio(given)]
-            if not found:
+            unreadable = []
+            found = [str(path) for path in find_audio(given, onerror=unreadable.append)]
+            failed += [(str(error.filename), f"cannot be read: {error.strerror}") for error in unreadable]
+            if not found and not unreadable:
                 failed.append((str(given), "no sound files in this folder"))
         elif str(given) == "-":
             found = _located(_lines(os.fsdecode(sys.stdin.buffer.read())), [data_dir or "", ""])

@@ -1,3 +1,4 @@
+import errno
 import importlib
 import io
 import json
@@ -39,6 +40,20 @@ def test_files_and_folders_each_clip_once(tree):
     paths, failed = find_clips([clips[3], tree / "audio", clips[0], tree / "gone.wav", tree / "lists"])
     assert paths == [clips[3], *clips[:3], *clips[4:], str(tree / "gone.wav")]
     assert failed == [(str(tree / "lists"), "no sound files in this folder")]
+
+
+def test_a_folder_that_cannot_be_read_is_a_failure(tree, monkeypatch):
+    (tree / "audio" / "more").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(tree / "audio" / "more"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    paths, failed = find_clips([tree / "audio"])
+    assert paths == clips_of(tree) and failed == [(str(tree / "audio" / "more"), "cannot be read: Permission denied")]
 
 
 @pytest.mark.parametrize(

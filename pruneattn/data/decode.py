@@ -61,20 +61,41 @@ def load_audio(path, sample_rate=16000, *, seconds=None):
     return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
 
 
-def find_audio(folder):
-    """Sound files anywhere below ``folder``, by suffix, in sorted order; hidden files and folders are left out."""
+def find_audio(folder, onerror=None):
+    """Sound files anywhere below ``folder``, by suffix, in sorted order; hidden files and folders are left out.
+
+    Links to folders are followed, and each folder is searched once, under its own name where it has one below ``folder``.
+
+    Args:
+        folder: the folder.
+        onerror: called with the ``OSError`` of each folder that cannot be read, and the others are searched; else such a
+            folder is a ``UserError``.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; name one that holds sound files")
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
-        ]
+    found, searched, tops = [], set(), [folder]
+    for top in tops:  # which grow by the links that are met
+        for parent, folders, files in os.walk(top, onerror=onerror or _refuse_folder):
+            real = os.path.realpath(parent)
+            if real in searched:
+                folders.clear()
+                continue
+            searched.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            tops += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
+            found += [
+                Path(parent, name)
+                for name in files
+                if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
+            ]
     return sorted(found)
+
+
+def _refuse_folder(error):
+    raise UserError(
+        f"{error.filename}: the folder cannot be read ({error.strerror}); give yourself the right to, or move it away"
+    ) from error
 
 
 def _decode(path, seconds):

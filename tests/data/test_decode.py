@@ -1,4 +1,6 @@
+import errno
 import math
+import os
 
 import numpy as np
 import pytest
@@ -172,6 +174,41 @@ def test_find_audio(tmp_path):
     with pytest.raises(UserError, match="not a folder"):
         find_audio(tmp_path / "notes.txt")
     assert {".wav", ".flac", ".ogg", ".opus", ".mp3"} <= AUDIO_SUFFIXES
+
+
+def test_find_audio_follows_links_once(tmp_path):
+    for name in ("disk/deep/a.wav", "disk/b.wav", "set/own/c.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    root = tmp_path / "set"
+    for link, target in (("audio", "../disk"), ("again", "own"), ("deep", "../disk/deep"), ("own/loop", "..")):
+        (root / link).symlink_to(target)
+    found = [path.relative_to(root).as_posix() for path in find_audio(root)]
+    assert found == ["audio/b.wav", "audio/deep/a.wav", "own/c.wav"]
+
+
+def forbid(monkeypatch, folder):
+    """Make one folder unreadable, also for root."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+
+def test_find_audio_in_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    for name in ("cat/a.wav", "dog/b.wav"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    forbid(monkeypatch, tmp_path / "dog")
+    with pytest.raises(UserError, match=r"dog: the folder cannot be read \(Permission denied\)"):
+        find_audio(tmp_path)
+    errors = []
+    assert find_audio(tmp_path, onerror=errors.append) == [tmp_path / "cat/a.wav"]
+    assert [error.filename for error in errors] == [str(tmp_path / "dog")]
 
 
 def test_real_clips(real_audio):
