@@ -1,5 +1,6 @@
 """Errors meant for the person at the keyboard."""
 
+import io
 import signal
 import sys
 
@@ -22,6 +23,8 @@ def run_command(main):
     A ``UserError``, an operating system error or a lost loader worker becomes one line and exit code 1, Ctrl-C one line
     and 130.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: a file name may be no text
     try:
         sys.exit(main())
     except UserError as error:

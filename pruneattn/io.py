@@ -8,6 +8,9 @@ from pathlib import Path
 
 from .errors import UserError
 
+#: How text with file names in it is written: the bytes of a name that is not UTF-8 as ``\\udcXX``.
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
+
 
 @contextmanager
 def atomic_write(path):
@@ -75,7 +78,7 @@ def atomic_write_all(folder, names):
 
 def write_csv(path, rows):
     """Write dicts with the same keys as a CSV file with a header, atomically."""
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", **TEXT) as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -4,7 +4,7 @@ import json
 import math
 
 from .errors import UserError
-from .io import atomic_write, write_csv
+from .io import TEXT, atomic_write, write_csv
 from .plot import plot_tradeoff, save_figure
 from .timing import VARIANTS
 
@@ -137,4 +137,4 @@ def _plain(value):
 
 def _write(path, text):
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, **TEXT)

@@ -1,4 +1,6 @@
 import errno
+import io
+import sys
 from argparse import Namespace
 
 import pytest
@@ -47,6 +49,13 @@ def test_a_lost_worker_is_one_line(message):
     code = leave(lost)
     assert code.startswith(f"error: {message.rstrip('. ')}: a process that decodes clips died")
     assert all(word in code for word in ("memory", "/dev/shm", "--workers", "--resume")) and "\n" not in code
+
+
+def test_a_file_name_that_is_no_text_can_be_printed(monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8", write_through=True))
+    leave(lambda: print("\udcff.wav"))
+    assert out.getvalue() == b"\\udcff.wav\n"
 
 
 def test_other_errors_keep_their_traceback():

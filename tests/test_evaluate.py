@@ -18,6 +18,7 @@ from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio, load_dat
 from pruneattn.data.toy import KINDS, make_sound
 from pruneattn.errors import UserError
 from pruneattn.metrics import evaluate_predictions
+from pruneattn.tables import save_failed
 from pruneattn.timing import measure_speed
 
 pytestmark = pytest.mark.device  # commands and models take the GPU where there is one
@@ -197,6 +198,11 @@ def test_bad_clips_are_left_out_and_listed(checkpoint, clips, tmp_path, capsys):
     assert all(line.split("\t")[1] for line in listed)
     printed = capsys.readouterr().out
     assert "4 of 11 clips could not be read" in printed and "text.wav" in printed
+
+
+def test_names_that_are_not_utf8_are_listed(tmp_path):
+    path = save_failed(tmp_path, [(os.fsdecode(b"\xff.wav"), "the file is empty")])
+    assert path.read_text() == "\\udcff.wav\tthe file is empty\n"
 
 
 def test_misuse_is_one_clear_error(checkpoint, clips, tmp_path):

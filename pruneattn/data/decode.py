@@ -107,7 +107,7 @@ def _decode(path, seconds):
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise UserError(f"{path}: the file is empty; copy or download it again")
-        with soundfile.SoundFile(path) as sound:
+        with soundfile.SoundFile(os.fsencode(path)) as sound:
             wanted = math.inf if seconds is None else math.ceil((seconds + _MARGIN) * sound.samplerate)
             mono = _read_mono(sound, wanted)
             if len(mono) < wanted and _is_cut(sound, path):

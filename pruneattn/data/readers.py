@@ -195,6 +195,9 @@ def read_folder(root, split):
         )
     class_root = root / "train" if split_root != root else root
     labels = sorted(path.name for path in class_root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for label in labels:
+        if label.encode(errors="ignore") != os.fsencode(label):
+            raise UserError(f"{class_root / label}: the folder's name is not UTF-8, but labels are text; rename it")
     if split_root != root:
         strangers = {p.name for p in split_root.iterdir() if p.is_dir() and not p.name.startswith(".")} - {*labels}
         if strangers:
@@ -208,7 +211,7 @@ def read_folder(root, split):
 
 
 def _hash_split(name):
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 10
+    place = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") % 10
     return "test" if place == 9 else "val" if place == 8 else "train"
 
 

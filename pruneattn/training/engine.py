@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from pruneattn.data import make_loader
 from pruneattn.errors import UserError
 from pruneattn.inference import autocast, predict_dataset
+from pruneattn.io import TEXT
 from pruneattn.metrics import evaluate_predictions
 from pruneattn.training import distributed, state
 from pruneattn.training.log import progress_bar, say
@@ -302,7 +303,7 @@ class Trainer:
         if distributed.is_main() and failed:
             path = self.folder / state.FAILED
             known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
-            lines = {f"{clip}: {message}" for clip, message in failed}
+            lines = {f"{clip}: {message}".encode(**TEXT).decode() for clip, message in failed}  # as they are read back
             if lines - known:
                 state.write_lines(path, sorted(lines | known))
                 say(f"{len(lines | known)} clips could not be decoded and are left out; they are listed in {path}")

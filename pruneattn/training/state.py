@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pruneattn.errors import UserError
-from pruneattn.io import atomic_write
+from pruneattn.io import TEXT, atomic_write
 from pruneattn.training.options import LAST, PRUNING, differences
 
 CONFIG, LOG, RESULT = "config.json", "log.jsonl", "result.json"
@@ -64,7 +64,7 @@ def write_json(path, values):
 def write_lines(path, lines):
     """Write lines of text, atomically."""
     with atomic_write(path) as temporary:
-        Path(temporary).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        Path(temporary).write_text("".join(f"{line}\n" for line in lines), **TEXT)
 
 
 def finite(value):

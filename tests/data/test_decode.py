@@ -1,6 +1,7 @@
 import errno
 import math
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -158,6 +159,13 @@ def test_trailing_bytes_after_the_sound(tmp_path):
         path = write(tmp_path / name, tone(1, 16000))
         path.write_bytes(path.read_bytes() + b"TAG" + bytes(125))
         assert len(load_audio(path)) == 16000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are not bytes there")
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    write(tmp_path / "a.wav", tone(1, 16000)).rename(path)
+    assert len(load_audio(path)) == 16000
 
 
 def test_seconds_must_be_positive(tmp_path):

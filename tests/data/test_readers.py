@@ -1,4 +1,6 @@
 import logging
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -241,6 +243,13 @@ def test_folder_without_a_split(tmp_path):
     sound(tmp_path / "train" / "dog" / "a.wav")
     with pytest.raises(UserError, match="has train/ but no val/; add it"):
         load_dataset("folder", "val", data_dir=tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are not bytes there")
+def test_class_folder_whose_name_is_not_utf8(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    with pytest.raises(UserError, match="the folder's name is not UTF-8.*rename it"):
+        load_dataset("folder", data_dir=tmp_path)
 
 
 def test_folder_is_split_by_file_name(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import sys
 
@@ -200,6 +201,19 @@ def test_bad_clips_are_listed_and_left_out(train, clips, tmp_path):
     assert [str(folder / part / kind / name) for part, name in (("train", "00.wav"), ("val", "01.wav"))] == [
         line.partition(": ")[0] for line in lines
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are not bytes there")
+def test_names_that_are_not_utf8(train, clips, tmp_path):
+    folder = tmp_path / "clips"
+    for part in ("train", "val", "test"):  # all in one place, so that the hash of the names decides
+        for path in (clips / part).rglob("*.wav"):
+            copy = folder / path.parent.name / os.fsdecode(f"{part}{path.stem}\xe9.wav".encode("latin-1"))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(b"" if path.stem == "00" else path.read_bytes())
+    run = train("run", "--data-dir", folder, "--epochs", 2, "--shrink-epochs", 0)
+    lines = (run / "failed_clips.txt").read_text().splitlines()
+    assert len(lines) == len({*lines}) and all("\\udce9.wav: " in line for line in lines)
 
 
 def test_predictions_come_in_order_and_leave_the_mode(train, clips):
