@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader
 
 from pruneattn.errors import UserError
 
+_SPARES = 32  # clips that are tried in place of a batch that cannot be decoded
+
 
 class Batch(NamedTuple):
     """Clips of different lengths side by side."""
@@ -19,7 +21,7 @@ class Batch(NamedTuple):
     failed: list  # (path, message) of every clip that could not be decoded
 
 
-def collate(items, *, paths=None, replace=False):
+def collate(items, *, paths=None, replace=False, dataset=None):
     """Put the items of a ``ClipDataset`` into one ``Batch``.
 
     Args:
@@ -28,13 +30,17 @@ def collate(items, *, paths=None, replace=False):
         replace: Fill the places of failed clips with the good clips of the same batch, in turn, so that the batch
             keeps its size (training). Otherwise failed clips are left out (evaluation). A batch without a single good
             clip is empty: ``waves`` is ``[0, 0]``.
+        dataset: With ``replace``, the ``ClipDataset`` that a clip is taken from where the batch has no good one.
     """
+    size = len(items)
+    if replace and dataset is not None and all(item["error"] is not None for item in items):
+        items = [*items, *_spares(dataset, items)]
     good = [item for item in items if item["error"] is None]
     bad = [item for item in items if item["error"] is not None]
     failed = [(str(paths[item["index"]] if paths else item["index"]), item["error"]) for item in bad]
     if replace and good:
         spare = iter(good * len(items))
-        good = [item if item["error"] is None else next(spare) for item in items]
+        good = [item if item["error"] is None else next(spare) for item in items[:size]]
     lengths = torch.tensor([len(item["wave"]) for item in good], dtype=torch.int64)
     waves = torch.zeros(len(good), int(lengths.max()) if good else 0)
     for row, item in zip(waves, good):
@@ -42,6 +48,19 @@ def collate(items, *, paths=None, replace=False):
     targets = torch.stack([item["target"] for item in good or items])[: len(good)]
     index = torch.tensor([item["index"] for item in good], dtype=torch.int64)
     return Batch(waves, lengths, targets, index, failed)
+
+
+def _spares(dataset, items):
+    """Further clips, up to the first that can be decoded, in an order that depends on nothing but the batch."""
+    taken, tried = [item["index"] for item in items], []
+    tries = min(_SPARES, len(dataset))
+    for step in range(1, tries):  # spread over the data set: neighbours are often damaged together
+        index = (taken[0] + step * len(dataset) // tries) % len(dataset)
+        if index not in taken:
+            tried.append(dataset[index])
+            if tried[-1]["error"] is None:
+                break
+    return tried
 
 
 def train_batches(count, batch_size, *, seed, epoch, rank=0, world=1):
@@ -80,7 +99,10 @@ class ClipLoader(DataLoader):
             if self.refuse_empty and len(batch.index) == 0:
                 _, message = batch.failed[0]
                 count = len(batch.failed)
-                raise UserError(f"none of the {count} clips of a batch can be decoded; the first: {message}")
+                raise UserError(
+                    f"none of the {count} clips that were tried for a batch can be decoded: replace or remove the "
+                    f"damaged ones; the first: {message}"
+                )
             yield batch
 
 
@@ -94,7 +116,8 @@ def make_loader(dataset, batch_size, *, train, seed=0, epoch=0, rank=0, world=1,
         dataset: A ``ClipDataset``.
         batch_size: Clips per batch and process.
         train: Shuffled by ``(seed, epoch)``, incomplete last batch dropped, failed clips replaced by good ones of the
-            same batch. Otherwise in order, process ``rank`` taking clips ``rank::world``, failed clips left out.
+            same batch, else of the data set. Otherwise in order, process ``rank`` taking clips ``rank::world``, failed
+            clips left out.
         workers: Processes that decode; 0 decodes in this one.
         start_batch: Number of batches of this process to skip.
         limit: Evaluation only: take no more than this many clips, spread evenly over the data set.
@@ -115,7 +138,7 @@ def make_loader(dataset, batch_size, *, train, seed=0, epoch=0, rank=0, world=1,
     loader = ClipLoader(
         dataset,
         batch_sampler=batches[start_batch:],
-        collate_fn=partial(collate, paths=[clip.path for clip in dataset.clips], replace=train),
+        collate_fn=partial(collate, paths=[clip.path for clip in dataset.clips], replace=train, dataset=dataset),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         # Without its own generator a DataLoader draws from the global one each time it is iterated.

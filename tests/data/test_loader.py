@@ -102,6 +102,16 @@ def test_training_replaces_failed_clips():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_without_a_good_clip_takes_another(workers):
+    """Among them batches of one clip, where no other of the batch can stand in."""
+    dataset = Counting(100, bad=range(90))
+    for size in (1, 5):
+        batches = list(make_loader(dataset, size, train=True, workers=workers))
+        assert all(len(batch.index) == size and (batch.index >= 90).all() for batch in batches)
+        assert {path for batch in batches for path, _ in batch.failed} == {f"{i}.wav" for i in range(90)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_training_stops_when_nothing_of_a_batch_can_be_decoded(workers):
     loader = make_loader(Counting(4, bad=range(4)), 4, train=True, workers=workers)
     with pytest.raises(UserError, match=r"none of the 4 clips .* is broken$"):
