@@ -16,7 +16,7 @@ AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".
 
 MIN_SECONDS = 0.025  # one analysis window of the filterbank
 
-_BLOCK = 1 << 20  # samples a channel that are held before they are mixed down
+_BLOCK = 1 << 20  # samples a channel that are held before they are mixed down and resampled
 _MARGIN = 0.25  # seconds read beyond `seconds`, so that the resampler's filter sees past the cut
 # libsndfile keeps no field for it, but its log notes a sound chunk that promises more bytes than the file has.
 _CHUNK_CUT = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -47,18 +47,12 @@ def load_audio(path, sample_rate=16000, *, seconds=None):
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds must be positive or None, got {seconds}")
     path = Path(path)
-    mono, rate = _decode(path, seconds)
-    if not np.isfinite(mono).all():
-        raise UserError(f"{path}: {int((~np.isfinite(mono)).sum())} samples are NaN or infinite; export the clip again")
-    if rate != sample_rate:
-        import soxr
-
-        mono = soxr.resample(mono, rate, sample_rate, quality="VHQ")
+    wave = _decode(path, sample_rate, seconds)
     if seconds is not None:
-        mono = mono[: math.ceil(seconds * sample_rate)]
-    if len(mono) < int(MIN_SECONDS * sample_rate):
-        raise UserError(f"{path}: too short: {1000 * len(mono) / sample_rate:.1f} ms, needs at least 25 ms of sound")
-    return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
+        wave = wave[: math.ceil(seconds * sample_rate)]
+    if len(wave) < int(MIN_SECONDS * sample_rate):
+        raise UserError(f"{path}: too short: {1000 * len(wave) / sample_rate:.1f} ms, needs at least 25 ms of sound")
+    return torch.from_numpy(wave)
 
 
 def find_audio(folder, onerror=None):
@@ -98,8 +92,8 @@ def _refuse_folder(error):
     ) from error
 
 
-def _decode(path, seconds):
-    """Channel mean ``[L]`` float32 and sample rate of a file, whole or as far as ``seconds`` need."""
+def _decode(path, sample_rate, seconds):
+    """Channel mean ``[L]`` float32 of a file at ``sample_rate``, whole or as far as ``seconds`` need."""
     import soundfile
 
     try:
@@ -109,10 +103,9 @@ def _decode(path, seconds):
                 raise UserError(f"{path}: the file is empty; copy or download it again")
         with soundfile.SoundFile(os.fsencode(path)) as sound:
             wanted = math.inf if seconds is None else math.ceil((seconds + _MARGIN) * sound.samplerate)
-            mono = _read_mono(sound, wanted)
-            if len(mono) < wanted and _is_cut(sound, path):
+            wave, read, bad = _read_wave(sound, wanted, sample_rate)
+            if read < wanted and _is_cut(sound, path):
                 raise UserError(f"{path}: the file is cut short; copy or download it again")
-            rate = sound.samplerate
     except soundfile.LibsndfileError as error:
         # Of text named .mp3 libsndfile says that it does not exist; its other reasons help.
         reason = error.error_string.strip().rstrip(".")
@@ -121,22 +114,41 @@ def _decode(path, seconds):
     except OSError as error:
         reason = {errno.ENOENT: "no such file", errno.EISDIR: "a folder, not a sound file"}
         raise UserError(f"{path}: {reason.get(error.errno, error.strerror)}") from error
-    if len(mono) == 0:
+    if read == 0:
         raise UserError(f"{path}: holds no sound (0 samples)")
-    return mono, rate
+    if bad:
+        raise UserError(f"{path}: {bad} samples are NaN or infinite; export the clip again")
+    return wave
 
 
-def _read_mono(sound, wanted):
-    """Channel mean ``[L]`` of the next ``wanted`` samples, fewer where the file ends."""
-    blocks, left = [np.zeros(0, np.float32)], wanted
+def _read_wave(sound, wanted, sample_rate):
+    """Read the next ``wanted`` samples, fewer where the file ends, without holding them all at the file's own rate.
+
+    Returns:
+        Their channel mean at ``sample_rate``, float32 ``[L]``; how many were read, and how many of these are no sound.
+    """
+    resample = _resampler(sound.samplerate, sample_rate)
+    wave, read, bad = bytearray(), 0, 0  # grows in place, where joining blocks would take the memory twice
     # Not `SoundFile.blocks`: where a file ends before its header says, it hands out memory that was never written.
-    while left > 0:
-        block = sound.read(min(left, _BLOCK), dtype="float32", always_2d=True)  # [L, channels]
+    while read < wanted:
+        block = sound.read(min(wanted - read, _BLOCK), dtype="float32", always_2d=True)  # [L, channels]
         if len(block) == 0:
             break
-        blocks.append(block.mean(axis=1))
-        left -= len(block)
-    return np.concatenate(blocks)
+        mono = block.mean(axis=1)
+        read += len(mono)
+        bad += len(mono) - np.count_nonzero(np.isfinite(mono))
+        wave += resample(mono).tobytes()
+    wave += resample(np.zeros(0, np.float32), last=True).tobytes()
+    return np.frombuffer(wave, np.float32), read, bad
+
+
+def _resampler(rate, sample_rate):
+    """Function of one block of samples after another, and ``last``: the samples at another rate that are known by then."""
+    if rate == sample_rate:
+        return lambda mono, last=False: mono
+    import soxr
+
+    return soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="VHQ").resample_chunk
 
 
 def _is_cut(sound, path):

@@ -2,16 +2,18 @@ import errno
 import math
 import os
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
+from pruneattn.data import decode
 from pruneattn.data.decode import AUDIO_SUFFIXES, find_audio, load_audio
 from pruneattn.errors import UserError
 
 soundfile = pytest.importorskip("soundfile")
-pytest.importorskip("soxr")
+soxr = pytest.importorskip("soxr")
 
 
 def tone(seconds, rate, hertz=440.0):
@@ -63,6 +65,26 @@ def test_channels_are_averaged_and_rates_converted(tmp_path):
 def test_resampling_removes_what_would_alias(tmp_path):
     wave = load_audio(write(tmp_path / "a.wav", tone(1, 48000, 9000), 48000, subtype="FLOAT"))
     assert wave[200:-200].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 192000])
+def test_blocks_are_resampled_as_the_whole(tmp_path, monkeypatch, rate):
+    monkeypatch.setattr(decode, "_BLOCK", 10000)
+    for samples in (rate // 20, 20000, 2 * rate + 7):  # less than a block, two, and many with a rest
+        noise = np.random.default_rng(0).uniform(-1, 1, samples).astype(np.float32)
+        wave = load_audio(write(tmp_path / "a.wav", noise, rate, subtype="FLOAT"))
+        assert np.array_equal(wave, soxr.resample(noise, rate, 16000, quality="VHQ"))
+
+
+def test_memory_of_a_long_clip_is_that_of_its_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "_BLOCK", 10000)
+    path = write(tmp_path / "a.wav", np.zeros((96000 * 20, 2)), 96000)
+    tracemalloc.start()
+    try:
+        size = load_audio(path).nbytes
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * size
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("rate", [16000, 44100])
