@@ -17,6 +17,7 @@ AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".
 MIN_SECONDS = 0.025  # one analysis window of the filterbank
 
 _BLOCK = 1 << 20  # samples a channel that are held before they are mixed down and resampled
+_LOUDEST = 1e9  # the squares of much larger samples are beyond float32
 _MARGIN = 0.25  # seconds read beyond `seconds`, so that the resampler's filter sees past the cut
 # libsndfile keeps no field for it, but its log notes a sound chunk that promises more bytes than the file has.
 _CHUNK_CUT = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -42,7 +43,8 @@ def load_audio(path, sample_rate=16000, *, seconds=None):
         float32 tensor ``[L]``, at least 25 ms long.
 
     Raises:
-        UserError: the file is missing, empty, cut short, no sound, shorter than 25 ms, or has non-finite samples.
+        UserError: the file is missing, empty, cut short, no sound, shorter than 25 ms, or has samples that are not
+            finite or beyond +-1e9.
     """
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds must be positive or None, got {seconds}")
@@ -117,7 +119,7 @@ def _decode(path, sample_rate, seconds):
     if read == 0:
         raise UserError(f"{path}: holds no sound (0 samples)")
     if bad:
-        raise UserError(f"{path}: {bad} samples are NaN or infinite; export the clip again")
+        raise UserError(f"{path}: {bad} samples are NaN, infinite or beyond +-{_LOUDEST:.0e}; export the clip again")
     return wave
 
 
@@ -136,7 +138,7 @@ def _read_wave(sound, wanted, sample_rate):
             break
         mono = block.mean(axis=1)
         read += len(mono)
-        bad += len(mono) - np.count_nonzero(np.isfinite(mono))
+        bad += len(mono) - np.count_nonzero(np.abs(mono) <= _LOUDEST)
         wave += resample(mono).tobytes()
     wave += resample(np.zeros(0, np.float32), last=True).tobytes()
     return np.frombuffer(wave, np.float32), read, bad

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from pruneattn.data.fbank import kaldi_fbank
 from pruneattn.errors import UserError
 
+_LEAST_STD = 1e-3  # rounding leaves less of silence, and real sound has a thousand times as much
+
 
 class Stats(NamedTuple):
     """Mean and standard deviation of a data set's log-mel; how many clips they rest on; ``(index, message)`` of the
@@ -34,7 +36,7 @@ def dataset_stats(dataset, *, workers=0, progress=True):
         progress: show a progress bar.
 
     Raises:
-        UserError: no clip could be read.
+        UserError: no clip could be read, or there is nothing to normalise with in what they hold.
     """
     total = squares = 0.0
     cells = clips = 0
@@ -54,4 +56,10 @@ def dataset_stats(dataset, *, workers=0, progress=True):
         reason = f"; the first said: {failed[0][1]}" if failed else ""
         raise UserError(f"none of {len(dataset)} clips could be read, so there are no statistics{reason}")
     mean = total / cells
-    return Stats(mean, math.sqrt(max(0.0, squares / cells - mean * mean)), clips, failed)
+    std = math.sqrt(max(0.0, squares / cells - mean * mean))
+    if not (math.isfinite(mean) and _LEAST_STD < std < math.inf):
+        raise UserError(
+            f"the log-mel of {clips} clips has mean {mean:g} and std {std:g}, which cannot normalise it; are they silent? "
+            "Use clips with sound"
+        )
+    return Stats(mean, std, clips, failed)

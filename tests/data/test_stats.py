@@ -46,3 +46,9 @@ def test_nothing_to_take_statistics_of():
         dataset_stats(Clips([None, None]), progress=False)
     with pytest.raises(UserError, match="none of 0 clips"):
         dataset_stats(Clips([]), progress=False)
+
+
+@pytest.mark.parametrize("wave", [torch.zeros(16000), torch.full((16000,), float("nan"))])
+def test_statistics_that_cannot_normalise(wave):
+    with pytest.raises(UserError, match="log-mel of 2 clips has mean .* cannot normalise it; are they silent"):
+        dataset_stats(Clips([wave, wave]), progress=False)
