@@ -60,12 +60,12 @@ def load_audio(path, sample_rate=16000, *, seconds=None):
 def find_audio(folder, onerror=None):
     """Sound files anywhere below ``folder``, by suffix, in sorted order; hidden files and folders are left out.
 
-    Links to folders are followed, and each folder is searched once, under its own name where it has one below ``folder``.
+    Links to folders are followed. Each folder is searched once, under its own name where it has one below ``folder``.
 
     Args:
         folder: the folder.
-        onerror: called with the ``OSError`` of each folder that cannot be read, and the others are searched; else such a
-            folder is a ``UserError``.
+        onerror: called with the ``OSError`` of each folder that cannot be read, while the others are searched; without
+            it such a folder is a ``UserError``.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -145,7 +145,7 @@ def _read_wave(sound, wanted, sample_rate):
 
 
 def _resampler(rate, sample_rate):
-    """Function of one block of samples after another, and ``last``: the samples at another rate that are known by then."""
+    """Function of one block of samples after another, and of ``last``, that gives the next ones at another rate."""
     if rate == sample_rate:
         return lambda mono, last=False: mono
     import soxr

@@ -59,7 +59,7 @@ def dataset_stats(dataset, *, workers=0, progress=True):
     std = math.sqrt(max(0.0, squares / cells - mean * mean))
     if not (math.isfinite(mean) and _LEAST_STD < std < math.inf):
         raise UserError(
-            f"the log-mel of {clips} clips has mean {mean:g} and std {std:g}, which cannot normalise it; are they silent? "
+            f"the log-mel of {clips} clips has mean {mean:g}, std {std:g}, which cannot normalise it; are they silent? "
             "Use clips with sound"
         )
     return Stats(mean, std, clips, failed)

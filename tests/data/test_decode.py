@@ -133,7 +133,7 @@ def test_what_is_no_sound_is_refused(tmp_path):
     broken[[3, 70]] = np.nan, np.inf
     refuse(write(tmp_path / "nan.wav", broken, subtype="FLOAT"), "2 samples are NaN")
     broken[[3, 70]] = 1e18, -2e9
-    refuse(write(tmp_path / "huge.wav", broken, subtype="FLOAT"), r"2 samples are NaN, infinite or beyond \+-1e\+09; export")
+    refuse(write(tmp_path / "huge.wav", broken, subtype="FLOAT"), r"2 samples are .* beyond \+-1e\+09; export")
 
 
 def test_shortest_clip(tmp_path):
