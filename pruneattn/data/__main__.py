@@ -5,7 +5,7 @@ import argparse
 from pruneattn.data.catalog import DATASETS, SPLITS, load_dataset
 from pruneattn.data.fetch import fetch
 from pruneattn.data.stats import dataset_stats
-from pruneattn.errors import run_command
+from pruneattn.errors import check_least, run_command
 
 
 def main(argv=None):
@@ -47,6 +47,7 @@ def _fetch(args):
 
 
 def _stats(args):
+    check_least(args, frames=1, workers=0)
     dataset = load_dataset(
         args.dataset,
         args.split,

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from pruneattn.data.__main__ import main
 from pruneattn.data.fbank import kaldi_fbank
 from pruneattn.data.stats import dataset_stats
 from pruneattn.errors import UserError
@@ -52,3 +53,9 @@ def test_nothing_to_take_statistics_of():
 def test_statistics_that_cannot_normalise(wave):
     with pytest.raises(UserError, match="log-mel of 2 clips has mean .* cannot normalise it; are they silent"):
         dataset_stats(Clips([wave, wave]), progress=False)
+
+
+@pytest.mark.parametrize("option, least", [("--workers", 0), ("--frames", 1)])
+def test_options_of_the_command(option, least):
+    with pytest.raises(UserError, match=f"{option} -1: must be at least {least}"):
+        main(["stats", "--dataset", "toy", option, "-1"])
