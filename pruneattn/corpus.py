@@ -1,7 +1,5 @@
 """The clips of a corpus: found by name in folders and lists, decoded in order by any number of processes."""
 
-import csv
-import io
 import multiprocessing
 import os
 import signal
@@ -16,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .data.manifest import here_or_below, list_folders, read_entries, read_text
+from .data.manifest import csv_table, here_or_below, list_folders, read_entries, read_text
 from .errors import UserError
+from .io import TEXT
 
 # Samples of decoded sound that may wait for the model, 17 minutes or 64 MB; but at least one clip for each process.
 _WAITING = 1 << 24
@@ -56,10 +55,11 @@ def find_clips(inputs, data_dir=None):
             if not found and not unreadable:
                 failed.append((str(given), "no sound files in this folder"))
         elif str(given) == "-":
-            found = _located(_lines(os.fsdecode(sys.stdin.buffer.read())), [data_dir or "", ""])
+            names = _lines(os.fsdecode(sys.stdin.buffer.read()))
+            found = _located(names, [data_dir or "", ""], "standard input")
         elif suffix in _READERS:
             file = here_or_below(data_dir, given)
-            found = _located(_READERS[suffix](file), list_folders(file, data_dir))
+            found = _located(_READERS[suffix](file), list_folders(file, data_dir), file)
         else:
             found = [str(given)]  # decoding tells whether it is there and sound
         paths.update(dict.fromkeys(found))
@@ -67,7 +67,7 @@ def find_clips(inputs, data_dir=None):
         try:
             path.encode()
         except UnicodeEncodeError:  # neither JSON nor Parquet could name it
-            failed.append((os.fsencode(path).decode(errors="backslashreplace"), "its name is not UTF-8: rename it"))
+            failed.append((path.encode(**TEXT).decode(), "its name is not UTF-8: rename it"))
             del paths[path]
     return list(paths), failed
 
@@ -157,21 +157,29 @@ def _text_paths(path):
 
 
 def _csv_paths(path):
-    rows = csv.DictReader(io.StringIO(read_text(path, "list of clips")))
-    if "path" not in (rows.fieldnames or ()):
+    columns, rows = csv_table(path, "list of clips")
+    if "path" not in columns:
         raise UserError(f"{path}, line 1: a CSV list of clips needs a column with the name path")
-    return [row["path"] for row in rows if row["path"]]
+    return [row["path"] for _, row in rows if row.get("path", "").strip()]
 
 
 _READERS = {".json": _manifest_paths, ".txt": _text_paths, ".csv": _csv_paths}
 
 
 def _lines(text):
-    return [line for line in (line.rstrip("\r") for line in text.split("\n")) if line]
+    return [line for line in (line.rstrip("\r") for line in text.split("\n")) if line.strip()]
 
 
-def _located(names, folders):
-    """Paths of the files with these names: in the first of the folders that has it, else in the first of all."""
+def _located(names, folders, where):
+    """Paths of the files with these names: in the first of the folders that has it, else in the first of all.
+
+    ``where`` the names stand, for messages.
+    """
+    if not names:
+        raise UserError(f"{where} names no clips; add the path of one")
+    for number, name in enumerate(names, 1):
+        if "\0" in name:
+            raise UserError(f"{where}: path {number} has a NUL byte; write it as UTF-8 text with one path in each line")
 
     def locate(name):
         places = [str(Path(folder, name)) for folder in folders]

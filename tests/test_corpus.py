@@ -97,7 +97,19 @@ def test_standard_input(tree, monkeypatch):
 def test_a_name_that_is_no_text_is_a_failure(tree):
     (tree / "audio" / os.fsdecode(b"\xff.wav")).touch()
     paths, ((name, reason),) = find_clips([tree / "audio"])
-    assert paths == clips_of(tree) and name.endswith("\\xff.wav") and "not UTF-8" in reason
+    assert paths == clips_of(tree) and name.endswith("\\udcff.wav") and "not UTF-8" in reason
+
+
+def test_a_manifest_may_name_what_no_file_can_have(tree):
+    (tree / "a.json").write_text('{"data": [{"wav": "\\ud800.wav"}, {"wav": "audio/0.wav"}]}')
+    paths, ((name, reason),) = find_clips([tree / "a.json"])
+    assert paths == clips_of(tree)[:1] and name.endswith("\\ud800.wav") and "not UTF-8" in reason
+
+
+def test_nothing_on_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(UserError, match="standard input names no clips"):
+        find_clips(["-"])
 
 
 @pytest.mark.parametrize(
@@ -107,6 +119,13 @@ def test_a_name_that_is_no_text_is_a_failure(tree):
         ("a.json", "{", "not JSON"),
         ("a.csv", "file\nx.wav\n", "line 1: .*column with the name path"),
         ("a.csv", "", "line 1: .*column with the name path"),
+        ("a.csv", "path\n", "a.csv names no clips"),
+        pytest.param("a.csv", 'path\n"' + 200_000 * "x", "line 2: not CSV .field larger .*left open", id="long"),
+        ("a.txt", "", "a.txt names no clips"),
+        ("a.txt", " \n\r\n", "a.txt names no clips"),
+        ("a.txt", "0.wav\0" + "1.wav\0", "a.txt: path 1 has a NUL byte; write it as UTF-8 text with one path in"),
+        ("a.txt", "0.wav\n".encode("utf-16-le"), "NUL byte"),
+        ("a.json", '{"data": [{"wav": "0\\u0000.wav"}]}', "NUL byte"),
         ("a.txt", b"\xff\xfe", "byte 0 is not UTF-8"),
         ("gone.txt", None, "no such list of clips"),
     ],

@@ -1,6 +1,7 @@
 """AST-style manifests: a JSON file of clips and a CSV of labels."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -20,24 +21,41 @@ def read_text(path, what):
         raise UserError(f"{path}: not a {what}: byte {error.start} is not UTF-8 text") from None
 
 
+def csv_rows(path, what, **options):
+    """``(line number, fields)`` of each row of a CSV file that is not empty; ``what`` it is, for messages."""
+    rows = csv.reader(io.StringIO(read_text(path, what)), **options)
+    try:
+        yield from ((rows.line_num, row) for row in rows if row)
+    except csv.Error as error:  # a field over 128 KB
+        raise UserError(f"{path}, line {rows.line_num}: not CSV ({error}); is a quotation mark left open?") from None
+
+
+def csv_table(path, what):
+    """``(columns, rows)`` of a CSV file with a header; rows: ``(line number, dict)`` without what a row lacks."""
+    rows = csv_rows(path, what)
+    _, columns = next(rows, (1, []))
+    return columns, ((line, dict(zip(columns, row))) for line, row in rows)
+
+
 def read_label_csv(path):
     """Read a label CSV with the columns ``index,mid,display_name``, such as AudioSet's class_labels_indices.csv.
 
     Returns:
         ``(numbers, names)``: dict from label id (``mid``) to class number, and the display names by class number.
     """
-    rows = csv.DictReader(read_text(path, "label CSV").splitlines())
-    if not {"index", "mid", "display_name"} <= set(rows.fieldnames or ()):
+    columns, rows = csv_table(path, "label CSV")
+    if not {"index", "mid", "display_name"} <= {*columns}:
         raise UserError(f"{path}, line 1: a label CSV starts with the columns index,mid,display_name")
     numbers, names = {}, {}
-    for row in rows:
-        where = f"{path}, line {rows.line_num}"
-        if not (row["index"] or "").isdigit() or not row["mid"] or not row["display_name"]:
+    for line, row in rows:
+        where = f"{path}, line {line}"
+        index, mid, name = (row.get(column) for column in ("index", "mid", "display_name"))
+        if not (index or "").isdecimal() or not mid or not name:
             raise UserError(f"{where}: expected a number, a label and a name (index,mid,display_name)")
-        index = int(row["index"])
-        if row["mid"] in numbers or index in names:
-            raise UserError(f"{where}: label {row['mid']} or index {index} stands there twice; keep one of them")
-        numbers[row["mid"]], names[index] = index, row["display_name"]
+        index = int(index)
+        if mid in numbers or index in names:
+            raise UserError(f"{where}: label {mid} or index {index} stands there twice; keep one of them")
+        numbers[mid], names[index] = index, name
     if sorted(names) != list(range(len(names))) or not names:
         raise UserError(f"{path}: the index column has to count 0, 1, 2, ... without a gap ({len(names)} rows)")
     return numbers, [names[index] for index in range(len(names))]

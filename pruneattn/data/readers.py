@@ -3,14 +3,21 @@
 ``root`` is the data set's own folder (``catalog`` finds it); ``split`` is train, val or test.
 """
 
-import csv
 import hashlib
 import os
 from typing import NamedTuple
 
 from pruneattn.data.clips import Clip
 from pruneattn.data.decode import find_audio
-from pruneattn.data.manifest import here_or_below, list_folders, read_label_csv, read_manifest, read_text
+from pruneattn.data.manifest import (
+    csv_rows,
+    csv_table,
+    here_or_below,
+    list_folders,
+    read_label_csv,
+    read_manifest,
+    read_text,
+)
 from pruneattn.errors import UserError
 
 # The order of the published Speech Commands classifiers, so that their heads can be used as they are.
@@ -79,11 +86,10 @@ def read_audioset(root, split, *, label_csv=None):
     segments = root / AUDIOSET_SEGMENTS[part]
     files = {path.stem: path for path in find_audio(root)}
     clips, missing = [], []
-    rows = csv.reader(read_text(segments, "segment list").splitlines(), skipinitialspace=True)
-    for row in rows:
-        if not row or row[0].startswith("#"):
+    for line, row in csv_rows(segments, "segment list", skipinitialspace=True):
+        if row[0].startswith("#"):
             continue
-        where = f"{segments}, line {rows.line_num}"
+        where = f"{segments}, line {line}"
         try:
             ytid, start, end, mids = row
             stems = _segment_stems(ytid, float(start), float(end))
@@ -139,8 +145,7 @@ def read_esc50(root, split, *, fold=1):
     meta = _first_file(root, ("meta/esc50.csv", "meta/esc10.csv"))
     labels = [f"class_{number:02d}" for number in range(50)]
     entries = []
-    rows = csv.DictReader(read_text(meta, "list of clips").splitlines())
-    for row in rows:
+    for line, row in csv_table(meta, "list of clips")[1]:
         try:
             target, in_fold = int(row["target"]), int(row["fold"]) == fold
             file = root / "audio" / row["filename"]
@@ -148,7 +153,7 @@ def read_esc50(root, split, *, fold=1):
                 raise ValueError
             labels[target] = row["category"]
         except (KeyError, TypeError, ValueError, IndexError):
-            where = f"{meta}, line {rows.line_num}"
+            where = f"{meta}, line {line}"
             raise UserError(f"{where}: expected filename, fold, target (0 to 49) and category") from None
         if in_fold != (split == "train"):
             entries.append((file, target))

@@ -140,10 +140,13 @@ def test_files_that_are_not_there_or_not_text(tree):
         ("index,mid,display_name\n0,/m/a,A\n0,/m/b,B\n", "line 3: label /m/b or index 0 stands there twice"),
         ("index,mid,display_name\n0,/m/a,A\n2,/m/b,B\n", "count 0, 1, 2"),
         ("index,mid,display_name\n", "count 0, 1, 2"),
+        ("index,mid,display_name\n\N{SUPERSCRIPT TWO},/m/a,A\n", "line 2: expected a number"),
+        ("index,mid,display_name\n0,/m/a\n", "line 2: expected a number, a label and a name"),
+        pytest.param('index,mid,display_name\n0,/m/a,"' + 200_000 * "x", "line 2: not CSV .field larger", id="long"),
     ],
 )
 def test_bad_label_csv(tmp_path, text, message):
-    (tmp_path / "labels.csv").write_text(text)
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         read_label_csv(tmp_path / "labels.csv")
 
