@@ -3,7 +3,6 @@
 import math
 from typing import NamedTuple
 
-import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 

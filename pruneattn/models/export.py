@@ -135,7 +135,7 @@ def _check(model, path, format, example, waveform, kernels):
         raise UserError(
             "kernels: ONNX has no place for this package's operators: leave them out, or use the format torch or aoti"
         )
-    if getattr(model, "optimized", False):
+    if any(isinstance(module, PrunedViT) and module.optimized for module in model.modules()):
         raise UserError(
             "export: the model was optimized for inference, and its packed weights fit into no file: load it again and "
             "export it as it is"

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -201,6 +200,9 @@ def test_models_that_cannot_be_exported(model, tmp_path):
         pruneattn.optimize_for_inference(model)
         with pytest.raises(UserError, match="optimized for inference"):
             export_model(model, tmp_path / "model.pt2", "torch")
+        with pytest.raises(UserError, match="optimized for inference"):
+            inside = torch.nn.Sequential(model)
+            export_model(inside, tmp_path / "model.pt2", "torch", example=torch.zeros(1, 128, 128))
 
     class Reads(torch.nn.Linear):
         def forward(self, x):
