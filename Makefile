@@ -57,7 +57,7 @@ race: $(VENV)/installed
 	SHIM_RACE=1 $(VENV)/bin/python $(PYTEST) tests/csrc -k shim
 
 gpu:
-	$(PYTHON) -m bench.gpu_run
+	$(PYTHON) -m tools.gpu_run
 
 $(VENV)/installed: $(BUILD_INPUTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from bench import grid
-from bench.machine import RESULTS, Peaks, describe_machine, measure_peaks
-from bench.measure import measure_case
-from bench.report import case_tables
-from bench.rows import ResultFile, name_of
+from bench.harness import grid
+from bench.harness.machine import RESULTS, Peaks, describe_machine, measure_peaks
+from bench.harness.measure import measure_case
+from bench.harness.report import case_tables
+from bench.harness.rows import ResultFile, name_of
 from pruneattn import backends
 
 RUN = pytest.StashKey()
@@ -53,7 +53,9 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         levels, device, op = grid_of(metafunc.config), device_of(metafunc.config), getattr(metafunc.module, "OP", None)
         here = [level for level in metafunc.module.LEVELS if level in levels]
-        metafunc.parametrize("case", [c for level in here for c in grid.cases(level, device, levels[level], op)], ids=str)
+        metafunc.parametrize(
+            "case", [c for level in here for c in grid.cases(level, device, levels[level], op)], ids=str
+        )
         metafunc.parametrize("visit", range(VISITS), ids="visit{}".format)
 
 
@@ -156,4 +158,4 @@ def pytest_terminal_summary(terminalreporter, config):
     if run is not None and run.result.rows:
         terminalreporter.write_line(f"\n{backends()}\n")
         terminalreporter.write_line("\n".join(case_tables(run.result.rows)))
-        terminalreporter.write_line(f"\nwritten: {run.result.path} and .csv; python -m bench.report draws it")
+        terminalreporter.write_line(f"\nwritten: {run.result.path} and .csv; python -m bench.harness.report draws it")

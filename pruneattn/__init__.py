@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+from .constants import VERSION as __version__  # noqa: F401
 
 # Imported on first use, so that `import pruneattn` stays quick and needs no optional package.
 _PUBLIC = {
@@ -13,18 +13,18 @@ _PUBLIC = {
     "optimize_for_inference": "models.optimize",
     "export_model": "models.export",
     "count_macs": "models.macs",
-    "load_checkpoint": "models.checkpoints",
-    "save_checkpoint": "models.save_checkpoint",
-    "load_pretrained": "models.pretrained",
-    "save_pretrained": "models.pretrained",
+    "load_checkpoint": "checkpoints.load_checkpoint",
+    "save_checkpoint": "checkpoints.save_checkpoint",
+    "load_pretrained": "checkpoints.pretrained",
+    "save_pretrained": "checkpoints.pretrained",
     "prune": "adapters",
     "unprune": "adapters",
     "set_keep_rate": "adapters",
-    "backends": "backend",
-    "use_backend": "backend",
+    "backends": "ops.backend",
+    "use_backend": "ops.backend",
     "UserError": "errors",
 }
-_SUBMODULES = ("ops", "models", "data", "adapters")
+_SUBMODULES = ("ops", "data", "models", "checkpoints", "adapters")
 
 __all__ = [*_PUBLIC, *_SUBMODULES]
 

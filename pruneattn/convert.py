@@ -3,16 +3,17 @@
 import argparse
 from pathlib import Path
 
-from .errors import UserError, run_command
-from .opening import add_checkpoint_options, add_trained_for_option, class_names, describe, open_checkpoint
+from .checkpoints.opening import class_names, describe
+from .cli import add_checkpoint_options, add_trained_for_option, open_checkpoint, run_command
+from .errors import UserError
 
 
 def main(argv=None):
     """Convert as the command line says."""
     args = _parse(argv)
     # After the options, so that --help and a wrong option answer at once.
-    from .models.save_checkpoint import save_checkpoint
-    from .models.state_files import find_file
+    from .checkpoints.save_checkpoint import save_checkpoint
+    from .checkpoints.state_files import find_file
 
     _keep_input(args.checkpoint, find_file(args.checkpoint), args.output)
     model = open_checkpoint(args, args.dataset)
@@ -40,10 +41,12 @@ def _parse(argv):
     add_checkpoint_options(parser)
     parser.add_argument("output", metavar="OUT", type=Path, help="file (ast, audiomae) or folder to write")
     parser.add_argument(
-        "--format", required=True, choices=("ast", "audiomae", "huggingface", "timm"),
+        "--format",
+        required=True,
+        choices=("ast", "audiomae", "huggingface", "timm"),
         help="ast: the official AST, a file; audiomae: the official AudioMAE, a file; huggingface: AST for "
         "transformers, a folder; timm: AudioMAE for timm.create_model, a folder",
-    )  # fmt: skip
+    )
     parser.add_argument("--label-csv", metavar="CSV", help="names of the classes (index,mid,display_name)")
     add_trained_for_option(parser)
     return parser.parse_args(argv)

@@ -9,14 +9,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .errors import check_least, run_command
-from .inference import optimized, predict_dataset
+from .checkpoints.opening import describe
+from .cli import (
+    add_checkpoint_options,
+    add_data_options,
+    add_speed_options,
+    check_least,
+    open_checkpoint,
+    open_dataset,
+    run_command,
+)
+from .files import make_folder
 from .metrics import evaluate_predictions
 from .models.macs import count_macs
-from .opening import add_checkpoint_options, add_data_options, describe, make_folder, open_checkpoint, open_dataset
-from .tables import FAILED, save_table, say_failed, table_text
-from .timing import add_speed_options, describe_device, measure_speed
-from .training import distributed
+from .report import FAILED, save_table, say_failed, table_text
+from .runtime import distributed
+from .runtime.inference import optimized, predict_dataset
+from .runtime.timing import describe_device, measure_speed
 
 KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
@@ -129,9 +138,7 @@ def _add_speed(rows, context, model, keep_rates, device, args):
     speed = measure_speed(
         model, keep_rates, device, amp=args.amp, batch_size=args.batch_size, rounds=args.rounds, compiled=args.compile
     )
-    context |= {
-        "rounds": args.rounds, "dense": speed.dense, "dense_clips_per_second": speed.dense_clips_per_second
-    }  # fmt: skip
+    context |= {"rounds": args.rounds, "dense": speed.dense, "dense_clips_per_second": speed.dense_clips_per_second}
     for row in rows:
         row |= speed.row(row["keep_rate"], theory=row["theory"])
 
@@ -144,15 +151,21 @@ def _parse(argv):
     )
     add_checkpoint_options(parser)
     parser.add_argument(
-        "--keep-rate", type=float, nargs="+", default=KEEP_RATES, metavar="R",
+        "--keep-rate",
+        type=float,
+        nargs="+",
+        default=KEEP_RATES,
+        metavar="R",
         help=f"shares of patches kept at each pruning block, in (0, 1] (default: {' '.join(map(str, KEEP_RATES))})",
-    )  # fmt: skip
+    )
     add_data_options(parser)
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--output", type=Path, metavar="DIR",
+        "--output",
+        type=Path,
+        metavar="DIR",
         help="where the results go (default: beside the checkpoint, or here if it is from the Hub)",
-    )  # fmt: skip
+    )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_speed_options(run, batch_size=32)
     args = parser.parse_args(argv)

@@ -5,17 +5,11 @@ from pathlib import Path
 
 import torch
 
-from .errors import run_command
-from .inference import AMP_DTYPES
+from .checkpoints.opening import describe
+from .cli import add_checkpoint_options, add_keep_rate_option, add_trained_for_option, open_checkpoint, run_command
 from .models.export import FORMATS, export_model
-from .opening import (
-    add_checkpoint_options,
-    add_keep_rate_option,
-    add_trained_for_option,
-    describe,
-    open_checkpoint,
-)
-from .training import distributed
+from .runtime import distributed
+from .runtime.inference import AMP_DTYPES
 
 
 def main(argv=None):
@@ -27,9 +21,13 @@ def main(argv=None):
         model.set_keep_rate(args.keep_rate)
     path = args.output or Path(model.name + FORMATS[args.format])
     difference = export_model(
-        model, path, args.format, waveform=args.waveform, dtype=AMP_DTYPES[args.dtype] or torch.float32,
+        model,
+        path,
+        args.format,
+        waveform=args.waveform,
+        dtype=AMP_DTYPES[args.dtype] or torch.float32,
         kernels=args.kernels,
-    )  # fmt: skip
+    )
     rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(model.keep_rates))
     print(f"{path}: {describe(model)}, keep-rate {rates}, {path.stat().st_size / 2**20:.1f} MiB")
     where = "onnxruntime" if args.format == "onnx" else "a process of its own"
@@ -44,20 +42,24 @@ def _parse(argv):
     )
     add_checkpoint_options(parser)
     parser.add_argument(
-        "--format", choices=tuple(FORMATS), required=True,
+        "--format",
+        choices=tuple(FORMATS),
+        required=True,
         help="onnx, torch (a program of torch.export) or aoti (compiled by AOTInductor for this kind of machine)",
-    )  # fmt: skip
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="(default: the model's name, in this folder)")
     add_keep_rate_option(parser)
     parser.add_argument(
-        "--waveform", action="store_true",
+        "--waveform",
+        action="store_true",
         help="take samples at 16 kHz and their count in place of log-mels: the filterbank goes into the file too",
-    )  # fmt: skip
+    )
     parser.add_argument("--dtype", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
     parser.add_argument(
-        "--kernels", action="store_true",
+        "--kernels",
+        action="store_true",
         help="torch, aoti: call pruneattn's kernels; whoever runs the file needs 'import pruneattn.ops'",
-    )  # fmt: skip
+    )
     add_trained_for_option(parser)
     parser.add_argument("--device", default="auto", help="that it will run on: auto, cpu, cuda (default: auto)")
     return parser.parse_args(argv)

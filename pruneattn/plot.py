@@ -1,15 +1,12 @@
 """Pictures: what pruning keeps of a clip, and what it costs and gains over the keep-rates. Needs matplotlib."""
 
-import math
-
 import numpy as np
 
+from .constants import HIGH_HZ, LOW_HZ, MEL_BINS, PATCH, mel
 from .errors import UserError
-from .io import atomic_write
+from .files import atomic_write
 
-PATCH = 16  # frames and mel bins of one patch
 HOP_SECONDS = 0.01  # seconds from frame to frame
-_LOW_HZ, _HIGH_HZ, _MEL_BINS = 20.0, 8000.0, 128  # range of the Kaldi filterbank at 16 kHz
 _TICKS_HZ = (125, 500, 1000, 2000, 4000, 8000)
 _DROPPED = np.array([0.945, 0.945, 0.95])
 INK, FAINT = "#222222", "#8a8a8a"
@@ -35,7 +32,7 @@ def plot_kept_patches(fbank, kept, *, title, subtitle="", sounding=None, start=0
     Figure = matplotlib_figure()
     fbank = np.asarray(fbank, dtype=np.float64)
     frames, sounding = len(fbank), len(fbank) if sounding is None else min(sounding, len(fbank))
-    rows, columns = _MEL_BINS // PATCH, frames // PATCH
+    rows, columns = MEL_BINS // PATCH, frames // PATCH
     panels = [("input", np.ones((rows, columns), dtype=bool)), *kept]
     colours = log_mel_colours(fbank, sounding)
 
@@ -114,9 +111,9 @@ def mel_bin(hertz):
 
     Kaldi's scale, ``1127 ln(1 + f / 700)``, with 128 triangles between 20 Hz and 8 kHz.
     """
-    low, high = (1127 * math.log(1 + f / 700) for f in (_LOW_HZ, _HIGH_HZ))
+    low, high = mel(LOW_HZ), mel(HIGH_HZ)
     # Triangle i peaks (i + 1) steps above the lower end, and its bin is drawn around i + 1/2.
-    return (1127 * math.log(1 + hertz / 700) - low) / ((high - low) / (_MEL_BINS + 1)) - 0.5
+    return (mel(hertz) - low) / ((high - low) / (MEL_BINS + 1)) - 0.5
 
 
 def matplotlib_figure():
@@ -154,23 +151,33 @@ def draw_patches(axis, colours, grid, start, sounding):
     shown = np.kron(grid, np.ones((PATCH, PATCH)))[..., None]
     axis.imshow(
         colours * shown + _DROPPED * (1 - shown),
-        origin="lower", aspect="auto", interpolation="nearest", extent=(start, end, 0, _MEL_BINS),
-    )  # fmt: skip
+        origin="lower",
+        aspect="auto",
+        interpolation="nearest",
+        extent=(start, end, 0, MEL_BINS),
+    )
     if not grid.all():  # borders make single patches countable
         lines = dict(color="white", lw=0.5)
-        axis.vlines(start + np.arange(PATCH, frames, PATCH) * HOP_SECONDS, 0, _MEL_BINS, **lines)
-        axis.hlines(np.arange(PATCH, _MEL_BINS, PATCH), start, end, **lines)
+        axis.vlines(start + np.arange(PATCH, frames, PATCH) * HOP_SECONDS, 0, MEL_BINS, **lines)
+        axis.hlines(np.arange(PATCH, MEL_BINS, PATCH), start, end, **lines)
     if sounding < frames:
         corner = (start + sounding * HOP_SECONDS, 0)
         hatch = dict(fill=False, hatch="////", lw=0, edgecolor="#9a9a9a", alpha=0.55)
-        axis.add_patch(Rectangle(corner, end - corner[0], _MEL_BINS, **hatch))
+        axis.add_patch(Rectangle(corner, end - corner[0], MEL_BINS, **hatch))
         axis.axvline(corner[0], color="#5ec8ff", lw=1.2)
         if grid.all():  # elsewhere the word would hide which patches of the padding are kept
             narrow = sounding > 0.88 * frames
             axis.text(
-                (corner[0] + end) / 2, _MEL_BINS / 2, "padding", ha="center", va="center", rotation=90 if narrow else 0,
-                fontsize=7.5, color=INK, bbox=dict(boxstyle="round,pad=0.25", fc="white", ec="none", alpha=0.85),
-            )  # fmt: skip
+                (corner[0] + end) / 2,
+                MEL_BINS / 2,
+                "padding",
+                ha="center",
+                va="center",
+                rotation=90 if narrow else 0,
+                fontsize=7.5,
+                color=INK,
+                bbox=dict(boxstyle="round,pad=0.25", fc="white", ec="none", alpha=0.85),
+            )
     spectrogram_axis(axis, frames, start)
 
 
@@ -191,8 +198,8 @@ def plain_axis(axis):
 def spectrogram_axis(axis, frames, start=0.0):
     """Seconds from left to right, mel bands from bottom to top, marked in Hz; ``frames`` of 10 ms from ``start`` s."""
     names = [f"{hertz // 1000}k" if hertz >= 1000 else str(hertz) for hertz in _TICKS_HZ]
-    axis.set_yticks([min(mel_bin(hertz), _MEL_BINS) for hertz in _TICKS_HZ], names)
-    axis.set_ylim(0, _MEL_BINS)
+    axis.set_yticks([min(mel_bin(hertz), MEL_BINS) for hertz in _TICKS_HZ], names)
+    axis.set_ylim(0, MEL_BINS)
     axis.set_xlim(start, start + frames * HOP_SECONDS)
     axis.tick_params(labelsize=7.5, length=2.5, color=FAINT)
     axis.spines[:].set_visible(False)
@@ -202,6 +209,12 @@ def _curve(axis, x, y, rows, colour, **style):
     axis.plot(x, y, "-o", color=colour, lw=1.6, ms=5, **style)
     for x_, y_, row in zip(x, y, rows, strict=True):
         axis.annotate(
-            f"{row['keep_rate']:g}", (x_, y_), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK,
+            f"{row['keep_rate']:g}",
+            (x_, y_),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=INK,
             bbox=dict(boxstyle="round,pad=0.1", fc="white", ec="none", alpha=0.7),
         )

@@ -4,23 +4,23 @@ import argparse
 import os
 from pathlib import Path
 
-from . import __version__
-from .corpus import decode_clips, find_clips
-from .errors import UserError, check_least, run_command
-from .inference import AMP_DTYPES, optimized
-from .label_files import LabelFile, check_label_path
-from .labelling import Terminal, write_labels
-from .opening import (
+from .checkpoints.opening import class_names, describe, fingerprint
+from .cli import (
     add_checkpoint_options,
     add_keep_rate_option,
     add_trained_for_option,
-    class_names,
-    describe,
-    fingerprint,
+    check_least,
     open_checkpoint,
+    run_command,
 )
-from .training import distributed
-from .windows import Labeller
+from .constants import VERSION
+from .errors import UserError
+from .labelling.corpus import decode_clips, find_clips
+from .labelling.label_files import LabelFile, check_label_path
+from .labelling.windows import Labeller
+from .labelling.write_labels import Terminal, write_labels
+from .runtime import distributed
+from .runtime.inference import AMP_DTYPES, optimized
 
 
 def main(argv=None):
@@ -63,7 +63,7 @@ def open_model(args):
 def describe_labels(model, args):
     """What decides over the labels, for ``LabelFile``: ``model`` is that of ``open_model``."""
     return {
-        "pruneattn": __version__,
+        "pruneattn": VERSION,
         "checkpoint": str(args.checkpoint),
         "model": describe(model),
         "sha256": fingerprint(model),
@@ -85,21 +85,28 @@ def add_label_options(parser):
     """The options that say which clips are labelled and how; ``check_label_options`` looks at their values."""
     add_checkpoint_options(parser)
     parser.add_argument(
-        "clips", nargs="+", metavar="CLIP",
+        "clips",
+        nargs="+",
+        metavar="CLIP",
         help="sound files; folders that are searched for them; lists: AST-style manifests (.json), .txt with a path in "
         "each line, .csv with a column 'path', '-' for lines on standard input",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--data-dir", metavar="DIR", default=os.environ.get("PRUNEATTN_DATA"),
+        "--data-dir",
+        metavar="DIR",
+        default=os.environ.get("PRUNEATTN_DATA"),
         help="where relative paths in lists count from (else the variable PRUNEATTN_DATA, the list's folder or its "
         "parent)",
-    )  # fmt: skip
+    )
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="labels to name per clip (default: 5)")
     add_keep_rate_option(parser)
     parser.add_argument(
-        "--overlap", type=float, default=0.5, metavar="SHARE",
+        "--overlap",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
         help="of a window that the next one repeats, in [0, 1) (default: 0.5)",
-    )  # fmt: skip
+    )
     parser.add_argument("--windows", action="store_true", help="name the labels of each window in the output, too")
     parser.add_argument("--label-csv", metavar="CSV", help="names of the classes (index,mid,display_name)")
     add_trained_for_option(parser)
@@ -121,15 +128,19 @@ def _parse(argv):
     )
     add_label_options(parser)
     parser.add_argument(
-        "--output", type=Path, metavar="FILE",
+        "--output",
+        type=Path,
+        metavar="FILE",
         help="write the labels to FILE.jsonl, to Parquet files in the folder FILE.parquet, or ('-') as JSON lines to "
         "standard output, in place of the text; with FILE the same command goes on where it was stopped",
-    )  # fmt: skip
+    )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode (default: 0, this)")
     parser.add_argument(
-        "--plot", type=Path, metavar="PNG",
+        "--plot",
+        type=Path,
+        metavar="PNG",
         help="draw the spectrogram and what is kept of it after each pruning stage; of several clips into PNG-CLIP.png",
-    )  # fmt: skip
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     args = parser.parse_args(argv)
     check_label_options(args)
@@ -149,7 +160,7 @@ def _drawing(path, paths, labeller):
     """Function that draws a predicted clip into its file; None if ``path`` is None."""
     if path is None:
         return None
-    from .pictures import draw_clip, picture_names
+    from .labelling.pictures import draw_clip, picture_names
     from .plot import save_figure
 
     names = picture_names(path, paths)

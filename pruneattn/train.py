@@ -12,19 +12,19 @@ the other is lost. The clips of each optimiser step stay the same with any numbe
 
 import signal
 
-from pruneattn.errors import run_command
-from pruneattn.training.options import parse
+from .cli import run_command
+from .training.options import parse
 
 
 def main(argv=None):
     """Train as the command line says. Returns the exit code: 0, or 128 + the number of the signal that stopped it."""
     options, recipe = parse(argv)
     # After the options, so that --help and a wrong option answer at once.
-    from pruneattn.training import distributed
-    from pruneattn.training.build import build_trainer
-    from pruneattn.training.engine import Stopped
-    from pruneattn.training.log import say
-    from pruneattn.training.signals import StopRequest
+    from .runtime import distributed
+    from .runtime.signals import StopRequest
+    from .training.build import build_trainer
+    from .training.engine import Stopped
+    from .training.log import say
 
     stop = StopRequest()
     try:

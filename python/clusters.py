@@ -8,15 +8,17 @@ kendall.py, remove_clusters.py and kept_histogram.py read.
 
 from pruneattn.analysis.clusters import STATISTICS, cluster_rows, find_clusters, plot_clusters
 from pruneattn.analysis.command import describe_data, make_parser, open_analysis, report_failed, save_result
-from pruneattn.errors import run_command
+from pruneattn.cli import run_command
 
 
 def main(argv=None):
     parser = make_parser("clusters", __doc__.splitlines()[0])
     parser.add_argument(
-        "--statistic", choices=tuple(STATISTICS), default="intensity",
+        "--statistic",
+        choices=tuple(STATISTICS),
+        default="intensity",
         help="mean or standard deviation of a patch's normalised log-mel (default: intensity)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     analysis = open_analysis(args)
     clusters, counts, examples = find_clusters(analysis, args.statistic, describe_data(analysis))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import soundfile
 
+from pruneattn.constants import SAMPLE_RATE
 from pruneattn.data import load_dataset
-from pruneattn.data.fbank import SAMPLE_RATE
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"

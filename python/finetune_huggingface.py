@@ -25,12 +25,13 @@ from torch import nn
 from tqdm import tqdm
 
 import pruneattn
+from pruneattn.cli import check_least, run_command
 from pruneattn.data import DATASETS, FeatureConfig, FeatureExtractor, make_loader
 from pruneattn.data.augment import noise_and_shift
-from pruneattn.errors import UserError, check_least, run_command
+from pruneattn.errors import UserError
+from pruneattn.files import make_folder
 from pruneattn.metrics import evaluate_predictions
-from pruneattn.opening import make_folder
-from pruneattn.tables import save_failed, say_failed
+from pruneattn.report import save_failed, say_failed
 from pruneattn.training.build import measure, open_splits
 from pruneattn.training.schedule import keep_rate_at
 from pruneattn.training.state import write_json
@@ -129,10 +130,13 @@ def main(argv=None):
 
     schedule = KeepRateSchedule(args.keep_rate, args.shrink_start, args.shrink_epochs)
     trainer = PruningTrainer(
-        model, training_arguments(args, output, train_set), compute_metrics=make_metrics(train_set),
-        train_dataset=NoisyClips(clips["train"]) if args.noise else clips["train"], eval_dataset=clips["val"],
+        model,
+        training_arguments(args, output, train_set),
+        compute_metrics=make_metrics(train_set),
+        train_dataset=NoisyClips(clips["train"]) if args.noise else clips["train"],
+        eval_dataset=clips["val"],
         callbacks=[schedule],
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=last)
     result = trainer.evaluate(clips.get("test", clips["val"]), metric_key_prefix="test" if "test" in clips else "val")
     trainer.save_model()
@@ -184,13 +188,23 @@ def make_model(args, config, dataset):
 def fresh_model(args, task):
     """A model of stride 16 with random weights, in the sizes of ``create_model``, which also checks them."""
     ours = pruneattn.create_model(
-        f"ast_{args.size}", frames=args.frames, embed_dim=args.embed_dim, depth=args.depth, num_heads=args.num_heads,
+        f"ast_{args.size}",
+        frames=args.frames,
+        embed_dim=args.embed_dim,
+        depth=args.depth,
+        num_heads=args.num_heads,
         prune_blocks=args.prune_blocks,
-    )  # fmt: skip
+    )
     config = ASTConfig(
-        hidden_size=ours.embed_dim, num_hidden_layers=len(ours.blocks), num_attention_heads=ours.num_heads,
-        intermediate_size=4 * ours.embed_dim, max_length=args.frames, frequency_stride=16, time_stride=16, **task,
-    )  # fmt: skip
+        hidden_size=ours.embed_dim,
+        num_hidden_layers=len(ours.blocks),
+        num_attention_heads=ours.num_heads,
+        intermediate_size=4 * ours.embed_dim,
+        max_length=args.frames,
+        frequency_stride=16,
+        time_stride=16,
+        **task,
+    )
     model = ASTForAudioClassification(config)
     # The library's standard deviation of 0.02 suits a width of 768; a model of 64 hardly learns from it.
     for module in model.modules():
@@ -263,13 +277,27 @@ def make_metrics(dataset):
 
 def training_arguments(args, output, dataset):
     return TrainingArguments(
-        output_dir=str(output), num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size, learning_rate=args.lr, weight_decay=args.weight_decay,
-        lr_scheduler_type="cosine", warmup_steps=args.warmup_steps, seed=args.seed, bf16=args.amp == "bf16",
-        fp16=args.amp == "fp16", eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch",
-        load_best_model_at_end=True, metric_for_best_model="map" if dataset.multilabel else "top1", save_total_limit=2,
-        report_to="none", dataloader_pin_memory=torch.cuda.is_available(), disable_tqdm=not sys.stderr.isatty(),
-    )  # fmt: skip
+        output_dir=str(output),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        learning_rate=args.lr,
+        weight_decay=args.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.warmup_steps,
+        seed=args.seed,
+        bf16=args.amp == "bf16",
+        fp16=args.amp == "fp16",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="map" if dataset.multilabel else "top1",
+        save_total_limit=2,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=not sys.stderr.isatty(),
+    )
 
 
 def parse(argv):

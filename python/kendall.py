@@ -9,7 +9,8 @@ The attention score of each patch in each block of the unpruned model is held ag
 from pruneattn.analysis.clusters import load_clusters
 from pruneattn.analysis.command import describe_data, make_parser, open_analysis, report_failed, save_result
 from pruneattn.analysis.kendall import measure_kendall, plot_kendall
-from pruneattn.errors import UserError, run_command
+from pruneattn.cli import run_command
+from pruneattn.errors import UserError
 
 
 def main(argv=None):

@@ -10,8 +10,9 @@ kept_ratio.csv (how many patches of C1 and C2 the first model keeps for one that
 from pruneattn.analysis.clusters import load_clusters
 from pruneattn.analysis.command import describe_data, make_parser, open_analysis, report_failed, save_result
 from pruneattn.analysis.kept_histogram import bin_edges, measure_histograms, open_second, plot_histograms
-from pruneattn.errors import UserError, run_command
-from pruneattn.io import write_csv
+from pruneattn.cli import run_command
+from pruneattn.errors import UserError
+from pruneattn.files import write_csv
 
 
 def main(argv=None):

@@ -8,8 +8,8 @@ of what is left is sound, pause and padding.
 
 from pruneattn.analysis.command import describe_data, make_parser, open_analysis, report_failed, save_result
 from pruneattn.analysis.kept_patches import example_rows, measure_kept, plot_page
-from pruneattn.errors import check_least, run_command
-from pruneattn.io import write_csv
+from pruneattn.cli import check_least, run_command
+from pruneattn.files import write_csv
 
 
 def main(argv=None):

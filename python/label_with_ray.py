@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pruneattn.corpus import Decoded, decode, find_clips
-from pruneattn.errors import UserError, check_least, run_command
-from pruneattn.label_files import LabelFile, check_label_path, label_schema
-from pruneattn.labelling import write_labels
+from pruneattn.cli import check_least, run_command
+from pruneattn.errors import UserError
+from pruneattn.labelling.corpus import Decoded, decode, find_clips
+from pruneattn.labelling.label_files import LabelFile, check_label_path, label_schema
+from pruneattn.labelling.write_labels import write_labels
 from pruneattn.predict import add_label_options, check_label_options, describe_labels, make_labeller, open_model
-from pruneattn.training import distributed
+from pruneattn.runtime import distributed
 
 TASK_CLIPS = 64  # decoded by one task, which is what is done again when it is lost
 
@@ -101,13 +102,18 @@ class LabelBatches:
 
 def _parse(argv):
     parser = argparse.ArgumentParser(
-        prog="python python/label_with_ray.py", description=__doc__,
+        prog="python python/label_with_ray.py",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add_label_options(parser)
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="FILE.jsonl, or a folder FILE.parquet",
-    )  # fmt: skip
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="FILE.jsonl, or a folder FILE.parquet",
+    )
     parser.add_argument("--actors", type=int, default=1, metavar="N", help="actors with the model (default: 1)")
     parser.add_argument(
         "--gpus", type=float, default=0, metavar="G", help="GPUs of each, may be a fraction (default: 0, on CPUs)"

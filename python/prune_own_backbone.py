@@ -16,8 +16,8 @@ import pruneattn
 from pruneattn import UserError, ops
 from pruneattn.adapters import BlockView, Trunk, register_family
 from pruneattn.adapters.checks import expect_parts
-from pruneattn.tables import markdown_lines
-from pruneattn.timing import rounds_side_by_side
+from pruneattn.report import markdown_lines
+from pruneattn.runtime.timing import rounds_side_by_side
 
 
 class SpectrogramEncoder(nn.Module):
@@ -125,7 +125,11 @@ def main(argv=None):
     torch.manual_seed(0)
     fbank = torch.randn(args.batch_size, args.frames, 128)
     variants = {}
-    for name, score in (("unpruned", None), ("class token's attention", "cls"), ("times length of value", ValueScore())):
+    for name, score in (
+        ("unpruned", None),
+        ("class token's attention", "cls"),
+        ("times length of value", ValueScore()),
+    ):
         torch.manual_seed(0)
         model = SpectrogramEncoder(frames=args.frames).eval()
         if score is not None:

@@ -9,16 +9,19 @@ remove_clusters.csv, .png and .pdf.
 from pruneattn.analysis.clusters import load_clusters
 from pruneattn.analysis.command import describe_data, make_parser, open_analysis, report_failed, save_result
 from pruneattn.analysis.remove_clusters import check_depths, default_depths, measure_removal, plot_removal
-from pruneattn.errors import run_command
+from pruneattn.cli import run_command
 
 
 def main(argv=None):
     parser = make_parser("remove_clusters", __doc__.splitlines()[0])
     parser.add_argument("--clusters", required=True, metavar="JSON", help="clusters.json of python/clusters.py")
     parser.add_argument(
-        "--after-block", type=int, nargs="+", metavar="N",
+        "--after-block",
+        type=int,
+        nargs="+",
+        metavar="N",
         help="remove after so many blocks; 0: before the first (default: six depths, evenly spread)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     analysis = open_analysis(args)
     clusters = load_clusters(args.clusters, analysis.model.features)

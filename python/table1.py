@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pruneattn.analysis.command import save_result
 from pruneattn.analysis.table1 import RANKINGS, Table, make_cells, plot_table1, table_lines
-from pruneattn.errors import UserError, run_command
-from pruneattn.io import atomic_write
-from pruneattn.opening import make_folder
+from pruneattn.cli import run_command
+from pruneattn.errors import UserError
+from pruneattn.files import atomic_write, make_folder
 from pruneattn.plot import matplotlib_figure
 
 
@@ -48,10 +48,13 @@ def report(table, args):
     name = options.dataset if options.train_manifest is None else Path(options.train_manifest).stem
     title = f"{options.model}_{options.size} on {name}, {len(args.seeds)} seeds"
     lines = [
-        title, "", *table_lines(rows, args.rankings), "",
+        title,
+        "",
+        *table_lines(rows, args.rankings),
+        "",
         "Metric in percent, mean over the seeds; in brackets the paired difference to unpruned and its standard error "
         "(* p < 0.05, t-test over the test clips, or over the classes for mAP).",
-    ]  # fmt: skip
+    ]
     if missing:
         names = ", ".join(cell.name for cell in missing)
         lines.append(f"{len(missing)} of {len(table.cells)} runs are missing: {names}")
@@ -64,17 +67,23 @@ def report(table, args):
 
 def _parse(argv):
     parser = ArgumentParser(
-        prog="python python/table1.py", usage="%(prog)s [options] -- OPTIONS OF pruneattn.train",
-        description=__doc__, formatter_class=RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        prog="python python/table1.py",
+        usage="%(prog)s [options] -- OPTIONS OF pruneattn.train",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
     paper = ("attention", "intensity", "variation")
     parser.add_argument(
         "--rankings", nargs="+", choices=tuple(RANKINGS), default=paper, help=f"(default: {' '.join(paper)})"
     )
     parser.add_argument(
-        "--keep-rates", nargs="+", type=float, default=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4), metavar="R",
+        "--keep-rates",
+        nargs="+",
+        type=float,
+        default=(0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+        metavar="R",
         help="(default: 0.9 to 0.4)",
-    )  # fmt: skip
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,), metavar="N", help="(default: 0)")
     parser.add_argument(
         "--output", type=Path, default=Path("results/table1"), metavar="DIR", help="(default: results/table1)"

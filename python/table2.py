@@ -19,11 +19,11 @@ from pruneattn.analysis.table2 import (
     table_lines,
     time_cell,
 )
-from pruneattn.errors import check_least, run_command
-from pruneattn.opening import make_folder
+from pruneattn.cli import add_speed_options, check_least, run_command
+from pruneattn.files import make_folder
 from pruneattn.plot import matplotlib_figure
-from pruneattn.timing import add_speed_options, describe_device
-from pruneattn.training import distributed
+from pruneattn.runtime import distributed
+from pruneattn.runtime.timing import describe_device
 
 
 def main(argv=None):
@@ -41,9 +41,15 @@ def main(argv=None):
         timings = Timings(output / "timings.json")
         for number, ((model, frames), rows) in enumerate(cells.items(), 1):
             options = cell_options(
-                model, frames, keep_rates, describe_device(device), batch_size=args.batch_size, amp=args.amp,
-                rounds=args.rounds, compiled=args.compile,
-            )  # fmt: skip
+                model,
+                frames,
+                keep_rates,
+                describe_device(device),
+                batch_size=args.batch_size,
+                amp=args.amp,
+                rounds=args.rounds,
+                compiled=args.compile,
+            )
             speed = timings.find(options)
             name = f"[{number}/{len(cells)}] {model}, {rows[0]['patches']} patches"
             if speed is None:
@@ -62,18 +68,29 @@ def parse(argv):
     keep_rates = tuple(PRINTED_GMACS[128])
     parser = argparse.ArgumentParser(prog="python python/table2.py", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model", nargs="+", default=("audiomae_base", "ast_base"), metavar="NAME",
+        "--model",
+        nargs="+",
+        default=("audiomae_base", "ast_base"),
+        metavar="NAME",
         help="models (default: audiomae_base ast_base)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--frames", type=int, nargs="+", default=tuple(PRINTED_GMACS), metavar="F",
+        "--frames",
+        type=int,
+        nargs="+",
+        default=tuple(PRINTED_GMACS),
+        metavar="F",
         help="10 ms frames of their input, half as many patches as frames "
         f"(default: {' '.join(map(str, PRINTED_GMACS))})",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--keep-rate", type=float, nargs="+", default=keep_rates, metavar="R",
+        "--keep-rate",
+        type=float,
+        nargs="+",
+        default=keep_rates,
+        metavar="R",
         help=f"shares of patches kept at each pruning block, in (0, 1] (default: {' '.join(map(str, keep_rates))})",
-    )  # fmt: skip
+    )
     add_run_options(parser, "table2")
     add_speed_options(parser, batch_size=8)
     args = parser.parse_args(argv)

@@ -78,3 +78,24 @@ def isa(request, use_isa):
     """Each instruction set of the CPU's attention kernels."""
     with use_isa(request.param):
         yield request.param
+
+
+@pytest.fixture
+def make_model():
+    """Makes a small model with weights large enough that attention is far from uniform."""
+
+    from pruneattn.models import create_model  # after TRITON_INTERPRET is set
+
+    def make(family, seed=0, **arguments):
+        arguments = {"embed_dim": 24, "depth": 10, "num_heads": 3, "num_classes": 5, "frames": 128} | arguments
+        torch.manual_seed(seed)
+        model = create_model(f"{family}_tiny", **arguments).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+                else:
+                    parameter.normal_(std=1.0 if name.endswith(("token", "pos_embed")) else 0.3)
+        return model
+
+    return make

@@ -5,7 +5,8 @@ from argparse import Namespace
 
 import pytest
 
-from pruneattn.errors import UserError, check_least, run_command
+from pruneattn.cli import check_least, run_command
+from pruneattn.errors import UserError
 
 
 def leave(main):

@@ -11,7 +11,9 @@ def _rounding_cast(self, src, dst_type):
     if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
         bits = src.data.astype(np.float32).view(np.uint32)
         rounded = bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000  # to nearest, ties to even
-        src = TensorHandle(np.where(np.isfinite(src.data), rounded, bits).astype(np.uint32).view(np.float32), tl.float32)
+        src = TensorHandle(
+            np.where(np.isfinite(src.data), rounded, bits).astype(np.uint32).view(np.float32), tl.float32
+        )
     return _cast(self, src, dst_type)
 
 

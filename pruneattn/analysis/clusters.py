@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from ..constants import PATCH
 from ..errors import UserError
-from ..io import atomic_write
+from ..files import atomic_write
 from ..models.scores import mean, standard_deviation
-from ..plot import INK, PATCH, log_mel_colours, matplotlib_figure, spectrogram_axis
+from ..plot import INK, log_mel_colours, matplotlib_figure, spectrogram_axis
 from .command import example_indices, iterate_clips
 
 #: What patches are grouped by, both on the normalised log-mel.
@@ -164,11 +165,16 @@ def cluster_rows(clusters):
     edges = (-np.inf, *clusters.boundaries, np.inf)
     return [
         {
-            "cluster": f"C{i + 1}", "share": share, "centre": centre, "above": edges[i], "up_to": edges[i + 1],
-            "patches": clusters.patches, "clips": clusters.clips,
+            "cluster": f"C{i + 1}",
+            "share": share,
+            "centre": centre,
+            "above": edges[i],
+            "up_to": edges[i + 1],
+            "patches": clusters.patches,
+            "clips": clusters.clips,
         }
         for i, (share, centre) in enumerate(zip(clusters.shares, clusters.centres))
-    ]  # fmt: skip
+    ]
 
 
 def plot_clusters(model, dataset, clusters, counts, examples):
@@ -190,9 +196,14 @@ def plot_clusters(model, dataset, clusters, counts, examples):
         inside = middle[number == i]
         if len(inside):
             axis.annotate(
-                f"C{i + 1}\n{share:.1%}", ((inside[0] + inside[-1]) / 2, 1.02), xycoords=("data", "axes fraction"),
-                ha="center", va="bottom", fontsize=8.5, color=INK,
-            )  # fmt: skip
+                f"C{i + 1}\n{share:.1%}",
+                ((inside[0] + inside[-1]) / 2, 1.02),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="bottom",
+                fontsize=8.5,
+                color=INK,
+            )
     axis.set_xlabel(f"{clusters.statistic} of a patch ({_meaning(clusters.statistic)} of its normalised log-mel)")
     axis.set_ylabel("share of patches (%)")
     axis.spines[["top", "right"]].set_visible(False)
@@ -211,9 +222,11 @@ def plot_clusters(model, dataset, clusters, counts, examples):
     for row in range(2):
         axes[row, 0].set_ylabel("mel band (Hz)", fontsize=8)
     figure.suptitle(
-        f"Patches by {clusters.statistic}: {clusters.data} ({clusters.patches} patches)", fontsize=11,
-        fontweight="bold", color=INK,
-    )  # fmt: skip
+        f"Patches by {clusters.statistic}: {clusters.data} ({clusters.patches} patches)",
+        fontsize=11,
+        fontweight="bold",
+        color=INK,
+    )
     return figure
 
 

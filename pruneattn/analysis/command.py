@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from ..cli import add_checkpoint_options, add_data_options, check_least, open_checkpoint, open_dataset
 from ..data.loader import eval_batches
-from ..errors import UserError, check_least
-from ..io import write_csv
-from ..opening import add_checkpoint_options, add_data_options, make_folder, open_checkpoint, open_dataset
+from ..errors import UserError
+from ..files import make_folder, write_csv
 from ..plot import matplotlib_figure, save_figure
-from ..tables import save_failed, say_failed
-from ..training import distributed
+from ..report import save_failed, say_failed
+from ..runtime import distributed
 
 
 class Analysis(NamedTuple):
@@ -61,9 +61,12 @@ def add_run_options(parser, script):
     """The options that every script has."""
     run = parser.add_argument_group("run")
     run.add_argument(
-        "--output", type=Path, metavar="DIR", default=Path("results", script),
+        "--output",
+        type=Path,
+        metavar="DIR",
+        default=Path("results", script),
         help=f"where the results go (default: results/{script})",
-    )  # fmt: skip
+    )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
@@ -82,8 +85,8 @@ def iterate_clips(analysis, text):
 
     Clips that cannot be read are left out and added to ``analysis.failed``; raises ``UserError`` if none can.
     """
+    from ..constants import HOP, WINDOW
     from ..data import FeatureExtractor, make_loader
-    from ..data.fbank import HOP, WINDOW
 
     model, args = analysis.model, analysis.args
     features = FeatureExtractor(model.features).to(analysis.device)

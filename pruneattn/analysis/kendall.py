@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..checkpoints.opening import reconfigured
 from ..models.trace import trace
-from ..opening import reconfigured
 from ..plot import FAINT, INK, matplotlib_figure, plain_axis
 from .command import iterate_clips
 from .means import Means
@@ -87,10 +87,17 @@ def measure_kendall(analysis, clusters):
         for block in range(depth):
             for variant in VARIANTS:
                 mean, se, clips = means.of((i, block, variant))
-                rows.append({
-                    "statistic": one.statistic, "block": block + 1, "variant": variant, "coefficient": mean, "se": se,
-                    "clips": clips, "unrelated": means.of((i, block, "tied"))[0] if variant == "paper" else 0.0,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "statistic": one.statistic,
+                        "block": block + 1,
+                        "variant": variant,
+                        "coefficient": mean,
+                        "se": se,
+                        "clips": clips,
+                        "unrelated": means.of((i, block, "tied"))[0] if variant == "paper" else 0.0,
+                    }
+                )
     return rows
 
 
@@ -110,10 +117,18 @@ def plot_kendall(rows, title, prune_blocks=()):
         for variant, line, face, name in (("paper", "-", colour, "paper's"), ("tau_b", "--", "white", "tau-b")):
             mine = [row for row in rows if row["statistic"] == statistic and row["variant"] == variant]
             axis.errorbar(
-                [row["block"] for row in mine], [row["coefficient"] for row in mine], [row["se"] for row in mine],
-                color=colour, ls=line, marker=marker, mfc=face, ms=5, lw=1.4, capsize=2.5,
+                [row["block"] for row in mine],
+                [row["coefficient"] for row in mine],
+                [row["se"] for row in mine],
+                color=colour,
+                ls=line,
+                marker=marker,
+                mfc=face,
+                ms=5,
+                lw=1.4,
+                capsize=2.5,
                 label=f"{statistic}, {name}",
-            )  # fmt: skip
+            )
             if variant == "paper":
                 axis.plot([row["block"] for row in mine], [row["unrelated"] for row in mine], ":", color=colour, lw=1)
     axis.set_xticks(sorted({row["block"] for row in rows}))

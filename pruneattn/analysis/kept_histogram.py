@@ -6,10 +6,10 @@ import math
 import numpy as np
 import torch
 
+from ..cli import open_checkpoint
 from ..data.fbank import LOG_FLOOR
 from ..errors import UserError
 from ..models.trace import trace
-from ..opening import open_checkpoint
 from ..plot import INK, matplotlib_figure
 from .clusters import STATISTICS
 from .command import iterate_clips
@@ -99,10 +99,18 @@ def measure_histograms(analysis, models, clusters):
         for stage, name in enumerate(stage_names(model)):
             for i in range(len(clusters.centres)):
                 share, se, clips = means.of((number, stage, i))
-                rows.append({
-                    "number": number + 1, "model": model.name, "stage": name, "patches": counts[number, stage],
-                    "cluster": f"C{i + 1}", "share": share, "se": se, "clips": clips,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "number": number + 1,
+                        "model": model.name,
+                        "stage": name,
+                        "patches": counts[number, stage],
+                        "cluster": f"C{i + 1}",
+                        "share": share,
+                        "se": se,
+                        "clips": clips,
+                    }
+                )
     return histograms, rows, _ratio_row(models, torch.cat(pairs)) if len(models) == 2 else None
 
 
@@ -110,9 +118,15 @@ def _ratio_row(models, pairs):
     ratio, se = ratio_of_means(pairs)
     first, second = pairs.mean(0).tolist()
     return {
-        "clusters": "C1 + C2", "first": models[0].name, "kept_by_first": first, "second": models[1].name,
-        "kept_by_second": second, "ratio": ratio, "se": se, "clips": len(pairs),
-    }  # fmt: skip
+        "clusters": "C1 + C2",
+        "first": models[0].name,
+        "kept_by_first": first,
+        "second": models[1].name,
+        "kept_by_second": second,
+        "ratio": ratio,
+        "se": se,
+        "clips": len(pairs),
+    }
 
 
 def _histogram(values, edges):
@@ -166,9 +180,14 @@ def plot_histograms(histograms, rows, clusters, edges, names, title):
         of = [row for row in of if row["stage"] == stage]
         for row, begin, end in zip(of, columns, columns[1:]):
             axis.annotate(
-                f"{row['cluster']}\n{row['share']:.0%}", ((begin + end) / 2, 0.98), xycoords=("data", "axes fraction"),
-                ha="center", va="top", fontsize=7.5, color=INK,
-            )  # fmt: skip
+                f"{row['cluster']}\n{row['share']:.0%}",
+                ((begin + end) / 2, 0.98),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="top",
+                fontsize=7.5,
+                color=INK,
+            )
         axis.set_title(name, fontsize=9, loc="left", color=INK)
         axis.set_xlabel("mean of a patch (intensity)")
         axis.spines[["top", "right"]].set_visible(False)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..constants import PATCH
 from ..errors import UserError
-from ..models.blocks import PATCH
 from ..models.trace import trace
 from ..plot import INK, draw_patches, log_mel_colours, mark_pauses, matplotlib_figure
 from .command import example_indices, iterate_clips
@@ -92,9 +92,7 @@ def measure_kept(analysis, count, match=()):
             if index in wanted:
                 grids = [model.kept_grid(kept[row].cpu()) for kept in found.kept]
                 predicted, sounding = int(found.logits[row].argmax()), int(batch.sounding[row])
-                examples.append(
-                    Example(index, batch.fbank[row].cpu(), sounding, pauses[row].cpu(), grids, predicted)
-                )
+                examples.append(Example(index, batch.fbank[row].cpu(), sounding, pauses[row].cpu(), grids, predicted))
     if not examples:
         path = analysis.dataset.clips[wanted[0]].path
         raise UserError(f"{path}: could not be read, nor any other clip to show; choose others with --match or --clips")

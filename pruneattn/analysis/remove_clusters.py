@@ -117,12 +117,19 @@ def measure_removal(analysis, clusters, after_blocks):
     rows = []
     for (after, name), parts in found.items():
         units = unit_scores(torch.cat(parts).numpy(), targets, model.multilabel)
-        rows.append({
-            "after_block": after, "removed": name, "metric_name": metric_name(model.multilabel),
-            "metric": float(np.nanmean(units)), "unpruned": float(np.nanmean(unpruned)),
-            **paired_test(units - unpruned), "tokens_removed": float(shares[name].mean()), "clips": len(targets),
-            "clips_without_tokens": int((shares[name] == 1).sum()),
-        })  # fmt: skip
+        rows.append(
+            {
+                "after_block": after,
+                "removed": name,
+                "metric_name": metric_name(model.multilabel),
+                "metric": float(np.nanmean(units)),
+                "unpruned": float(np.nanmean(unpruned)),
+                **paired_test(units - unpruned),
+                "tokens_removed": float(shares[name].mean()),
+                "clips": len(targets),
+                "clips_without_tokens": int((shares[name] == 1).sum()),
+            }
+        )
     return rows
 
 
@@ -136,10 +143,17 @@ def plot_removal(rows, title):
         mine = [row for row in rows if row["removed"] == name]
         which = " and ".join(f"C{i + 1}" for i in REMOVED[name])
         axis.errorbar(
-            [row["after_block"] for row in mine], [100 * row["metric"] for row in mine],
-            [100 * row["difference_se"] for row in mine], color=colour, marker=marker, ls=line, ms=5, lw=1.4,
-            capsize=3, label=f"without {which} ({mine[0]['tokens_removed']:.0%} of the tokens)",
-        )  # fmt: skip
+            [row["after_block"] for row in mine],
+            [100 * row["metric"] for row in mine],
+            [100 * row["difference_se"] for row in mine],
+            color=colour,
+            marker=marker,
+            ls=line,
+            ms=5,
+            lw=1.4,
+            capsize=3,
+            label=f"without {which} ({mine[0]['tokens_removed']:.0%} of the tokens)",
+        )
     axis.set_xticks([row["after_block"] for row in rows])
     axis.set_xlabel("removed after block (0: before the first)")
     axis.set_ylabel(f"{rows[0]['metric_name']} (%)")

@@ -7,14 +7,15 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import train
+from ..checkpoints.pretrained import load_pretrained
 from ..data import FeatureExtractor, make_loader
 from ..errors import UserError
-from ..inference import optimized, predict_dataset
-from ..io import atomic_write
+from ..files import atomic_write
 from ..models.macs import count_macs
-from ..models.pretrained import load_pretrained
 from ..plot import FAINT, INK, matplotlib_figure, plain_axis
-from ..training import distributed, state
+from ..runtime import distributed
+from ..runtime.inference import optimized, predict_dataset
+from ..training import state
 from ..training.build import open_split
 from ..training.options import describe, differences, parse
 from .paired import metric_name, paired_test, unit_scores
@@ -25,9 +26,11 @@ UNPRUNED = "unpruned"
 _OWN_OPTIONS = ("--output", "--seed", "--keep-rate", "--score", "--resume", "--branch-from")
 _OF_A_CELL = ("seed", "keep_rate", "score")  # may differ within a table
 _STYLES = {  # Okabe-Ito colours, each with a marker of its own
-    "attention": ("#0072b2", "o"), "intensity": ("#d55e00", "s"), "variation": ("#009e73", "^"),
+    "attention": ("#0072b2", "o"),
+    "intensity": ("#d55e00", "s"),
+    "variation": ("#009e73", "^"),
     "random": ("#555555", "D"),
-}  # fmt: skip
+}
 
 
 class Cell(NamedTuple):
@@ -79,8 +82,10 @@ class Table:
         if path.exists():
             changed = differences(json.loads(path.read_text(encoding="utf-8")), ours, ignore=_OF_A_CELL)
             if changed:
-                raise UserError(f"{path}: this table was begun with other options ({'; '.join(changed)}): "
-                                "give the same, or another --output")  # fmt: skip
+                raise UserError(
+                    f"{path}: this table was begun with other options ({'; '.join(changed)}): "
+                    "give the same, or another --output"
+                )
         else:
             state.write_json(path, ours)
 
@@ -109,8 +114,10 @@ class Table:
                     trunk = self._trunk(cell)
                     if trunk and not trunk.exists():
                         if (trunk.parent / state.RESULT).exists():
-                            raise UserError(f"{trunk} is gone, from which {cell.name} would branch: delete the folder "
-                                            f"{trunk.parent} to have it trained again")  # fmt: skip
+                            raise UserError(
+                                f"{trunk} is gone, from which {cell.name} would branch: delete the folder "
+                                f"{trunk.parent} to have it trained again"
+                            )
                         continue  # the unpruned run of this seed is not that far
                     code = self._train(cell)
                     if code:
@@ -206,10 +213,19 @@ def compare(runs, unpruned, name):
         UserError: two runs were tested on different clips.
     """
     done = {seed: predictions for seed, predictions in runs if predictions is not None}
-    row = dict.fromkeys((
-        "metric_name", "metric", "metric_sd", "difference", "difference_se", "difference_sd", "p", "units",
-        "gmacs_paper",
-    ))  # fmt: skip
+    row = dict.fromkeys(
+        (
+            "metric_name",
+            "metric",
+            "metric_sd",
+            "difference",
+            "difference_se",
+            "difference_sd",
+            "p",
+            "units",
+            "gmacs_paper",
+        )
+    )
     if done:
         scores = {seed: _unit_scores(predictions) for seed, predictions in done.items()}
         each = [np.nanmean(one) for one in scores.values()]
@@ -277,10 +293,16 @@ def plot_table1(rows, rankings, title):
         colour, marker = _STYLES[ranking]
         shift = 0.004 * (number - (len(rankings) - 1) / 2)  # error bars side by side
         axis.errorbar(
-            [row["keep_rate"] + shift for row in mine], [100 * row["metric"] for row in mine],
-            [100 * (row["difference_se"] or 0) for row in mine], color=colour, marker=marker, ms=5, lw=1.4, capsize=3,
+            [row["keep_rate"] + shift for row in mine],
+            [100 * row["metric"] for row in mine],
+            [100 * (row["difference_se"] or 0) for row in mine],
+            color=colour,
+            marker=marker,
+            ms=5,
+            lw=1.4,
+            capsize=3,
             label=ranking,
-        )  # fmt: skip
+        )
     axis.set_xticks(sorted({row["keep_rate"] for row in rows[1:]}))
     axis.invert_xaxis()
     axis.set_xlabel("keep-rate")

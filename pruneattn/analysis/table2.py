@@ -5,15 +5,15 @@ import os
 
 import torch
 
-from .. import __version__
-from ..backend import ENVIRONMENT, ISA_ENVIRONMENT
+from ..constants import VERSION
 from ..errors import UserError
-from ..io import atomic_write
+from ..files import atomic_write
 from ..models import create_model
 from ..models.macs import count_macs
+from ..ops.backend import ENVIRONMENT, ISA_ENVIRONMENT
 from ..plot import FAINT, INK, matplotlib_figure, plain_axis
-from ..tables import gmacs_text, markdown_lines
-from ..timing import Speed, measure_speed
+from ..report import gmacs_text, markdown_lines
+from ..runtime.timing import Speed, measure_speed
 
 #: The paper's Table II: GMACs of one clip, frames -> keep-rate -> number as printed. It is of ViT-B with one CLS token.
 PRINTED_GMACS = {
@@ -23,8 +23,13 @@ PRINTED_GMACS = {
 }
 _PRINTED_MODELS = ("audiomae_base", "ast_base")
 _STYLES = (  # Okabe-Ito colours, each with a marker of its own
-    ("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#56b4e9", "v"), ("#e69f00", "P"),
-)  # fmt: skip
+    ("#0072b2", "o"),
+    ("#d55e00", "s"),
+    ("#009e73", "^"),
+    ("#cc79a7", "D"),
+    ("#56b4e9", "v"),
+    ("#e69f00", "P"),
+)
 
 
 def count_rows(name, frames, keep_rates):
@@ -52,17 +57,19 @@ def count_rows(name, frames, keep_rates):
         model.set_keep_rate(keep_rate)
         macs = count_macs(model)
         cell = printed.get(keep_rate)
-        rows.append({
-            "model": name,
-            "frames": frames,
-            "patches": model.num_patches,
-            "keep_rate": keep_rate,
-            "gmacs_printed": cell,
-            "gmacs_paper": macs.paper / 1e9,
-            "difference": None if cell is None else macs.paper / 1e9 - cell,
-            "gmacs_computed": macs.computed / 1e9,
-            "theory": 1 - macs.paper / dense,
-        })  # fmt: skip
+        rows.append(
+            {
+                "model": name,
+                "frames": frames,
+                "patches": model.num_patches,
+                "keep_rate": keep_rate,
+                "gmacs_printed": cell,
+                "gmacs_paper": macs.paper / 1e9,
+                "difference": None if cell is None else macs.paper / 1e9 - cell,
+                "gmacs_computed": macs.computed / 1e9,
+                "theory": 1 - macs.paper / dense,
+            }
+        )
     return rows
 
 
@@ -93,7 +100,7 @@ def cell_options(name, frames, keep_rates, device_name, *, batch_size, amp, roun
         "compiled": compiled,
         "device": device_name,
         "torch": torch.__version__,
-        "pruneattn": __version__,
+        "pruneattn": VERSION,
         "backend": os.environ.get(ENVIRONMENT, "best"),
         "cpu_isa": os.environ.get(ISA_ENVIRONMENT, "best"),
     }

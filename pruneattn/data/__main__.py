@@ -2,10 +2,10 @@
 
 import argparse
 
-from pruneattn.data.catalog import DATASETS, SPLITS, load_dataset
-from pruneattn.data.fetch import fetch
-from pruneattn.data.stats import dataset_stats
-from pruneattn.errors import check_least, run_command
+from ..cli import check_least, run_command
+from .catalog import DATASETS, SPLITS, load_dataset
+from .fetch import fetch
+from .stats import dataset_stats
 
 
 def main(argv=None):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pruneattn.data.fbank import remove_mean, zero_beyond
-from pruneattn.errors import UserError
+from ..errors import UserError
+from .fbank import remove_mean, zero_beyond
 
 MAX_SHIFT = 10  # frames
 

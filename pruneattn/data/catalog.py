@@ -5,11 +5,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pruneattn.data import readers
-from pruneattn.data.clips import ClipDataset
-from pruneattn.data.fbank import samples_for
-from pruneattn.data.toy import ToyDataset
-from pruneattn.errors import UserError
+from ..constants import AUDIOSET_MEAN, AUDIOSET_STD
+from ..errors import UserError
+from . import readers
+from .clips import ClipDataset
+from .fbank import samples_for
+from .toy import ToyDataset
 
 SPLITS = ("train", "val", "test")
 _log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class DatasetInfo:
 
 
 # Log-mel statistics of AudioSet, the usual choice where a set's own are not known.
-_AUDIOSET_STATS = {"mean": -4.2677393, "std": 4.5689974}
+_AUDIOSET_STATS = {"mean": AUDIOSET_MEAN, "std": AUDIOSET_STD}
 
 DATASETS = {
     "as20k": DatasetInfo(
@@ -225,8 +226,12 @@ def load_dataset(
     if listing.missing:
         _log.warning(
             "%s %s: %d of %d clips are missing and left out (the first: %s)",
-            name, split, len(listing.missing), listed, listing.missing[0],
-        )  # fmt: skip
+            name,
+            split,
+            len(listing.missing),
+            listed,
+            listing.missing[0],
+        )
     return ClipDataset(
         name, listing.clips, listing.labels, multilabel=listing.multilabel, missing=listing.missing, **cut
     )

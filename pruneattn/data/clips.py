@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pruneattn.data.decode import load_audio
-from pruneattn.data.fbank import SAMPLE_RATE
-from pruneattn.errors import UserError
+from ..constants import SAMPLE_RATE
+from ..errors import UserError
+from .decode import load_audio
 
 
 @dataclass(frozen=True)

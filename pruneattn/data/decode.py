@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pruneattn.errors import UserError
+from ..constants import SAMPLE_RATE
+from ..errors import UserError
 
 #: What ``find_audio`` looks for; libsndfile, which goes by content, decodes a few more kinds.
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64"})
@@ -24,7 +25,7 @@ _CHUNK_CUT = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.M
 _STREAMED = 0x7FFF0000  # writers to a pipe put a size near 2^31 or 2^32: nobody knew the length
 
 
-def load_audio(path, sample_rate=16000, *, seconds=None):
+def load_audio(path, sample_rate=SAMPLE_RATE, *, seconds=None):
     """Decode a sound file to a mono waveform.
 
     Any format of libsndfile (wav, flac, ogg, opus, mp3, aiff, ...), channel count (averaged) and rate (resampled with

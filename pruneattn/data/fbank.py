@@ -8,19 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pruneattn.errors import UserError
+from ..constants import (
+    AUDIOSET_MEAN,
+    AUDIOSET_STD,
+    HIGH_HZ,
+    HOP,
+    LOW_HZ,
+    MEL_BINS,
+    MEL_CORNER,
+    MEL_FACTOR,
+    SAMPLE_RATE,
+    WINDOW,
+    mel,
+)
+from ..errors import UserError
 
-SAMPLE_RATE = 16000
-WINDOW = 400  # samples: 25 ms
-HOP = 160  # samples: 10 ms
-MEL_BINS = 128
 #: Smallest value a log-mel can take, log(2^-23): Kaldi floors the energies at float32's epsilon. Every clip reaches
 #: it, since with these settings one mel filter (number 3) covers no FFT bin at all.
 LOG_FLOOR = math.log(2.0**-23)
 
 _FFT = 512
 _CHUNK = 512  # frames worked on at a time on a CPU: a whole batch would fall out of its cache and be slower
-_LOW_HZ = 20.0
 _PREEMPHASIS = 0.97
 
 
@@ -134,7 +142,7 @@ class FeatureConfig:
             if values.get(name, expected) != expected:
                 raise UserError(f"{name}: the features here are those of {expected!r}, not of {values[name]!r}")
         if values.get("do_normalize", True):
-            mean, std = values.get("mean", -4.2677393), values.get("std", 4.5689974)
+            mean, std = values.get("mean", AUDIOSET_MEAN), values.get("std", AUDIOSET_STD)
         else:
             mean, std = 0.0, 0.5  # (x - 0) / (2 * 0.5)
         return cls(frames=values.get("max_length", 1024), mean=mean, std=std, padding="zero")
@@ -248,12 +256,11 @@ def _mel_filters(device):
     In float32 throughout, as Kaldi does: the narrow filters at the bottom rest on one bin's small weight, so its
     rounding is part of what the features are.
     """
-    low = 1127.0 * math.log(1.0 + _LOW_HZ / 700.0)
-    high = 1127.0 * math.log(1.0 + 0.5 * SAMPLE_RATE / 700.0)
+    low, high = mel(LOW_HZ), mel(HIGH_HZ)
     step = (high - low) / (MEL_BINS + 1)
     number = torch.arange(MEL_BINS, dtype=torch.float32, device="cpu")  # [128]
     left, centre, right = (low + (number + k) * step for k in (0.0, 1.0, 2.0))
     hertz = (SAMPLE_RATE / _FFT) * torch.arange(_FFT // 2, dtype=torch.float32, device="cpu")
-    mel = (1127.0 * (1.0 + hertz / 700.0).log())[:, None]  # [256, 1]; Kaldi leaves the Nyquist bin out
-    rising, falling = (mel - left) / (centre - left), (right - mel) / (right - centre)  # [256, 128]
+    mels = (MEL_FACTOR * (1.0 + hertz / MEL_CORNER).log())[:, None]  # [256, 1]; Kaldi leaves the Nyquist bin out
+    rising, falling = (mels - left) / (centre - left), (right - mels) / (right - centre)  # [256, 128]
     return F.pad(torch.minimum(rising, falling).clamp_min(0.0), (0, 0, 0, 1)).to(device)

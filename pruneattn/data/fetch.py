@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from pruneattn.data.readers import SPEECH_COMMANDS
-from pruneattn.errors import UserError
+from ..errors import UserError
+from .readers import SPEECH_COMMANDS
 
 SPC2_URL = "http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 SPC2_SHA256 = "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from pruneattn.errors import UserError
+from ..errors import UserError
 
 _SPARES = 32  # clips that are tried in place of a batch that cannot be decoded
 

@@ -5,8 +5,8 @@ import io
 import json
 from pathlib import Path
 
-from pruneattn.data.clips import Clip
-from pruneattn.errors import UserError
+from ..errors import UserError
+from .clips import Clip
 
 FORMAT = '{"data": [{"wav": "audio/a.wav", "labels": "/m/09x0r,/m/05zppz"}, ...]}'
 

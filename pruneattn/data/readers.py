@@ -7,18 +7,10 @@ import hashlib
 import os
 from typing import NamedTuple
 
-from pruneattn.data.clips import Clip
-from pruneattn.data.decode import find_audio
-from pruneattn.data.manifest import (
-    csv_rows,
-    csv_table,
-    here_or_below,
-    list_folders,
-    read_label_csv,
-    read_manifest,
-    read_text,
-)
-from pruneattn.errors import UserError
+from ..errors import UserError
+from .clips import Clip
+from .decode import find_audio
+from .manifest import csv_rows, csv_table, here_or_below, list_folders, read_label_csv, read_manifest, read_text
 
 # The order of the published Speech Commands classifiers, so that their heads can be used as they are.
 SPEECH_COMMANDS = (

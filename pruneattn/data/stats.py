@@ -6,8 +6,8 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from pruneattn.data.fbank import kaldi_fbank
-from pruneattn.errors import UserError
+from ..errors import UserError
+from .fbank import kaldi_fbank
 
 _LEAST_STD = 1e-3  # rounding leaves less of silence, and real sound has a thousand times as much
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pruneattn.data.clips import Clip, ClipDataset
-from pruneattn.data.fbank import SAMPLE_RATE
+from ..constants import SAMPLE_RATE
+from .clips import Clip, ClipDataset
 
 SIZES = {"train": 2000, "val": 400, "test": 400}
 

@@ -47,14 +47,38 @@ def launch(q, k, v, out, lse, scale, maximum, inverse, config):
 
 @triton.jit
 def _attention(
-    q, q_batch, q_head, q_row,
-    k, k_batch, k_head, k_row,
-    v, v_batch, v_head, v_row,
-    out, out_batch, out_head, out_row,
-    lse, maximum, inverse, heads, rows, keys, scale,
-    NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_batch,
+    q_head,
+    q_row,
+    k,
+    k_batch,
+    k_head,
+    k_row,
+    v,
+    v_batch,
+    v_head,
+    v_row,
+    out,
+    out_batch,
+    out_head,
+    out_row,
+    lse,
+    maximum,
+    inverse,
+    heads,
+    rows,
+    keys,
+    scale,
+    NEGATIVE: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+    STEP: tl.constexpr,
+    APART: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     tile, head_number, clip, head = locate(rows, heads, BLOCK)
     q += clip * q_batch + head * q_head
     k += clip * k_batch + head * k_head
@@ -65,19 +89,85 @@ def _attention(
         maximum += head_number * rows
         inverse += head_number * rows
     if LAST == 0 or tile < rows // BLOCK:
-        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, inverse, tile * BLOCK, rows, keys,
-              scale, NEGATIVE, D, C, BLOCK, False, STEP, APART, MASKED)  # fmt: skip
+        _rows(
+            q,
+            q_row,
+            k,
+            k_row,
+            v,
+            v_row,
+            out,
+            out_row,
+            lse,
+            maximum,
+            inverse,
+            tile * BLOCK,
+            rows,
+            keys,
+            scale,
+            NEGATIVE,
+            D,
+            C,
+            BLOCK,
+            False,
+            STEP,
+            APART,
+            MASKED,
+        )
     else:
-        _rows(q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, inverse, tile * BLOCK, rows, keys,
-              scale, NEGATIVE, D, C, LAST, True, STEP, APART, MASKED)  # fmt: skip
+        _rows(
+            q,
+            q_row,
+            k,
+            k_row,
+            v,
+            v_row,
+            out,
+            out_row,
+            lse,
+            maximum,
+            inverse,
+            tile * BLOCK,
+            rows,
+            keys,
+            scale,
+            NEGATIVE,
+            D,
+            C,
+            LAST,
+            True,
+            STEP,
+            APART,
+            MASKED,
+        )
 
 
 @triton.jit
 def _rows(
-    q, q_row, k, k_row, v, v_row, out, out_row, lse, maximum, inverse, first, rows, keys, scale,
-    NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, ENDS: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_row,
+    k,
+    k_row,
+    v,
+    v_row,
+    out,
+    out_row,
+    lse,
+    maximum,
+    inverse,
+    first,
+    rows,
+    keys,
+    scale,
+    NEGATIVE: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENDS: tl.constexpr,
+    STEP: tl.constexpr,
+    APART: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Output and log-sum-exp of the query rows from ``first`` on."""
     factor = scale * LOG2_E
     queries = load_rows(q, first, rows, q_row, ROWS, ENDS, D, C)  # [ROWS, C]
@@ -109,9 +199,23 @@ def _rows(
 
 @triton.jit
 def _add_tile(
-    queries, k, k_row, v, v_row, start, keys, largest, mass, acc, factor,
-    NEGATIVE: tl.constexpr, D: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    queries,
+    k,
+    k_row,
+    v,
+    v_row,
+    start,
+    keys,
+    largest,
+    mass,
+    acc,
+    factor,
+    NEGATIVE: tl.constexpr,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """The running maximum, sum and output of the rows after the keys from ``start`` on."""
     logits = product(queries, tl.trans(load_rows(k, start, keys, k_row, STEP, MASKED, D, C)))  # [ROWS, STEP]
     if MASKED:

@@ -64,16 +64,44 @@ def launch_keys(grad_out, q, k, v, lse, grad_k, grad_v, delta, scale, config):
 
 @triton.jit
 def _grad_queries(
-    grad_out, grad_out_batch, grad_out_head, grad_out_row,
-    q, q_batch, q_head, q_row,
-    k, k_batch, k_head, k_row,
-    v, v_batch, v_head, v_row,
-    out, out_batch, out_head, out_row,
-    grad_q, grad_q_batch, grad_q_head, grad_q_row,
-    lse, delta, heads, rows, keys, scale,
-    D: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    grad_out,
+    grad_out_batch,
+    grad_out_head,
+    grad_out_row,
+    q,
+    q_batch,
+    q_head,
+    q_row,
+    k,
+    k_batch,
+    k_head,
+    k_row,
+    v,
+    v_batch,
+    v_head,
+    v_row,
+    out,
+    out_batch,
+    out_head,
+    out_row,
+    grad_q,
+    grad_q_batch,
+    grad_q_head,
+    grad_q_row,
+    lse,
+    delta,
+    heads,
+    rows,
+    keys,
+    scale,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+    STEP: tl.constexpr,
+    APART: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     tile, head_number, clip, head = locate(rows, heads, BLOCK)
     grad_out += clip * grad_out_batch + head * grad_out_head
     q += clip * q_batch + head * q_head
@@ -84,20 +112,91 @@ def _grad_queries(
     lse += head_number * rows
     delta += head_number * rows
     if LAST == 0 or tile < rows // BLOCK:
-        _query_rows(grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, out, out_row, grad_q, grad_q_row, lse, delta,
-                    tile * BLOCK, rows, keys, scale, D, C, BLOCK, False, STEP, APART, MASKED)  # fmt: skip
+        _query_rows(
+            grad_out,
+            grad_out_row,
+            q,
+            q_row,
+            k,
+            k_row,
+            v,
+            v_row,
+            out,
+            out_row,
+            grad_q,
+            grad_q_row,
+            lse,
+            delta,
+            tile * BLOCK,
+            rows,
+            keys,
+            scale,
+            D,
+            C,
+            BLOCK,
+            False,
+            STEP,
+            APART,
+            MASKED,
+        )
     else:
-        _query_rows(grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, out, out_row, grad_q, grad_q_row, lse, delta,
-                    tile * BLOCK, rows, keys, scale, D, C, LAST, True, STEP, APART, MASKED)  # fmt: skip
+        _query_rows(
+            grad_out,
+            grad_out_row,
+            q,
+            q_row,
+            k,
+            k_row,
+            v,
+            v_row,
+            out,
+            out_row,
+            grad_q,
+            grad_q_row,
+            lse,
+            delta,
+            tile * BLOCK,
+            rows,
+            keys,
+            scale,
+            D,
+            C,
+            LAST,
+            True,
+            STEP,
+            APART,
+            MASKED,
+        )
 
 
 @triton.jit
 def _query_rows(
-    grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, out, out_row, grad_q, grad_q_row, lse, delta,
-    first, rows, keys, scale,
-    D: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, ENDS: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    grad_out,
+    grad_out_row,
+    q,
+    q_row,
+    k,
+    k_row,
+    v,
+    v_row,
+    out,
+    out_row,
+    grad_q,
+    grad_q_row,
+    lse,
+    delta,
+    first,
+    rows,
+    keys,
+    scale,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENDS: tl.constexpr,
+    STEP: tl.constexpr,
+    APART: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Gradient of the query rows from ``first`` on."""
     factor = scale * LOG2_E
     row = first + tl.arange(0, ROWS)
@@ -124,9 +223,22 @@ def _query_rows(
 
 @triton.jit
 def _tile_grad(
-    queries, grads, norm, centre, k, k_row, v, v_row, start, keys, factor,
-    D: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    queries,
+    grads,
+    norm,
+    centre,
+    k,
+    k_row,
+    v,
+    v_row,
+    start,
+    keys,
+    factor,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """What the keys from ``start`` on add to the gradient of the queries, but for the scale."""
     tile = load_rows(k, start, keys, k_row, STEP, MASKED, D, C)
     values = load_rows(v, start, keys, v_row, STEP, MASKED, D, C)
@@ -140,16 +252,44 @@ def _tile_grad(
 
 @triton.jit
 def _grad_keys(
-    grad_out, grad_out_batch, grad_out_head, grad_out_row,
-    q, q_batch, q_head, q_row,
-    k, k_batch, k_head, k_row,
-    v, v_batch, v_head, v_row,
-    grad_k, grad_k_batch, grad_k_head, grad_k_row,
-    grad_v, grad_v_batch, grad_v_head, grad_v_row,
-    lse, delta, heads, rows, keys, scale,
-    D: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    grad_out,
+    grad_out_batch,
+    grad_out_head,
+    grad_out_row,
+    q,
+    q_batch,
+    q_head,
+    q_row,
+    k,
+    k_batch,
+    k_head,
+    k_row,
+    v,
+    v_batch,
+    v_head,
+    v_row,
+    grad_k,
+    grad_k_batch,
+    grad_k_head,
+    grad_k_row,
+    grad_v,
+    grad_v_batch,
+    grad_v_head,
+    grad_v_row,
+    lse,
+    delta,
+    heads,
+    rows,
+    keys,
+    scale,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+    STEP: tl.constexpr,
+    APART: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     tile, head_number, clip, head = locate(keys, heads, BLOCK)
     grad_out += clip * grad_out_batch + head * grad_out_head
     q += clip * q_batch + head * q_head
@@ -160,22 +300,91 @@ def _grad_keys(
     lse += head_number * rows
     delta += head_number * rows
     if LAST == 0 or tile < keys // BLOCK:
-        _key_rows(grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, grad_k, grad_k_row, grad_v, grad_v_row,
-                  lse, delta, tile * BLOCK, rows, keys, scale,
-                  D, C, BLOCK, False, STEP, APART, MASKED)  # fmt: skip
+        _key_rows(
+            grad_out,
+            grad_out_row,
+            q,
+            q_row,
+            k,
+            k_row,
+            v,
+            v_row,
+            grad_k,
+            grad_k_row,
+            grad_v,
+            grad_v_row,
+            lse,
+            delta,
+            tile * BLOCK,
+            rows,
+            keys,
+            scale,
+            D,
+            C,
+            BLOCK,
+            False,
+            STEP,
+            APART,
+            MASKED,
+        )
     else:
-        _key_rows(grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, grad_k, grad_k_row, grad_v, grad_v_row,
-                  lse, delta, tile * BLOCK, rows, keys, scale,
-                  D, C, LAST, True, STEP, APART, MASKED)  # fmt: skip
+        _key_rows(
+            grad_out,
+            grad_out_row,
+            q,
+            q_row,
+            k,
+            k_row,
+            v,
+            v_row,
+            grad_k,
+            grad_k_row,
+            grad_v,
+            grad_v_row,
+            lse,
+            delta,
+            tile * BLOCK,
+            rows,
+            keys,
+            scale,
+            D,
+            C,
+            LAST,
+            True,
+            STEP,
+            APART,
+            MASKED,
+        )
 
 
 @triton.jit
 def _key_rows(
-    grad_out, grad_out_row, q, q_row, k, k_row, v, v_row, grad_k, grad_k_row, grad_v, grad_v_row, lse, delta,
-    first, rows, keys, scale,
-    D: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, ENDS: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    grad_out,
+    grad_out_row,
+    q,
+    q_row,
+    k,
+    k_row,
+    v,
+    v_row,
+    grad_k,
+    grad_k_row,
+    grad_v,
+    grad_v_row,
+    lse,
+    delta,
+    first,
+    rows,
+    keys,
+    scale,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENDS: tl.constexpr,
+    STEP: tl.constexpr,
+    APART: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Gradients of the keys and values from ``first`` on, by the softmax matrix transposed: ``[keys, queries]``."""
     factor = scale * LOG2_E
     tile = load_rows(k, first, keys, k_row, ROWS, ENDS, D, C)  # [ROWS, C]
@@ -208,9 +417,22 @@ def _key_rows(
 
 @triton.jit
 def _tile_grads(
-    tile, values, q, q_row, grad_out, grad_out_row, lse, delta, start, rows, factor,
-    D: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    tile,
+    values,
+    q,
+    q_row,
+    grad_out,
+    grad_out_row,
+    lse,
+    delta,
+    start,
+    rows,
+    factor,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """What the queries from ``start`` on add to the gradients of keys and values, but for the keys' scale."""
     row = start + tl.arange(0, STEP)
     inside = row < rows if MASKED else None

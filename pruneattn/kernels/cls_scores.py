@@ -38,11 +38,23 @@ def launch(q_cls, k, weights, scale, config):
 
 @triton.jit
 def _cls_weights(
-    q, q_batch, q_head, q_row,
-    k, k_batch, k_head, k_row,
-    weights, heads, keys, scale,
-    D: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_batch,
+    q_head,
+    q_row,
+    k,
+    k_batch,
+    k_head,
+    k_row,
+    weights,
+    heads,
+    keys,
+    scale,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     head_number = tl.program_id(0).to(tl.int64)
     clip, head = head_number // heads, head_number % heads
     k += clip * k_batch + head * k_head

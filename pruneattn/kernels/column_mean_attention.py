@@ -47,12 +47,30 @@ def launch(q, k, maximum, inverse, sums, extra_tokens, scale, config):
 
 @triton.jit
 def _column_sums(
-    q, q_batch, q_head, q_row,
-    k, k_batch, k_head, k_row,
-    maximum, inverse, sums, heads, patches, extra_tokens, scale, share,
-    D: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr, LAST: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_batch,
+    q_head,
+    q_row,
+    k,
+    k_batch,
+    k_head,
+    k_row,
+    maximum,
+    inverse,
+    sums,
+    heads,
+    patches,
+    extra_tokens,
+    scale,
+    share,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+    STEP: tl.constexpr,
+    APART: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     tile, head_number, clip, head = locate(patches, heads, BLOCK)
     q += clip * q_batch + head * q_head + extra_tokens * q_row
     k += clip * k_batch + head * k_head + extra_tokens * k_row
@@ -60,19 +78,70 @@ def _column_sums(
     inverse += head_number * (patches + extra_tokens) + extra_tokens
     sums += head_number * patches
     if LAST == 0 or tile < patches // BLOCK:
-        _columns(q, q_row, k, k_row, maximum, inverse, sums, tile * BLOCK, patches, scale, share,
-                 D, C, BLOCK, False, STEP, APART, MASKED)  # fmt: skip
+        _columns(
+            q,
+            q_row,
+            k,
+            k_row,
+            maximum,
+            inverse,
+            sums,
+            tile * BLOCK,
+            patches,
+            scale,
+            share,
+            D,
+            C,
+            BLOCK,
+            False,
+            STEP,
+            APART,
+            MASKED,
+        )
     else:
-        _columns(q, q_row, k, k_row, maximum, inverse, sums, tile * BLOCK, patches, scale, share,
-                 D, C, LAST, True, STEP, APART, MASKED)  # fmt: skip
+        _columns(
+            q,
+            q_row,
+            k,
+            k_row,
+            maximum,
+            inverse,
+            sums,
+            tile * BLOCK,
+            patches,
+            scale,
+            share,
+            D,
+            C,
+            LAST,
+            True,
+            STEP,
+            APART,
+            MASKED,
+        )
 
 
 @triton.jit
 def _columns(
-    q, q_row, k, k_row, maximum, inverse, sums, first, patches, scale, share,
-    D: tl.constexpr, C: tl.constexpr,
-    KEYS: tl.constexpr, ENDS: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_row,
+    k,
+    k_row,
+    maximum,
+    inverse,
+    sums,
+    first,
+    patches,
+    scale,
+    share,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    KEYS: tl.constexpr,
+    ENDS: tl.constexpr,
+    STEP: tl.constexpr,
+    APART: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Sums of the columns from ``first`` on."""
     factor = scale * LOG2_E
     keys = load_rows(k, first, patches, k_row, KEYS, ENDS, D, C)  # [KEYS, C]
@@ -91,9 +160,19 @@ def _columns(
 
 @triton.jit
 def _tile_sums(
-    keys, q, q_row, maximum, inverse, start, patches, factor,
-    D: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    keys,
+    q,
+    q_row,
+    maximum,
+    inverse,
+    start,
+    patches,
+    factor,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    STEP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Sums of the columns over the queries from ``start`` on."""
     row = start + tl.arange(0, STEP)
     inside = row < patches if MASKED else None

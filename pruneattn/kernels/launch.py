@@ -73,8 +73,15 @@ def _kind(value):
 def tiles_of(channels, count, block, steps, step):
     """Constants of a kernel whose programs share out ``count`` rows by ``block`` and go through ``steps`` by ``step``."""
     apart, masked = split(steps, step)
-    return {"D": channels, "C": block_channels(channels), "BLOCK": block, "LAST": last_rows(count, block),
-            "STEP": step, "APART": apart, "MASKED": masked}  # fmt: skip
+    return {
+        "D": channels,
+        "C": block_channels(channels),
+        "BLOCK": block,
+        "LAST": last_rows(count, block),
+        "STEP": step,
+        "APART": apart,
+        "MASKED": masked,
+    }
 
 
 def takes(q):
@@ -121,7 +128,7 @@ def fit(config, block, heads, count, processors):
 
 
 def config_for(kernel, architecture, dtype, channels):
-    """The measured tile sizes (configs.json, written by ``python -m bench.tune``), or else a guess that compiles well."""
+    """The measured tile sizes (configs.json, written by ``python -m tools.tune``), or else a guess that compiles well."""
     measured = _table().get(architecture, {}).get(kernel, {}).get(f"{str(dtype)[6:]}, {channels}")
     return Config(*measured) if measured else fallback(kernel, dtype, channels)
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from ..constants import PATCH
 from ..errors import UserError
 
-PATCH = 16
 MLP_RATIO = 4
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import __version__
-from ..backend import references
+from ..constants import MEL_BINS, VERSION
 from ..errors import UserError
-from ..io import atomic_write
-from .vit import MEL_BINS, PrunedViT
+from ..files import atomic_write
+from ..ops.backend import references
+from .vit import PrunedViT
 
 #: Formats, each with the end of a file's name.
 FORMATS = {"onnx": ".onnx", "torch": ".pt2", "aoti": "-aoti.pt2"}
@@ -142,7 +142,7 @@ def _check(model, path, format, example, waveform, kernels):
         )
     if isinstance(model, PrunedViT) == (example is not None):
         raise UserError("example: needed for a model that is not of create_model, and only for such a one")
-    if waveform and getattr(model, "features", None) is None:
+    if waveform and not (isinstance(model, PrunedViT) and model.description.features):
         raise UserError("waveform: the model does not say how its input is made: set model.features (FeatureConfig)")
     if format == "onnx":
         try:
@@ -160,7 +160,8 @@ def _inputs(model, example, waveform, batch):
         return (torch.randn(batch, *example.shape[1:], generator=generator).to(example),)
     if not waveform:
         return (torch.randn(batch, model.frames, MEL_BINS, generator=generator).to(device),)
-    from ..data.fbank import WINDOW, samples_for
+    from ..constants import WINDOW
+    from ..data.fbank import samples_for
 
     samples = samples_for(model.frames)
     lengths = torch.linspace(samples, WINDOW, batch, dtype=torch.int64)
@@ -175,14 +176,14 @@ def _names(model, waveform):
 
 def _description(model, waveform, wrapped, kernels):
     """What whoever runs the file has to know, as JSON."""
-    about = {"pruneattn": __version__, "torch": torch.__version__, "dtype": str(wrapped.dtype).removeprefix("torch.")}
+    about = {"pruneattn": VERSION, "torch": torch.__version__, "dtype": str(wrapped.dtype).removeprefix("torch.")}
     about |= {"inputs": _names(model, waveform), "output": "logits", "needs_pruneattn_ops": kernels}
     if isinstance(model, PrunedViT):
         about |= {"model": model.name, "score": model.score if isinstance(model.score, str) else "a function"}
         about |= {"frames": model.frames, "keep_rates": list(model.keep_rates)}
-        features = getattr(model, "features", None)
-        about |= {"features": features and features.to_dict(), "labels": getattr(model, "labels", None)}
-        about |= {"multilabel": getattr(model, "multilabel", None)}
+        description = model.description
+        about |= {"features": description.features and description.features.to_dict()}
+        about |= {"labels": description.labels, "multilabel": description.multilabel}
     return json.dumps(about, ensure_ascii=False)
 
 

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from .blocks import MLP_RATIO, PATCH, kept_patches
+from ..constants import PATCH
+from .blocks import MLP_RATIO, kept_patches
 from .vit import own_model
 
 

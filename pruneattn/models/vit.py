@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..constants import MEL_BINS, PATCH
 from ..errors import UserError
-from .blocks import PATCH, Block, PatchEmbed, PruningBlock, check_prune_blocks, spread_keep_rate
+from .blocks import Block, PatchEmbed, PruningBlock, check_prune_blocks, spread_keep_rate
+from .description import Description
 from .scores import make_pruning
-
-MEL_BINS = 128
 
 
 def own_model(model, caller):
@@ -62,6 +62,8 @@ class PrunedViT(nn.Module):
         self.score = self.default_score if score is None else score
         self.drop_path = drop_path
         self.pruning = make_pruning(self.score)
+        #: Features, labels and further values that belong to the weights.
+        self.description = Description()
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_extra_tokens + self.num_patches, embed_dim))
@@ -84,6 +86,44 @@ class PrunedViT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a linear layer on the cells of a patch
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
+
+    # The description's values, also under the model itself ---------------------------------------------------------
+
+    @property
+    def features(self):
+        """How waveforms become the input (``FeatureConfig``); None if unknown."""
+        return self.description.features
+
+    @features.setter
+    def features(self, value):
+        self.description.features = value
+
+    @property
+    def labels(self):
+        """Name of each class, in the order of the logits; None if unknown."""
+        return self.description.labels
+
+    @labels.setter
+    def labels(self, value):
+        self.description.labels = value
+
+    @property
+    def multilabel(self):
+        """Whether several classes can hold at once (sigmoid) or exactly one holds (softmax); None if unknown."""
+        return self.description.multilabel
+
+    @multilabel.setter
+    def multilabel(self, value):
+        self.description.multilabel = value
+
+    @property
+    def extra(self):
+        """Further plain values that were saved with the weights."""
+        return self.description.extra
+
+    @extra.setter
+    def extra(self, value):
+        self.description.extra = value
 
     # Where a patch lies -----------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..backend import choose, register
+from .backend import choose, register
 
 LIBRARY = torch.library.Library("pruneattn", "DEF")
 # Where plain PyTorch runs, the reference runs too.

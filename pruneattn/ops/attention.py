@@ -3,10 +3,10 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backend import choose, launch
 from ._checks import ATTENTION_DTYPES, check_dtype, check_like, check_not_empty, check_shape
 from ._layout import heads_of, near, rows_together, together
 from ._registration import LIBRARY, define
+from .backend import choose, launch
 from .pytorch_attention import pytorch_attention, sdpa
 
 #: What the CPU kernels compute; float16 is computed in float32 there, and float64 by the reference.

@@ -3,9 +3,9 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backend import choose
 from ._checks import check_keep
 from ._registration import define
+from .backend import choose
 from .cls_scores import check_scoring, cpu_scores, cuda_partials, flops, triton_partials
 from .cls_scores import reference as cls_reference
 from .prune_tokens import check_tokens, differentiable_in_tokens, empty_kept

@@ -3,11 +3,11 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backend import _C, launch
 from ._checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_not_empty, check_shape
 from ._layout import heads_of, near
 from ._registration import LIBRARY, define
 from .attention import CPU_DTYPES, CUDA_DTYPES, scale_of
+from .backend import _C, launch
 
 
 def reference(q_cls, k, extra_tokens, scale=None):
@@ -74,7 +74,9 @@ def cuda_partials(q_cls, k, extra_tokens, scale=None):
     partials = k.new_empty((batch, heads, tokens - extra_tokens), dtype=torch.float32)
     (q, q_heads), (k, k_heads) = heads_of(q_cls.unsqueeze(2)), heads_of(k)
     places = (q_heads, k_heads)
-    launch("cls_scores", q, CUDA_DTYPES[k.dtype], *k.shape, *places, scale_of(q, scale), extra_tokens, partials.data_ptr())
+    launch(
+        "cls_scores", q, CUDA_DTYPES[k.dtype], *k.shape, *places, scale_of(q, scale), extra_tokens, partials.data_ptr()
+    )
     return partials
 
 

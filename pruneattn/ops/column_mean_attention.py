@@ -5,11 +5,11 @@ import functools
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backend import _C, launch, stands_in
 from ._checks import check_extra_tokens, check_shape
 from ._layout import aligned, heads_of, near, rows_together
 from ._registration import LIBRARY, define
 from .attention import CPU_DTYPES, CUDA_DTYPES, attention_backward, check_qkv, empty_outputs, logits, scale_of
+from .backend import _C, launch, stands_in
 
 
 def reference(q, k, v, extra_tokens, scale=None):
@@ -83,7 +83,9 @@ def cuda_partials(q, k, v, extra_tokens, scale=None):
     scale, device = scale_of(q, scale), q.device.index or 0
     half = q.dtype in (torch.float16, torch.bfloat16)
     if not (half and q.shape[3] == 64 and q.shape[2] <= _most_tokens(device) and scale > 0):
-        return (triton_partials if stands_in("triton", q.device.type) else _reference_partials)(q, k, v, extra_tokens, scale)
+        return (triton_partials if stands_in("triton", q.device.type) else _reference_partials)(
+            q, k, v, extra_tokens, scale
+        )
     batch, heads, tokens, _ = q.shape
     out, lse = empty_outputs(q)
     parts = _C.cuda_attention_parts(batch * heads, tokens, device)

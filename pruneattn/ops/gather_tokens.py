@@ -2,10 +2,10 @@
 
 import torch
 
-from ..backend import _C, launch
 from ._checks import check_device, check_dtype, check_extra_tokens, check_not_empty, check_shape
 from ._layout import together
 from ._registration import LIBRARY, define
+from .backend import _C, launch
 
 
 def reference(x, index, extra_tokens):
@@ -62,9 +62,7 @@ def _check(x, index, extra_tokens):
     check_device("index", index, "x", x)
     check_extra_tokens(extra_tokens, x.shape[1])
     if not 1 <= index.shape[1] <= x.shape[1] - extra_tokens:
-        raise ValueError(
-            f"index: expected 1 to {x.shape[1] - extra_tokens} patch numbers a clip, got {index.shape[1]}"
-        )
+        raise ValueError(f"index: expected 1 to {x.shape[1] - extra_tokens} patch numbers a clip, got {index.shape[1]}")
 
 
 def _fake(x, index, extra_tokens):

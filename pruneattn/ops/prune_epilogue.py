@@ -2,10 +2,10 @@
 
 import torch
 
-from ..backend import _C, launch
 from ._checks import check_dtype, check_keep, check_shape
 from ._layout import together
 from ._registration import define
+from .backend import _C, launch
 from .prune_tokens import check_tokens, differentiable_in_tokens, empty_kept, rows_to_copy
 from .prune_tokens import compiled as prune_compiled
 from .prune_tokens import reference as prune_reference

@@ -2,10 +2,10 @@
 
 import torch
 
-from ..backend import _C, launch
 from ._checks import check_device, check_extra_tokens, check_not_empty, check_shape
 from ._layout import together
 from ._registration import LIBRARY, define
+from .backend import _C, launch
 from .gather_tokens import reference as gather_reference
 from .gather_tokens import rows_of, scatter_tokens
 from .select_tokens import check_selection

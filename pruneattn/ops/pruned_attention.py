@@ -3,10 +3,10 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backend import choose
 from ._checks import check_keep
 from ._registration import LIBRARY, define
 from .attention import attention_backward, empty_outputs
+from .backend import choose
 from .column_mean_attention import check_attention, cpu_attention, cuda_partials, flops, triton_partials
 from .column_mean_attention import reference as attention_reference
 from .gather_tokens import scatter_tokens

@@ -32,7 +32,11 @@ def sdpa(q, k, v, scale):
 
 def _may_be_cudnns(q, k, v, scale):
     """By what is known of tensors that are not there, as while a graph is traced."""
-    if q.dtype not in _HALVES or (scale is not None and scale <= 0) or not _cudnn_is_fast(q.device.type, q.device.index):
+    if (
+        q.dtype not in _HALVES
+        or (scale is not None and scale <= 0)
+        or not _cudnn_is_fast(q.device.type, q.device.index)
+    ):
         return False
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
@@ -62,7 +66,9 @@ def _cudnn(q, k, v, scale):
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=scale)[0]
 
 
-LIBRARY.define("pytorch_attention(Tensor q, Tensor k, Tensor v, float? scale=None) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define(
+    "pytorch_attention(Tensor q, Tensor k, Tensor v, float? scale=None) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
 
 
 def _run(q, k, v, scale=None):

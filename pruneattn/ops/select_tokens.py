@@ -2,10 +2,10 @@
 
 import torch
 
-from ..backend import _C, launch
 from ._checks import check_dtype, check_keep, check_shape
 from ._layout import together
 from ._registration import define
+from .backend import _C, launch
 
 
 def reference(scores, keep):

@@ -9,18 +9,19 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import pruneattn
-from pruneattn.data import DATASETS, FeatureConfig, FeatureExtractor, load_dataset
-from pruneattn.data.augment import Augment
-from pruneattn.data.stats import dataset_stats
-from pruneattn.errors import UserError
-from pruneattn.models import create_model
-from pruneattn.training import distributed, state
-from pruneattn.training.engine import Trainer, seed_step
-from pruneattn.training.log import RunLog, say
-from pruneattn.training.optim import make_optimizer
-from pruneattn.training.options import describe
-from pruneattn.training.recipes import RECIPES
+from ..constants import VERSION
+from ..data import DATASETS, FeatureConfig, FeatureExtractor, load_dataset
+from ..data.augment import Augment
+from ..data.stats import dataset_stats
+from ..errors import UserError
+from ..models import create_model
+from ..runtime import distributed
+from . import state
+from .engine import Trainer, seed_step
+from .log import RunLog, say
+from .optim import make_optimizer
+from .options import describe
+from .recipes import RECIPES
 
 
 def open_splits(options, recipe):
@@ -42,9 +43,16 @@ def open_split(options, recipe, split, multilabel=None):
             return None
         raise UserError(f"--dataset manifest needs --{split}-manifest, a JSON file of clips")
     return load_dataset(
-        options.dataset, split, data_dir=options.data_dir, fold=options.fold, manifest=manifest,
-        label_csv=options.label_csv, multilabel=multilabel, frames=recipe.frames, seed=options.seed,
-    )  # fmt: skip
+        options.dataset,
+        split,
+        data_dir=options.data_dir,
+        fold=options.fold,
+        manifest=manifest,
+        label_csv=options.label_csv,
+        multilabel=multilabel,
+        frames=recipe.frames,
+        seed=options.seed,
+    )
 
 
 def resolve(recipe, info, dataset):
@@ -79,25 +87,34 @@ def describe_data(train_set, val_set):
         return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
 
     return {
-        "train_clips": len(train_set), "num_classes": train_set.num_classes, "labels": train_set.labels,
-        "train_clips_digest": digest(train_set), "val_clips_digest": digest(val_set),
-    }  # fmt: skip
+        "train_clips": len(train_set),
+        "num_classes": train_set.num_classes,
+        "labels": train_set.labels,
+        "train_clips_digest": digest(train_set),
+        "val_clips_digest": digest(val_set),
+    }
 
 
 def build_model(options, recipe, num_classes):
     """The model with fresh weights that depend on the seed alone."""
     seed_step(options.seed, -1)
     return create_model(
-        f"{options.model}_{options.size}", num_classes=num_classes, frames=recipe.frames, score=recipe.score,
-        prune_blocks=recipe.prune_blocks, drop_path=recipe.drop_path, embed_dim=options.embed_dim,
-        depth=options.depth, num_heads=options.num_heads,
-    )  # fmt: skip
+        f"{options.model}_{options.size}",
+        num_classes=num_classes,
+        frames=recipe.frames,
+        score=recipe.score,
+        prune_blocks=recipe.prune_blocks,
+        drop_path=recipe.drop_path,
+        embed_dim=options.embed_dim,
+        depth=options.depth,
+        num_heads=options.num_heads,
+    )
 
 
 def initialise(options, recipe, model):
     """Load ``--init``, or say so where the paper's recipe expects a checkpoint and there is none."""
     if options.init:
-        from pruneattn.models.checkpoints import load_checkpoint
+        from ..checkpoints.load_checkpoint import load_checkpoint
 
         say(load_checkpoint(model, options.init))
     elif (options.model, options.dataset) in RECIPES:
@@ -165,10 +182,24 @@ def build_trainer(options, recipe, stop):
     step = progress.epoch * (len(train_set) // recipe.batch_size) + progress.step if saved else None
     log = RunLog(folder, keep_bytes=saved["log_bytes"] if saved else 0, step=step, tensorboard=options.tensorboard)
     return Trainer(
-        options=options, recipe=recipe, config=config, folder=folder, device=device, model=model, running=running,
-        features=features, augment=augment, optimizer=optimizer, scaler=scaler, train_set=train_set, val_set=val_set,
-        test_set=splits["test"], progress=progress, log=log, stop=stop,
-    )  # fmt: skip
+        options=options,
+        recipe=recipe,
+        config=config,
+        folder=folder,
+        device=device,
+        model=model,
+        running=running,
+        features=features,
+        augment=augment,
+        optimizer=optimizer,
+        scaler=scaler,
+        train_set=train_set,
+        val_set=val_set,
+        test_set=splits["test"],
+        progress=progress,
+        log=log,
+        stop=stop,
+    )
 
 
 def find_resume(options):
@@ -206,7 +237,7 @@ def check_same_start(folder, start):
 
 def write_config(folder, config, train_set, val_set):
     """config.json: every resolved value, and what it ran on; the missing clips in a list of their own."""
-    versions = {"pruneattn": pruneattn.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"pruneattn": VERSION, "torch": torch.__version__, "python": platform.python_version()}
     counts = {"val_clips": len(val_set), "processes": distributed.world_size()}
     state.write_json(folder / state.CONFIG, {**config, **counts, "versions": versions, "command": sys.argv})
     missing = [str(path) for path in [*train_set.missing, *val_set.missing]]

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from pruneattn.data import make_loader
-from pruneattn.errors import UserError
-from pruneattn.inference import autocast, predict_dataset
-from pruneattn.io import TEXT
-from pruneattn.metrics import evaluate_predictions
-from pruneattn.training import distributed, state
-from pruneattn.training.log import progress_bar, say
-from pruneattn.training.optim import set_learning_rate
-from pruneattn.training.schedule import keep_rate_at, learning_rate, pruning_started
+from ..data import make_loader
+from ..errors import UserError
+from ..files import TEXT
+from ..metrics import evaluate_predictions
+from ..runtime import distributed
+from ..runtime.inference import autocast, predict_dataset
+from . import state
+from .log import progress_bar, say
+from .optim import set_learning_rate
+from .schedule import keep_rate_at, learning_rate, pruning_started
 
 LOSSES = {"bce": F.binary_cross_entropy_with_logits, "ce": F.cross_entropy}
 
@@ -49,8 +50,27 @@ class Trainer:
         progress: `state.Progress`; ``epoch`` and ``step`` are where the next optimiser step happens.
     """
 
-    def __init__(self, *, options, recipe, config, folder, device, model, running, features, augment, optimizer, scaler,
-                 train_set, val_set, test_set, progress, log, stop):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        options,
+        recipe,
+        config,
+        folder,
+        device,
+        model,
+        running,
+        features,
+        augment,
+        optimizer,
+        scaler,
+        train_set,
+        val_set,
+        test_set,
+        progress,
+        log,
+        stop,
+    ):
         self.options, self.recipe, self.config = options, recipe, config
         self.folder, self.device = folder, device
         self.model, self.running, self.features, self.augment = model, running, features, augment
@@ -91,10 +111,16 @@ class Trainer:
         """The optimiser steps of an epoch that are not done yet."""
         progress, parts = self.progress, self.recipe.accumulate
         loader = make_loader(
-            self.train_set, self.micro_batch, train=True, seed=self.options.seed, epoch=epoch,
-            rank=distributed.rank(), world=distributed.world_size(), workers=self.options.workers,
+            self.train_set,
+            self.micro_batch,
+            train=True,
+            seed=self.options.seed,
+            epoch=epoch,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            workers=self.options.workers,
             start_batch=progress.step * parts,
-        )  # fmt: skip
+        )
         batches = iter(loader)
         self.running.train()
         with progress_bar(self.steps_per_epoch, progress.step, f"epoch {epoch}") as bar:
@@ -165,8 +191,9 @@ class Trainer:
         scale = f", loss scale {self.scaler.get_scale():g}" if options.amp == "fp16" else ""
         saved = (
             f"The checkpoint from before is kept: {self.folder / state.LAST}."
-            if (self.folder / state.LAST).exists() else "No checkpoint had been saved yet."
-        )  # fmt: skip
+            if (self.folder / state.LAST).exists()
+            else "No checkpoint had been saved yet."
+        )
         where = f"clips {shown}" if clips else "clips of another process"
         return (
             f"the loss is not finite in step {self.global_step} (epoch {self.progress.epoch}, "
@@ -197,9 +224,15 @@ class Trainer:
                 files = {state.LOG: (self.folder / state.LOG).read_bytes()}
                 files[state.BEST] = best.read_bytes() if best.exists() else b""
             state.save_state(
-                self.folder / name, config=self.config, progress=self.progress, model=self.model,
-                optimizer=self.optimizer, scaler=self.scaler, log_bytes=self.log.bytes, files=files,
-            )  # fmt: skip
+                self.folder / name,
+                config=self.config,
+                progress=self.progress,
+                model=self.model,
+                optimizer=self.optimizer,
+                scaler=self.scaler,
+                log_bytes=self.log.bytes,
+                files=files,
+            )
         self._saved_at = time.monotonic()
 
     def finish_epoch(self, epoch):
@@ -223,9 +256,12 @@ class Trainer:
             text += f", val loss {metrics['val_loss']:.4f}, {recipe.metric} {metric:.4f}"
             if progress.improves(metric, record["keep_rate"], self.pruning):
                 progress.best = {
-                    "epoch": epoch, "metric": metric, "keep_rate": record["keep_rate"], "pruning": self.pruning,
+                    "epoch": epoch,
+                    "metric": metric,
+                    "keep_rate": record["keep_rate"],
+                    "pruning": self.pruning,
                     "val": metrics,
-                }  # fmt: skip
+                }
                 text += " (best)"
                 self.save_best()
         speed = steps * recipe.batch_size / progress.train_seconds
@@ -259,9 +295,13 @@ class Trainer:
     def evaluate(self, dataset):
         """Metrics of the model as it is now, without those per class; ``val_loss`` is the loss without augmentation."""
         loader = make_loader(
-            dataset, self.micro_batch, train=False, rank=distributed.rank(), world=distributed.world_size(),
+            dataset,
+            self.micro_batch,
+            train=False,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
             workers=self.options.workers,
-        )  # fmt: skip
+        )
         loader = self.until_stopped(loader)
         predictions = predict_dataset(self.running, self.features, loader, self.device, self.options.amp)
         self.failed.update(predictions.failed)
@@ -282,8 +322,8 @@ class Trainer:
 
     def save_best(self):
         """Write the model as it is now, with all that prediction needs."""
-        from pruneattn.models.card import write_card
-        from pruneattn.models.pretrained import save_pretrained
+        from ..checkpoints.card import write_card
+        from ..checkpoints.pretrained import save_pretrained
 
         if distributed.is_main():
             best = self.progress.best

@@ -7,9 +7,9 @@ from contextlib import suppress
 
 from tqdm import tqdm
 
-from pruneattn.errors import UserError
-from pruneattn.training import state
-from pruneattn.training.distributed import is_main
+from ..errors import UserError
+from ..runtime.distributed import is_main
+from . import state
 
 
 def say(*words):

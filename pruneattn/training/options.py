@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Union, get_args, get_origin, get_type_hints
 
-from pruneattn.errors import UserError
-from pruneattn.training.recipes import RECIPES, Recipe, option, recipe_for
-
+from ..errors import UserError
+from .recipes import RECIPES, Recipe, option, recipe_for
 
 #: Value of --resume without a path: the last checkpoint of --output.
 LAST = "last.pt"
@@ -42,13 +41,19 @@ class Options:
     # Run
     output: str | None = option(None, "run", "folder of the run (runs/MODEL_SIZE_DATASET)", metavar="DIR")
     resume: str | None = option(
-        None, "run", "go on with the run in --output, which starts now where there is no checkpoint yet, or with that of "
-        "this folder or checkpoint, which must be there", metavar="PATH",
-    )  # fmt: skip
+        None,
+        "run",
+        "go on with the run in --output, which starts now where there is no checkpoint yet, or with that of "
+        "this folder or checkpoint, which must be there",
+        metavar="PATH",
+    )
     branch_from: str | None = option(
-        None, "run", "start from another run's trunk.pt, its state before pruning began; only --keep-rate, --score, "
-        "--prune-blocks and --shrink-epochs may differ", metavar="FILE",
-    )  # fmt: skip
+        None,
+        "run",
+        "start from another run's trunk.pt, its state before pruning began; only --keep-rate, --score, "
+        "--prune-blocks and --shrink-epochs may differ",
+        metavar="FILE",
+    )
     device: str = option("auto", "run", "auto, cpu, cuda or cuda:N", metavar="NAME")
     amp: str = option("fp32", "run", "precision of the model", choices=("fp32", "bf16", "fp16"))
     compile: bool = option(False, "run", "compile the model with torch.compile")
@@ -62,9 +67,24 @@ class Options:
 
 #: Options that decide where and how fast, not what is computed: they may change when a run is resumed.
 PLACE = {
-    "data_dir", "cache", "workers", "output", "resume", "branch_from", "device", "compile", "deterministic",
-    "save_minutes", "log_every", "tensorboard", "init", "train_manifest", "val_manifest", "test_manifest", "label_csv",
-}  # fmt: skip
+    "data_dir",
+    "cache",
+    "workers",
+    "output",
+    "resume",
+    "branch_from",
+    "device",
+    "compile",
+    "deterministic",
+    "save_minutes",
+    "log_every",
+    "tensorboard",
+    "init",
+    "train_manifest",
+    "val_manifest",
+    "test_manifest",
+    "label_csv",
+}
 #: What has no effect before the first pruned epoch, so that runs which differ only in these share a trunk.
 PRUNING = {"keep_rate", "shrink_epochs", "prune_blocks", "score"}
 #: What checkpoints of the first versions do not know of their data; these go on without the comparison.
@@ -74,17 +94,19 @@ _DATA = {"labels", "train_clips_digest", "val_clips_digest"}
 _RANGES = {
     "at least 1": (lambda x: x >= 1, "epochs batch_size accumulate lr_batch lr_step_every eval_every log_every"),
     "at least 0": (
-        lambda x: x >= 0, "shrink_start shrink_epochs warmup_steps lr_step_first workers clip_grad save_minutes"
+        lambda x: x >= 0,
+        "shrink_start shrink_epochs warmup_steps lr_step_first workers clip_grad save_minutes",
     ),
     "at least 0 and finite": (
-        lambda x: 0 <= x < math.inf, "lr min_lr warmup_epochs weight_decay layer_decay lr_step_factor"
+        lambda x: 0 <= x < math.inf,
+        "lr min_lr warmup_epochs weight_decay layer_decay lr_step_factor",
     ),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "betas"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "keep_rate"),
     "above 0 and finite": (lambda x: 0 < x < math.inf, "std"),
     "finite": (math.isfinite, "mean"),
     "at least 0 and below 2**63": (lambda x: 0 <= x < 2**63, "seed"),  # what torch takes
-}  # fmt: skip
+}
 
 _GROUPS = {
     "model": "model",

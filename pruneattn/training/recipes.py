@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from pruneattn.models.scores import SCORES
+from ..models.scores import SCORES
 
 
 def option(default, group, text, choices=None, metavar=None):
@@ -43,9 +43,11 @@ class Recipe:
         "auto", "optimiser", "auto: bce where a clip can have several labels, else ce", choices=("auto", "bce", "ce")
     )
     metric: str = option(
-        "auto", "optimiser", "what the best checkpoint is chosen by (auto: map where a clip can have several labels, "
-        "else top1)", choices=("auto", "map", "top1"),
-    )  # fmt: skip
+        "auto",
+        "optimiser",
+        "what the best checkpoint is chosen by (auto: map where a clip can have several labels, else top1)",
+        choices=("auto", "map", "top1"),
+    )
 
     # Pruning
     keep_rate: tuple[float, ...] = option(
@@ -57,9 +59,11 @@ class Recipe:
     shrink_epochs: int = option(16, "pruning", "epochs over which the keep-rate falls from 1 to --keep-rate")
     prune_blocks: tuple[int, ...] = option((3, 6, 9), "pruning", "blocks (from 0) that prune")
     score: str | None = option(
-        None, "pruning", "what ranks patches (the paper's for the model)",
+        None,
+        "pruning",
+        "what ranks patches (the paper's for the model)",
         choices=SCORES,
-    )  # fmt: skip
+    )
 
     # Input
     frames: int | None = option(None, "input", "10 ms frames of a clip, a multiple of 16 (the dataset's)")
@@ -86,51 +90,158 @@ class Recipe:
 
 
 _AUDIOMAE = Recipe(
-    optimizer="adamw", betas=(0.9, 0.95), weight_decay=1e-4, layer_decay=0.75, drop_path=0.1, clip_grad=0.0,
-    lr=1e-3, lr_batch=256, schedule="cosine", min_lr=1e-5, warmup_epochs=4.0, warmup_steps=0, padding="min",
-)  # fmt: skip
+    optimizer="adamw",
+    betas=(0.9, 0.95),
+    weight_decay=1e-4,
+    layer_decay=0.75,
+    drop_path=0.1,
+    clip_grad=0.0,
+    lr=1e-3,
+    lr_batch=256,
+    schedule="cosine",
+    min_lr=1e-5,
+    warmup_epochs=4.0,
+    warmup_steps=0,
+    padding="min",
+)
 _AST = Recipe(
-    optimizer="adam", betas=(0.95, 0.999), weight_decay=5e-7, layer_decay=1.0, drop_path=0.0, clip_grad=0.0,
-    epochs=30, schedule="step", warmup_epochs=0.0, warmup_steps=0, padding="min", gain=False,
-)  # fmt: skip
+    optimizer="adam",
+    betas=(0.95, 0.999),
+    weight_decay=5e-7,
+    layer_decay=1.0,
+    drop_path=0.0,
+    clip_grad=0.0,
+    epochs=30,
+    schedule="step",
+    warmup_epochs=0.0,
+    warmup_steps=0,
+    padding="min",
+    gain=False,
+)
 
 # The paper's AudioMAE runs use two GPUs, so `batch_size` is twice its batch per GPU. AST's learning rates are given
 # for their batch, hence lr_batch == batch_size. The paper has no gain, drop path or patch masking in AST's table.
 RECIPES = {
     ("audiomae", "as20k"): replace(
-        _AUDIOMAE, batch_size=2 * 16, epochs=60, shrink_start=30, shrink_epochs=20, frames=1024,
-        mask_time=0.3, mask_freq=0.3, specaug_freq=48, specaug_time=192, mixup=0.5, gain=True, noise=False,
-        loss="bce", metric="map",
+        _AUDIOMAE,
+        batch_size=2 * 16,
+        epochs=60,
+        shrink_start=30,
+        shrink_epochs=20,
+        frames=1024,
+        mask_time=0.3,
+        mask_freq=0.3,
+        specaug_freq=48,
+        specaug_time=192,
+        mixup=0.5,
+        gain=True,
+        noise=False,
+        loss="bce",
+        metric="map",
     ),
     ("audiomae", "spc2"): replace(
-        _AUDIOMAE, batch_size=2 * 256, epochs=90, shrink_start=10, shrink_epochs=30, frames=128,
-        specaug_freq=48, specaug_time=48, mixup=0.5, gain=True, noise=True, loss="bce", metric="top1",
+        _AUDIOMAE,
+        batch_size=2 * 256,
+        epochs=90,
+        shrink_start=10,
+        shrink_epochs=30,
+        frames=128,
+        specaug_freq=48,
+        specaug_time=48,
+        mixup=0.5,
+        gain=True,
+        noise=True,
+        loss="bce",
+        metric="top1",
     ),
     ("audiomae", "esc50"): replace(
-        _AUDIOMAE, batch_size=2 * 64, epochs=120, shrink_start=20, shrink_epochs=40, frames=512,
-        mask_time=0.3, mask_freq=0.3, specaug_freq=24, specaug_time=96, mixup=0.0, gain=True, noise=False,
-        loss="ce", metric="top1",
+        _AUDIOMAE,
+        batch_size=2 * 64,
+        epochs=120,
+        shrink_start=20,
+        shrink_epochs=40,
+        frames=512,
+        mask_time=0.3,
+        mask_freq=0.3,
+        specaug_freq=24,
+        specaug_time=96,
+        mixup=0.0,
+        gain=True,
+        noise=False,
+        loss="ce",
+        metric="top1",
     ),
     ("audiomae", "voxceleb1"): replace(
-        _AUDIOMAE, batch_size=2 * 32, epochs=90, shrink_start=20, shrink_epochs=40, frames=1024,
-        specaug_freq=48, specaug_time=192, mixup=0.0, gain=False, noise=True, loss="ce", metric="top1",
+        _AUDIOMAE,
+        batch_size=2 * 32,
+        epochs=90,
+        shrink_start=20,
+        shrink_epochs=40,
+        frames=1024,
+        specaug_freq=48,
+        specaug_time=192,
+        mixup=0.0,
+        gain=False,
+        noise=True,
+        loss="ce",
+        metric="top1",
     ),
     ("ast", "as20k"): replace(
-        _AST, batch_size=64, lr_batch=64, lr=1e-4, lr_step_first=10, lr_step_every=5, lr_step_factor=0.5,
-        warmup_steps=1000, shrink_start=15, shrink_epochs=10, frames=1024,
-        specaug_freq=48, specaug_time=192, mixup=0.5, noise=False, loss="bce", metric="map",
+        _AST,
+        batch_size=64,
+        lr_batch=64,
+        lr=1e-4,
+        lr_step_first=10,
+        lr_step_every=5,
+        lr_step_factor=0.5,
+        warmup_steps=1000,
+        shrink_start=15,
+        shrink_epochs=10,
+        frames=1024,
+        specaug_freq=48,
+        specaug_time=192,
+        mixup=0.5,
+        noise=False,
+        loss="bce",
+        metric="map",
     ),
     ("ast", "spc2"): replace(
-        _AST, batch_size=128, lr_batch=128, lr=2.5e-4, lr_step_first=5, lr_step_every=1, lr_step_factor=0.85,
-        shrink_start=5, shrink_epochs=15, frames=128,
-        specaug_freq=48, specaug_time=48, mixup=0.6, noise=True, loss="bce", metric="top1",
+        _AST,
+        batch_size=128,
+        lr_batch=128,
+        lr=2.5e-4,
+        lr_step_first=5,
+        lr_step_every=1,
+        lr_step_factor=0.85,
+        shrink_start=5,
+        shrink_epochs=15,
+        frames=128,
+        specaug_freq=48,
+        specaug_time=48,
+        mixup=0.6,
+        noise=True,
+        loss="bce",
+        metric="top1",
     ),
     ("ast", "esc50"): replace(
-        _AST, batch_size=48, lr_batch=48, lr=1e-5, lr_step_first=5, lr_step_every=1, lr_step_factor=0.85,
-        shrink_start=5, shrink_epochs=15, frames=512,
-        specaug_freq=24, specaug_time=96, mixup=0.0, noise=False, loss="ce", metric="top1",
+        _AST,
+        batch_size=48,
+        lr_batch=48,
+        lr=1e-5,
+        lr_step_first=5,
+        lr_step_every=1,
+        lr_step_factor=0.85,
+        shrink_start=5,
+        shrink_epochs=15,
+        frames=512,
+        specaug_freq=24,
+        specaug_time=96,
+        mixup=0.0,
+        noise=False,
+        loss="ce",
+        metric="top1",
     ),
-}  # fmt: skip
+}
 
 
 def recipe_for(model, dataset):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from pruneattn.errors import UserError
-from pruneattn.io import TEXT, atomic_write
-from pruneattn.training.options import LAST, PRUNING, differences
+from ..errors import UserError
+from ..files import TEXT, atomic_write
+from .options import LAST, PRUNING, differences
 
 CONFIG, LOG, RESULT = "config.json", "log.jsonl", "result.json"
 BEST, TRUNK = "best.safetensors", "trunk.pt"

@@ -283,8 +283,15 @@ def test_compiles_whole(make, spectrograms):
 
 def test_refuses_other_models():
     config = transformers.Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8,),
-        conv_stride=(5,), conv_kernel=(10,), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8,),
+        conv_stride=(5,),
+        conv_kernel=(10,),
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+    )
     with pytest.raises(pruneattn.UserError, match="Wav2Vec2Model has no list of blocks that is known"):
         pruneattn.prune(transformers.Wav2Vec2Model(config), 0.5, (0,))

@@ -155,5 +155,7 @@ def test_script(example, capsys):
     example.main(["--frames", "64", "--batch-size", "1", "--rounds", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "unpruned", "class token's attention", "times length of value",
-    ]  # fmt: skip
+        "unpruned",
+        "class token's attention",
+        "times length of value",
+    ]

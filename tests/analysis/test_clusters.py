@@ -14,16 +14,25 @@ FEATURES = FeatureConfig(frames=128, mean=-9.0, std=4.0)
 
 def lumps(rng, count=20000):
     """Five overlapping lumps of uneven size, and a spike of equal values as padding makes it."""
-    parts = [rng.normal(centre, 0.08, int(count * share)) for centre, share in
-             ((-0.9, 0.1), (-0.5, 0.3), (-0.1, 0.3), (0.3, 0.2), (0.8, 0.1))]  # fmt: skip
+    parts = [
+        rng.normal(centre, 0.08, int(count * share))
+        for centre, share in ((-0.9, 0.1), (-0.5, 0.3), (-0.1, 0.3), (0.3, 0.2), (0.8, 0.1))
+    ]
     return np.concatenate([*parts, np.full(count // 10, -1.25)])
 
 
 def by_hand(**changes):
     values = dict(
-        statistic="intensity", boundaries=(-0.5, 0.0, 0.5, 1.0), centres=(-1.0, -0.2, 0.2, 0.7, 1.5),
-        shares=(0.2,) * 5, mean=-9.0, std=4.0, clips=3, patches=192, data="three clips",
-    )  # fmt: skip
+        statistic="intensity",
+        boundaries=(-0.5, 0.0, 0.5, 1.0),
+        centres=(-1.0, -0.2, 0.2, 0.7, 1.5),
+        shares=(0.2,) * 5,
+        mean=-9.0,
+        std=4.0,
+        clips=3,
+        patches=192,
+        data="three clips",
+    )
     return Clusters(**{**values, **changes})
 
 

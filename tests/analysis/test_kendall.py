@@ -29,7 +29,10 @@ def by_definition(x, y):
 
 
 def test_one_pair_of_each_kind():
-    x, y = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]), torch.tensor([[2, 3], [3, 2], [2, 3], [1, 1]])
+    x, y = (
+        torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]),
+        torch.tensor([[2, 3], [3, 2], [2, 3], [1, 1]]),
+    )
     found = kendall(x, y)
     assert found.paper.tolist() == [1, -1, 1, 1] and found.tied.tolist() == [0, 0, 1, 1]
     assert found.tau_b[:2].tolist() == [1, -1] and found.tau_b[2:].isnan().all()
@@ -60,7 +63,14 @@ def test_against_the_definition_and_scipy(monkeypatch, levels, rows_at_once):
 def test_twin_scores_every_block_and_changes_nothing(family):
     torch.manual_seed(0)
     model = pruneattn.create_model(
-        f"{family}_tiny", embed_dim=32, depth=4, num_heads=2, frames=128, score="variation", keep_rate=0.5, prune_blocks=(1,)
+        f"{family}_tiny",
+        embed_dim=32,
+        depth=4,
+        num_heads=2,
+        frames=128,
+        score="variation",
+        keep_rate=0.5,
+        prune_blocks=(1,),
     )
     torch.nn.init.normal_(model.head.weight)
     fbank = torch.randn(2, 128, 128)

@@ -11,8 +11,16 @@ from pruneattn.models import create_model
 
 def make_model(family):
     torch.manual_seed(3)
-    model = create_model(f"{family}_tiny", embed_dim=32, depth=4, num_heads=2, frames=128, num_classes=6, keep_rate=0.5,
-                         prune_blocks=(1, 2)).eval()  # fmt: skip
+    model = create_model(
+        f"{family}_tiny",
+        embed_dim=32,
+        depth=4,
+        num_heads=2,
+        frames=128,
+        num_classes=6,
+        keep_rate=0.5,
+        prune_blocks=(1, 2),
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -98,10 +106,21 @@ def test_script(analysis_run, analysis_script, tmp_path, family):
     pytest.importorskip("sklearn")
     run = analysis_run(family)
     features = run.model.features
-    values = torch.stack([run.model.patch_values(fbank[None], lambda cells: cells.mean(-1))[0] for fbank in run.fbanks()])
+    values = torch.stack(
+        [run.model.patch_values(fbank[None], lambda cells: cells.mean(-1))[0] for fbank in run.fbanks()]
+    )
     edge = values.max(1).values.sort().values[0].item() + 1e-4  # the quietest clip lies below as a whole
-    clusters = Clusters("intensity", (-9.0, edge, edge + 1e-3, edge + 2e-3), (0.0,) * 5, (0.2,) * 5, features.mean,
-                        features.std, 7, 7 * 64, "")  # fmt: skip
+    clusters = Clusters(
+        "intensity",
+        (-9.0, edge, edge + 1e-3, edge + 2e-3),
+        (0.0,) * 5,
+        (0.2,) * 5,
+        features.mean,
+        features.std,
+        7,
+        7 * 64,
+        "",
+    )
     clusters.save(tmp_path / "clusters.json")
     command = [*run.options(tmp_path / "out"), "--clusters", str(tmp_path / "clusters.json"), "--after-block", "2", "0"]
     analysis_script("remove_clusters").main(command)
@@ -111,7 +130,9 @@ def test_script(analysis_run, analysis_script, tmp_path, family):
     row, removed = rows[2, "low"], values <= edge
     assert int(row["clips_without_tokens"]) == removed.all(1).sum() >= 1 and int(row["clips"]) == 7
     assert float(row["tokens_removed"]) == pytest.approx(removed.float().mean().item())
-    targets = torch.tensor([sorted({path.parent.name for path in run.paths}).index(path.parent.name) for path in run.paths])
+    targets = torch.tensor(
+        [sorted({path.parent.name for path in run.paths}).index(path.parent.name) for path in run.paths]
+    )
     fbanks = torch.stack(run.fbanks())
     run.model.set_keep_rate(1.0)
     with torch.inference_mode():

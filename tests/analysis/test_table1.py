@@ -9,9 +9,9 @@ import soundfile
 from pruneattn import train
 from pruneattn.analysis import table1
 from pruneattn.analysis.table1 import Cell, Table, compare, make_cells, table_lines
+from pruneattn.checkpoints.pretrained import load_pretrained
 from pruneattn.data.toy import make_sound
 from pruneattn.errors import UserError
-from pruneattn.models.pretrained import load_pretrained
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -132,8 +132,11 @@ def test_cells_are_shared_and_wait_for_their_trunk(tmp_path, options, monkeypatc
     filelock = pytest.importorskip("filelock")
     begun = []
     monkeypatch.setattr(Table, "_train", lambda self, cell: begun.append(cell.name) or 0)
-    monkeypatch.setattr(Table, "_predict", lambda self, cell: self.predictions(cell).parent.mkdir(exist_ok=True) or
-                        self.predictions(cell).touch())  # fmt: skip
+    monkeypatch.setattr(
+        Table,
+        "_predict",
+        lambda self, cell: self.predictions(cell).parent.mkdir(exist_ok=True) or self.predictions(cell).touch(),
+    )
     table = Table(tmp_path, make_cells(("attention", "random"), (0.5,), (0,)), options)
     with filelock.FileLock(tmp_path / ".unpruned-seed0.lock"):
         assert table.train_next() == "wait" and begun == []  # another process is at the only cell without a trunk

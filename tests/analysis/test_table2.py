@@ -9,7 +9,7 @@ import pytest
 from pruneattn.analysis import table2
 from pruneattn.analysis.table2 import PRINTED_GMACS, Timings, count_rows, plot_table2, speed_rows, table_lines
 from pruneattn.errors import UserError
-from pruneattn.timing import Speed
+from pruneattn.runtime.timing import Speed
 
 main = runpy.run_path(str(Path(__file__).parents[2] / "python" / "table2.py"))["main"]
 RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
@@ -72,8 +72,20 @@ def test_measured_beside_counted():
     text = table_lines([dense, half])
     assert len(text) == 4 and len(set(map(len, text))) == 1
     assert [cell.strip() for cell in text[3].split("|")[1:-1]] == [
-        "audiomae_base", "64", "0.5", "2.8", "2.81", "+0.01", "2.78", "4.00", "4.00", "4.00", "60.0%", "49.9%", "120%",
-    ]  # fmt: skip
+        "audiomae_base",
+        "64",
+        "0.5",
+        "2.8",
+        "2.81",
+        "+0.01",
+        "2.78",
+        "4.00",
+        "4.00",
+        "4.00",
+        "60.0%",
+        "49.9%",
+        "120%",
+    ]
 
 
 def test_timings_are_found_by_their_options(tmp_path):
@@ -153,8 +165,11 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, measured, monkeypatch, cap
     rows = run(tmp_path, "--rounds", 2)
     assert measured == [("audiomae_tiny", 64)]
     assert [(row["frames"], row["keep_rate"]) for row in rows] == [
-        ("32", "1.0"), ("32", "0.5"), ("64", "1.0"), ("64", "0.5")
-    ]  # fmt: skip
+        ("32", "1.0"),
+        ("32", "0.5"),
+        ("64", "1.0"),
+        ("64", "0.5"),
+    ]
     assert [float(row["saving"]) for row in rows] == pytest.approx([0, 0.75, 0, 0.5])
     assert float(rows[1]["ms_per_clip"]) == pytest.approx(5) and rows[1]["rounds"] == "2"
     assert float(rows[1]["ms_per_clip_p20"]) == pytest.approx(4.4)
@@ -166,9 +181,15 @@ def test_other_options_are_other_times(tmp_path, measured, monkeypatch):
     monkeypatch.setitem(main.__globals__, "plot_table2", lambda _: None)
     one = ("--model", "ast_tiny", "--frames", 32)
     others = (
-        [], ["--rounds", 3], ["--batch-size", 3], ["--amp", "bf16"], ["--compile"], ["--keep-rate", 0.5],
-        ["--frames", 48], ["--model", "audiomae_tiny"],
-    )  # fmt: skip
+        [],
+        ["--rounds", 3],
+        ["--batch-size", 3],
+        ["--amp", "bf16"],
+        ["--compile"],
+        ["--keep-rate", 0.5],
+        ["--frames", 48],
+        ["--model", "audiomae_tiny"],
+    )
     for count, options in enumerate(others, 1):
         for _ in range(2):  # the second time finds the first
             call(tmp_path, *one, *options)
@@ -184,9 +205,16 @@ def test_without_timing(tmp_path, measured):
     rows = run(tmp_path, "--rounds", 0)
     assert measured == [] and not (tmp_path / "timings.json").exists()
     assert list(rows[0]) == [
-        "model", "frames", "patches", "keep_rate", "gmacs_printed", "gmacs_paper", "difference", "gmacs_computed",
+        "model",
+        "frames",
+        "patches",
+        "keep_rate",
+        "gmacs_printed",
+        "gmacs_paper",
+        "difference",
+        "gmacs_computed",
         "theory",
-    ]  # fmt: skip
+    ]
     assert len(rows) == 4 and rows[0]["gmacs_printed"] == ""
     assert (tmp_path / "table2.pdf").read_bytes().startswith(b"%PDF")
 
@@ -210,9 +238,7 @@ def test_wrong_options_end_before_the_work(tmp_path, measured, options, message)
 
 def test_really_timed(tmp_path):
     """The whole way, at the smallest size; without a keep-rate of 1, which is timed in any case."""
-    rows = run(
-        tmp_path, "--model", "ast_tiny", "--frames", 32, "--keep-rate", 0.25, "--batch-size", 1, "--rounds", 1
-    )
+    rows = run(tmp_path, "--model", "ast_tiny", "--frames", 32, "--keep-rate", 0.25, "--batch-size", 1, "--rounds", 1)
     (row,) = rows
     assert float(row["ms_per_clip"]) > 0 and float(row["saving"]) < 1 and float(row["theory"]) > 0.3
     assert float(row["realised"]) == pytest.approx(float(row["saving"]) / float(row["theory"]))

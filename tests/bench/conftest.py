@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from bench import peers
-from bench.machine import Peaks
-from pruneattn import timing
+from bench.harness import peers
+from bench.harness.machine import Peaks
+from pruneattn.runtime import timing
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ import time
 import pytest
 import torch
 
-from bench import measure
-from bench.guards import WrongResult
-from bench.machine import Peaks, describe_machine, measure_peaks
-from bench.measure import Case, Provider, Work, left_out, measure_case, with_savings
-from bench.memory import peak_growth
-from bench.rows import COLUMNS, SCHEMA, ResultFile, key_of, name_of, read_result, row_of
+from bench.harness import measure
+from bench.harness.guards import WrongResult
+from bench.harness.machine import Peaks, describe_machine, measure_peaks
+from bench.harness.measure import Case, Provider, Work, left_out, measure_case, with_savings
+from bench.harness.memory import peak_growth
+from bench.harness.rows import COLUMNS, SCHEMA, ResultFile, key_of, name_of, read_result, row_of
 from pruneattn.errors import UserError
 
 CASE = Case("op", "it", "cpu", "float32", 4, 9)
@@ -118,7 +118,9 @@ def test_floor():
 
 
 def test_peaks_are_of_the_fastest_round(monkeypatch):
-    monkeypatch.setattr("bench.machine.timing.rounds_side_by_side", lambda *_: {"copy": [4.0, 2.0], "float32": [1.0, 9.0]})
+    monkeypatch.setattr(
+        "bench.harness.machine.timing.rounds_side_by_side", lambda *_: {"copy": [4.0, 2.0], "float32": [1.0, 9.0]}
+    )
     peaks = measure_peaks("cpu", ["float32"], size=10, copied=100)
     assert peaks == Peaks(copy=100.0, product={"float32": 2000.0})
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pruneattn
-from bench import (
+from bench.cases import (
     bench_adapters,
     bench_block,
     bench_exported,
@@ -14,23 +14,30 @@ from bench import (
     bench_scaling,
     bench_training_step,
     bench_wav_to_label,
-    grid,
-    peers,
 )
-from bench.block_parts import PARTS, part_rows
-from bench.guards import WrongResult
-from bench.measure import TRAINING, Case, measure_case
-from bench.rows import key_of
-from bench.subject import Subject
-from pruneattn.backend import _C
+from bench.harness import grid, peers
+from bench.harness.block_parts import PARTS, part_rows
+from bench.harness.guards import WrongResult
+from bench.harness.measure import TRAINING, Case, measure_case
+from bench.harness.rows import key_of
+from bench.harness.subject import Subject
+from pruneattn.ops.backend import _C
 
 SIZES = grid.Sizes(("float32",), (2,), (32,), 1, keep_rates=(1.0, 0.5))
 MODELS = {"audiomae_tiny": 33, "ast_tiny": 34}
 LIBRARY = {"audiomae_tiny": "timm ViT", "ast_tiny": "Hugging Face AST"}
 OPS = (
-    "attention", "attention_backward", "cls_prune_tokens", "cls_scores", "column_mean_attention", "gather_tokens",
-    "prune_epilogue", "prune_tokens", "pruned_attention", "select_tokens",
-)  # fmt: skip
+    "attention",
+    "attention_backward",
+    "cls_prune_tokens",
+    "cls_scores",
+    "column_mean_attention",
+    "gather_tokens",
+    "prune_epilogue",
+    "prune_tokens",
+    "pruned_attention",
+    "select_tokens",
+)
 
 each_model = pytest.mark.parametrize("model", MODELS)
 
@@ -58,7 +65,7 @@ def statuses(case, providers, peaks):
 @pytest.mark.parametrize("tokens,dtype", [(9, "float32"), (10, "bfloat16")])
 @pytest.mark.parametrize("op", OPS)
 def test_ops(op, tokens, dtype, peaks):
-    module = importlib.import_module(f"bench.bench_{op}")
+    module = importlib.import_module(f"bench.cases.bench_{op}")
     assert module.OP == op and hasattr(module, f"test_{op}")
     case = Case("op", op, "cpu", dtype, 2, tokens)
     rows = right(case, module.providers(case), peaks)
@@ -69,20 +76,24 @@ def test_ops(op, tokens, dtype, peaks):
 
 
 def test_a_wrong_op_is_told(peaks, monkeypatch):
-    from bench import bench_column_mean_attention as attention
-    from bench import bench_gather_tokens as gathering
+    from bench.cases import bench_column_mean_attention as attention
+    from bench.cases import bench_gather_tokens as gathering
 
     monkeypatch.setitem(attention.ALTERNATIVES, "eager", lambda q, k, v, extra: (v, torch.zeros(2, 8)))
     case = Case("op", "column_mean_attention", "cpu", "float32", 2, 9)
-    assert statuses(case, attention.providers(case), peaks)["eager", None].startswith("wrong: the values of result 0 differ")
+    assert statuses(case, attention.providers(case), peaks)["eager", None].startswith(
+        "wrong: the values of result 0 differ"
+    )
     indexing = gathering.advanced_indexing
     monkeypatch.setattr(gathering, "advanced_indexing", lambda x, index, extra: indexing(x, index.flip(1), extra))
     case = case._replace(subject="gather_tokens")
-    assert statuses(case, gathering.providers(case), peaks)["indexing", None].startswith("wrong: the values of result 0 differ")
+    assert statuses(case, gathering.providers(case), peaks)["indexing", None].startswith(
+        "wrong: the values of result 0 differ"
+    )
 
 
 def test_only_what_stays_is_read(peaks):
-    from bench import bench_gather_tokens as module
+    from bench.cases import bench_gather_tokens as module
 
     case = Case("op", "gather_tokens", "cpu", "float32", 2, 9)
     rows = right(case, module.providers(case), peaks)
@@ -95,9 +106,15 @@ def test_model(model, peaks, not_compiled):
     case = model_case("model", model)
     rows = right(case, bench_model.providers(case, SIZES), peaks)
     assert {name for name, _, _ in rows} == {
-        "ours", "SDPA", "the paper's way", "SDPA, separate score", LIBRARY[model], "token merging", "random drop",
+        "ours",
+        "SDPA",
+        "the paper's way",
+        "SDPA, separate score",
+        LIBRARY[model],
+        "token merging",
+        "random drop",
         "stride drop",
-    }  # fmt: skip
+    }
     paper, ours = rows["the paper's way", "eager", 0.5], rows["ours", "optimized", 0.5]
     assert paper["theory"] == ours["theory"] == 1 - paper["macs_paper"] / rows["SDPA", "eager", 1.0]["macs_paper"]
     assert ours["macs_computed"] < paper["macs_computed"]
@@ -163,8 +180,14 @@ def test_block(model, peaks):
     case = model_case("block", model)
     rows = right(case, bench_block.providers(case, SIZES), peaks)
     assert {name for name, _, _ in rows} == {
-        "ours", "SDPA", "the paper's way", "SDPA, separate score", "token merging", "random drop", "stride drop",
-    }  # fmt: skip
+        "ours",
+        "SDPA",
+        "the paper's way",
+        "SDPA, separate score",
+        "token merging",
+        "random drop",
+        "stride drop",
+    }
     paper = rows["the paper's way", "eager", 0.5]
     assert paper["macs_computed"] == paper["macs_paper"] > rows["ours", "eager", 0.5]["macs_computed"]
 
@@ -243,8 +266,11 @@ def test_wav_to_label(model, peaks, tmp_path):
     assert all(row["status"] == "ok" or "not installed" in row["status"] for row in rows), rows
     assert [row["part"] for row in rows][:3] == ["decoding", "filterbank", None]
     assert {(row["provider"], row["keep_rate"]) for row in rows} >= {
-        ("ours", 1.0), ("ours", 0.5), ("torchaudio + the paper's way", 0.5), (f"torchaudio + {LIBRARY[model]}", 1.0),
-    }  # fmt: skip
+        ("ours", 1.0),
+        ("ours", 0.5),
+        ("torchaudio + the paper's way", 0.5),
+        (f"torchaudio + {LIBRARY[model]}", 1.0),
+    }
     assert all(row["saving"] is None for row in rows if row["part"])
 
 
@@ -254,7 +280,9 @@ def test_another_filterbank_is_told(peaks, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_wav_to_label.Files, "torchaudio_fbank", lambda self: fbank(self) * 1.01)
     case = model_case("wav to label", "ast_tiny")
     rows = measure_case(case, list(bench_wav_to_label.providers(case, SIZES, tmp_path)), peaks, 1)
-    assert all("logits differ" in row["status"] for row in rows if "torchaudio" in row["provider"] and row["keep_rate"] == 1)
+    assert all(
+        "logits differ" in row["status"] for row in rows if "torchaudio" in row["provider"] and row["keep_rate"] == 1
+    )
     assert rows[2]["status"] == "ok"
 
 
@@ -278,9 +306,12 @@ def test_adapters(model, peaks, not_compiled):
     rows = measure_case(case, list(bench_adapters.providers(case, SIZES._replace(all_ways=True))), peaks, 1)
     assert all(row["status"] == "ok" for row in rows), rows
     assert [(row["backend"], row["keep_rate"]) for row in rows] == [
-        ("eager", 1.0), ("pruneattn.prune", 1.0), ("compiled", 1.0), ("pruneattn.prune", 0.5),
+        ("eager", 1.0),
+        ("pruneattn.prune", 1.0),
+        ("compiled", 1.0),
+        ("pruneattn.prune", 0.5),
         ("pruneattn.prune, compiled", 0.5),
-    ]  # fmt: skip
+    ]
     assert rows[-1]["theory"] == pytest.approx(0.51, abs=0.03)
 
 

@@ -6,26 +6,41 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
-from bench.compare import compare, comparison_text
-from bench.fit import exponent, scaling_groups
-from bench.measure import Case, with_savings
-from bench.rows import ResultFile, read_result, row_of
+from bench.harness import report
+from bench.harness.compare import compare, comparison_text
+from bench.harness.fit import exponent, scaling_groups
+from bench.harness.measure import Case, with_savings
+from bench.harness.rows import ResultFile, read_result, row_of
 from pruneattn.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 MACHINE = {
-    "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "changed_files": False, "device_name": "a CPU",
-    "driver": None, "threads": 2, "torch": "2.11.0", "triton": None,
+    "date": "2026-01-02T03:04:05+00:00",
+    "commit": "0123456789abcdef",
+    "changed_files": False,
+    "device_name": "a CPU",
+    "driver": None,
+    "threads": 2,
+    "torch": "2.11.0",
+    "triton": None,
     "peaks": {"copy": 1e10, "product": {"float32": 1e11}},
-}  # fmt: skip
+}
 
 
 def timed(case, provider, ms, keep_rate=None, spread=0.01, **values):
     return row_of(
-        **case._asdict(), provider=provider, keep_rate=keep_rate, status="ok", timing="wall clock", rounds=5, p50_ms=ms,
-        p20_ms=ms * (1 - spread), p80_ms=ms * (1 + spread), clips_per_second=1e3 * case.batch / ms, **values,
-    )  # fmt: skip
+        **case._asdict(),
+        provider=provider,
+        keep_rate=keep_rate,
+        status="ok",
+        timing="wall clock",
+        rounds=5,
+        p50_ms=ms,
+        p20_ms=ms * (1 - spread),
+        p80_ms=ms * (1 + spread),
+        clips_per_second=1e3 * case.batch / ms,
+        **values,
+    )
 
 
 def model_rows():
@@ -77,7 +92,9 @@ def test_report(tmp_path, capsys):
     assert report.main([str(path), "--output", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert (tmp_path / "out" / f"{path.stem}.md").read_text().strip() == text.strip()
-    assert "a CPU, 2 threads" in text and "commit 0123456789ab," in text and "copy 10.0 GB/s, float32 100 GFLOP/s" in text
+    assert (
+        "a CPU, 2 threads" in text and "commit 0123456789ab," in text and "copy 10.0 GB/s, float32 100 GFLOP/s" in text
+    )
     table = text.partition("### model: audiomae_base, cpu, float32, batch 1, 513 tokens")[2].partition("###")[0]
     line = [cell.strip() for cell in next(line for line in table.splitlines() if "ours, 0.5" in line).split("|")]
     assert line[1:-1] == ["ours, 0.5", "55", "54.5", "55.5", "18.2", "5", "4", "12", "45.0%", "50.0%", "90%"]
@@ -102,7 +119,7 @@ def test_summary():
 
 def test_figures_show_what_was_measured():
     pytest.importorskip("matplotlib")
-    from bench.figures import FIGURES
+    from bench.harness.figures import FIGURES
 
     rows = all_rows()
     (axis,) = FIGURES["realised"](rows).axes
@@ -111,7 +128,10 @@ def test_figures_show_what_was_measured():
     (axis,) = FIGURES["time-macs"](rows).axes
     ideal = next(line for line in axis.lines if "followed" in line.get_label())
     assert ideal.get_xydata().tolist() == [[0, 0], [10, 100]]
-    assert sorted(map(tuple, next(line for line in axis.lines if line.get_label() == "ours").get_xydata())) == [(4, 55), (10, 100)]
+    assert sorted(map(tuple, next(line for line in axis.lines if line.get_label() == "ours").get_xydata())) == [
+        (4, 55),
+        (10, 100),
+    ]
     many = [row | {"provider": f"provider {i}"} for row in rows[:3] for i in range(25)]
     looks = [(line.get_color(), line.get_marker()) for line in FIGURES["time-macs"](many).axes[0].lines]
     assert len(looks) == len(set(looks)) == 26
@@ -130,7 +150,10 @@ def test_figures_show_what_was_measured():
 def test_what_eats_the_rest():
     (line,) = report.what_eats_the_rest(part_rows())
     # 84 ms in place of 70: the MLP 15 more than half of its 60, qkv 1 less than it might, norm 0.3 more than 70 %.
-    assert "53% of what the computed MACs promise; +14.00 ms of 84.00 beyond it: mlp +15.00 ms, norm +0.30 ms, qkv -1.00 ms" in line
+    assert (
+        "53% of what the computed MACs promise; +14.00 ms of 84.00 beyond it: mlp +15.00 ms, norm +0.30 ms, qkv -1.00 ms"
+        in line
+    )
     assert report.what_eats_the_rest(model_rows()) == []
 
 
@@ -148,8 +171,9 @@ def test_exponents():
 def test_scaling_groups():
     groups = scaling_groups(all_rows()[::-1], "scaling by tokens")
     assert [(group[0]["provider"], [row["tokens"] for row in group]) for group in groups] == [
-        ("eager", [64, 128, 256, 512]), ("ours", [64, 128, 256, 512]),
-    ]  # fmt: skip
+        ("eager", [64, 128, 256, 512]),
+        ("ours", [64, 128, 256, 512]),
+    ]
     assert scaling_groups(all_rows(), "scaling by batch") == []
     lines = report.scaling_lines(all_rows())
     assert len(lines) == 4 and "64 to 512 | 2.00 ± 0.00 | 1.00 ± 0.00" in lines[3]
@@ -159,10 +183,12 @@ def scaled(rows, spread=0.01, **factors):
     """The rows with times that long: ``ours=1.1``, or ``all=0.5``."""
     times = {"p20_ms": 1 - spread, "p50_ms": 1, "p80_ms": 1 + spread}
     return [
-        row if row["p50_ms"] is None
-        else row | {name: row["p50_ms"] * factors.get(row["provider"], factors.get("all", 1)) * t for name, t in times.items()}
+        row
+        if row["p50_ms"] is None
+        else row
+        | {name: row["p50_ms"] * factors.get(row["provider"], factors.get("all", 1)) * t for name, t in times.items()}
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("machine", [1.0, 1.4, 0.6])

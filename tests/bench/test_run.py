@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_run
-from bench.machine import describe_machine
-from bench.rows import ResultFile, read_result, row_of
+from bench.harness.machine import describe_machine
+from bench.harness.rows import ResultFile, read_result, row_of
+from tools import gpu_run
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = """
-import bench.bench_select_tokens as module
+import bench.cases.bench_select_tokens as module
 
 module.topk = lambda scores, keep: scores.topk(keep).indices
 """
@@ -32,9 +32,18 @@ def test_pytest_bench(tmp_path):
     (tmp_path / "one_is_wrong.py").write_text(PLUGIN)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OMP_NUM_THREADS": "1"}
     command = [
-        sys.executable, "-m", "pytest", "bench/bench_select_tokens.py", "--benchmark-only", "-p", "one_is_wrong",
-        "--bench-rounds=1", "--bench-device=cpu", "--bench-threads=1", f"--bench-output={tmp_path / 'out'}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/cases/bench_select_tokens.py",
+        "--benchmark-only",
+        "-p",
+        "one_is_wrong",
+        "--bench-rounds=1",
+        "--bench-device=cpu",
+        "--bench-threads=1",
+        f"--bench-output={tmp_path / 'out'}",
+    ]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     (path,) = (tmp_path / "out").glob("*.json")
     machine, rows = read_result(path)
@@ -59,8 +68,15 @@ def test_short_cases_are_measured_again(tmp_path):
     """By pytest alone: without pytest-benchmark the same is measured."""
     (tmp_path / "without.py").write_text(WITHOUT)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    command = [sys.executable, "-m", "pytest", "bench/bench_gather_tokens.py", "-p", "no:benchmark", "-p", "without"]
-    command += ["--bench-device=cpu", "--bench-threads=1", "--bench-rounds=2", f"--bench-output={tmp_path}", "-k", "1x65"]
+    command = [sys.executable, "-m", "pytest", "bench/cases/bench_gather_tokens.py", "-p", "no:benchmark", "-p", "without"]
+    command += [
+        "--bench-device=cpu",
+        "--bench-threads=1",
+        "--bench-rounds=2",
+        f"--bench-output={tmp_path}",
+        "-k",
+        "1x65",
+    ]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout + run.stderr
     (path,) = tmp_path.glob("*.json")
@@ -70,7 +86,7 @@ def test_short_cases_are_measured_again(tmp_path):
 
 def test_no_case_begins_when_the_time_is_over(tmp_path):
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "bench/bench_gather_tokens.py", "--benchmark-only", "--bench-seconds=0"]
+    command = [sys.executable, "-m", "pytest", "bench/cases/bench_gather_tokens.py", "--benchmark-only", "--bench-seconds=0"]
     command += ["--bench-device=cpu", "--bench-threads=1", f"--bench-output={tmp_path}", "-k", "1x65"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "2 skipped" in run.stdout, run.stdout + run.stderr
@@ -89,12 +105,20 @@ def gpu(monkeypatch, tmp_path):
     def run(build=True, **steps):
         monkeypatch.setattr(gpu_run, "LIMITS", {"tests": 1.0})
         step = gpu_run.step
-        monkeypatch.setattr(gpu_run, "step", lambda name, command, limit: {"ok": build, "tail": ["built"]} if name == "build"
-                            else step(name, command, limit))  # fmt: skip
+        monkeypatch.setattr(
+            gpu_run,
+            "step",
+            lambda name, command, limit: (
+                {"ok": build, "tail": ["built"]} if name == "build" else step(name, command, limit)
+            ),
+        )
         measured = ResultFile(tmp_path / "gpu-2026-01-02T030405", "gpu", {"date": "2026-01-02T03:05:00", "peaks": 1})
         measured.add([row_of(provider="ours", status="ok")])
-        monkeypatch.setattr(gpu_run, "commands", lambda *_: {
-            name: say(code) if code != "missing" else "it is not here" for name, code in steps.items()})  # fmt: skip
+        monkeypatch.setattr(
+            gpu_run,
+            "commands",
+            lambda *_: {name: say(code) if code != "missing" else "it is not here" for name, code in steps.items()},
+        )
         return gpu_run.main([], tmp_path)
 
     return run
@@ -132,7 +156,9 @@ def test_commands_of_a_gpu_run(monkeypatch):
     monkeypatch.setattr(gpu_run.shutil, "which", lambda name: f"/bin/{name}")
     commands = gpu_run.commands("out", ["--bench-hot"])
     assert list(commands) == ["tests", "benchmarks", "memcheck", "racecheck"]
-    assert {Path(ROOT, part) for part in commands["benchmarks"] if part.endswith(".py")} == set(ROOT.glob("bench/bench_*.py"))
+    assert {Path(ROOT, part) for part in commands["benchmarks"] if part.endswith(".py")} == set(
+        ROOT.glob("bench/cases/bench_*.py")
+    )
     assert commands["benchmarks"][-1] == "--bench-hot" and commands["racecheck"][0] == "/bin/compute-sanitizer"
     collect = [*commands["memcheck"][commands["memcheck"].index(sys.executable) :], "--collect-only"]
     found = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()

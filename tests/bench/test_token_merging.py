@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pruneattn
-from bench.token_merging import MergingViT, match, merge, mergeable, merging_block, merging_for, merging_macs
+from bench.harness.token_merging import MergingViT, match, merge, mergeable, merging_block, merging_for, merging_macs
 
 FAMILIES = ("audiomae", "ast")
 

@@ -64,9 +64,11 @@ def test_measured_tile_sizes_come_first(monkeypatch):
     monkeypatch.setattr(launch, "_table", lambda: table)
     assert config_for("attention", "sm_90", torch.bfloat16, 64) == Config(64, 128, 8, 4)
     for kernel, architecture, dtype, channels in (
-        ("attention", "sm_80", torch.bfloat16, 64), ("attention", "sm_90", torch.float16, 64),
-        ("attention", "sm_90", torch.bfloat16, 128), ("column_sums", "sm_90", torch.bfloat16, 64),
-    ):  # fmt: skip
+        ("attention", "sm_80", torch.bfloat16, 64),
+        ("attention", "sm_90", torch.float16, 64),
+        ("attention", "sm_90", torch.bfloat16, 128),
+        ("column_sums", "sm_90", torch.bfloat16, 64),
+    ):
         assert config_for(kernel, architecture, dtype, channels) == launch.fallback(kernel, dtype, channels)
 
 
@@ -81,7 +83,7 @@ def test_the_table_that_is_shipped_is_read():
 
 
 def test_arguments_are_in_the_kernels_order():
-    from bench.triton_resources import kernels
+    from tools.triton_resources import kernels
 
     for name, (launch_of, _) in kernels(torch.float32, 16, 18, heads=2).items():
         made = launch_of(config=Config(16, 16, 4, 1))
@@ -140,7 +142,9 @@ driver.set_active(types.SimpleNamespace(
 ))
 q, k, weights = torch.zeros(1, 2, 1, 64), torch.zeros(1, 2, 9, 64), torch.zeros(1, 2, 9)
 """
-LAUNCH_TWICE = DRIVER + """
+LAUNCH_TWICE = (
+    DRIVER
+    + """
 for _ in range(2):
     cls_scores.cls_weights(q, k, weights, 0.5)
 assert len(launch._compiled) == 1
@@ -148,8 +152,11 @@ first, second = (values[:6] + values[9:] for values in launched)  # without what
 assert first[:4] == (2, 1, 1, 7) and len(first) == 6 + 16, len(first)
 assert all(one is other or one == other for one, other in zip(first, second, strict=True))
 """
-# The launch is of other clips than were compiled for, as in `python -m bench.tune`.
-COMPILE_FIRST = DRIVER + """
+)
+# The launch is of other clips than were compiled for, as in `python -m tools.tune`.
+COMPILE_FIRST = (
+    DRIVER
+    + """
 import os
 from pathlib import Path
 from bench import tune
@@ -166,6 +173,7 @@ if __name__ == "__main__":
     launch_of(config=launch.fallback("cls_weights", torch.float32, 64)).run(q)
     assert len(before) == 2 and len(launched) == 2 and compiled() == before, (before, compiled())
 """
+)
 
 
 @pytest.mark.parametrize("script", [LAUNCH_TWICE, COMPILE_FIRST], ids=["second launch as the first", "compiled before"])
@@ -183,7 +191,7 @@ def test_what_the_kernels_do_not_take():
 
 
 def test_tuning_writes_the_fastest_that_is_right(tmp_path, monkeypatch, capsys):
-    from bench import tune
+    from tools import tune
 
     if tune.torch.cuda.is_available():
         pytest.skip("the clock of this test is for Triton's interpreter")
@@ -219,7 +227,7 @@ def test_tuning_writes_the_fastest_that_is_right(tmp_path, monkeypatch, capsys):
 
 
 def test_candidates_share_out_by_the_right_tile():
-    from bench.tune import candidates
+    from tools.tune import candidates
 
     for kernel, block in launch.SHARED_OUT.items():
         for dtype in launch.DTYPES:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import pruneattn
-from pruneattn.backend import DEVICES, use_backend, why_not
+from pruneattn.ops.backend import DEVICES, use_backend, why_not
 
 pytestmark = pytest.mark.device
 

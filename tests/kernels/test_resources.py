@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from bench.resource_table import MOST_SHARED, read  # noqa: E402
-from bench.triton_resources import COLUMNS, OUTPUT, matrix_instruction  # noqa: E402
+from tools.resource_table import MOST_SHARED, read  # noqa: E402
+from tools.triton_resources import COLUMNS, OUTPUT, matrix_instruction  # noqa: E402
 
 INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
 
@@ -18,7 +18,7 @@ INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcge
 # Apart from the interpreter. Two of the table's cases, since all take minutes, and float32 where memory is scarcest.
 COMPILE = """
 import sys, torch
-from bench.triton_resources import COLUMNS, table, write
+from tools.triton_resources import COLUMNS, table, write
 
 write(sys.argv[1], COLUMNS, table([(torch.bfloat16, 64, 514)]) + table([(torch.float32, 64, 513)], ["sm_80"]))
 """
@@ -53,7 +53,7 @@ def test_what_compiles_now_is_what_the_table_says(tmp_path):
     rows, table = read(output), read(OUTPUT)
     check(rows)
     if table[0]["triton"] == rows[0]["triton"]:
-        assert all(row in table for row in rows), "write the table again: python -m bench.triton_resources"
+        assert all(row in table for row in rows), "write the table again: python -m tools.triton_resources"
 
 
 def test_matrix_instruction():

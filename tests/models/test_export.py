@@ -9,10 +9,11 @@ import torch
 
 import pruneattn
 from pruneattn import UserError, ops
+from pruneattn.constants import WINDOW
 from pruneattn.data import FeatureConfig, FeatureExtractor
-from pruneattn.data.fbank import WINDOW, samples_for
+from pruneattn.data.fbank import samples_for
 from pruneattn.models import export
-from pruneattn.models.export import _decompositions, DESCRIPTION_FILE, KEY, export_model
+from pruneattn.models.export import DESCRIPTION_FILE, KEY, _decompositions, export_model
 
 SMALL = {"depth": 2, "prune_blocks": (0, 1), "keep_rate": 0.6}
 
@@ -152,9 +153,15 @@ def test_models_of_others(onnxruntime, tmp_path):
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=24, num_classes=7)
     config = transformers.ASTConfig(
-        hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96, max_length=128,
-        frequency_stride=16, time_stride=16, num_labels=7,
-    )  # fmt: skip
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=96,
+        max_length=128,
+        frequency_stride=16,
+        time_stride=16,
+        num_labels=7,
+    )
     for model, shape in (
         (vit, (3, 64, 64)),
         (transformers.ASTForAudioClassification(config), (128, 128)),

@@ -22,9 +22,15 @@ def compare(eager, model, fbank, patches=None):
     with torch.no_grad():
         trace = pruneattn.trace(model, fbank, patches)
         logits, kept, scores = eager.run(
-            model.state_dict(), fbank, kind, heads=model.num_heads, keep_rates=model.keep_rates,
-            prune_blocks=model.prune_blocks, score=model.score, patches=patches,
-        )  # fmt: skip
+            model.state_dict(),
+            fbank,
+            kind,
+            heads=model.num_heads,
+            keep_rates=model.keep_rates,
+            prune_blocks=model.prune_blocks,
+            score=model.score,
+            patches=patches,
+        )
         torch.testing.assert_close(model(fbank, patches), logits, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(trace.logits, logits, rtol=1e-9, atol=1e-9)
     assert len(trace.kept) == len(kept) == len(model.prune_blocks)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import pruneattn
-from bench import peers
-from bench.guards import WrongResult, check_close, check_kept
+from bench.harness import peers
+from bench.harness.guards import WrongResult, check_close, check_kept
 
 
 def test_ast_is_hugging_face_ast(make_model):

@@ -17,8 +17,14 @@ SCORES = ("column_mean", "cls", "intensity", "variation", "random")
 
 def test_names_and_sizes():
     assert list_models() == [
-        "audiomae_tiny", "audiomae_small", "audiomae_base", "audiomae_large", "ast_tiny", "ast_small", "ast_base",
-    ]  # fmt: skip
+        "audiomae_tiny",
+        "audiomae_small",
+        "audiomae_base",
+        "audiomae_large",
+        "ast_tiny",
+        "ast_small",
+        "ast_base",
+    ]
     millions = {"audiomae_tiny": 5.5, "audiomae_base": 85.5, "audiomae_large": 302.8, "ast_small": 21.6}
     for name, expected in millions.items():
         with torch.device("meta"):
@@ -145,8 +151,12 @@ def test_groups_of_parameters(make_model):
     assert make_model("audiomae").no_weight_decay() == {"cls_token", "pos_embed"}
     layers = {name: model.layer_id(name) for name, _ in model.named_parameters()}
     assert {name for name, layer in layers.items() if layer == 0} == {
-        "cls_token", "dist_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
-    }  # fmt: skip
+        "cls_token",
+        "dist_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+    }
     assert layers["blocks.0.norm1.weight"] == 1 and layers["blocks.9.mlp.fc2.bias"] == 10
     assert {layers[f"{name}.weight"] for name in ("norm", "head_norm", "head")} == {11}
 

@@ -4,15 +4,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from pruneattn.backend import DEVICES, use_backend, why_not
+from pruneattn.ops.backend import DEVICES, use_backend, why_not
 
 
 def on_cuda(param):
     return pytest.param(param, marks=pytest.mark.device)
 
 
-PLACES = [("reference", "cpu"), ("cpu", "cpu"), ("triton", "cpu"), on_cuda(("reference", "cuda")), on_cuda(("cuda", "cuda")),
-          on_cuda(("triton", "cuda"))]  # fmt: skip
+PLACES = [
+    ("reference", "cpu"),
+    ("cpu", "cpu"),
+    ("triton", "cpu"),
+    on_cuda(("reference", "cuda")),
+    on_cuda(("cuda", "cuda")),
+    on_cuda(("triton", "cuda")),
+]
 
 
 @contextlib.contextmanager

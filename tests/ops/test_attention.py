@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pruneattn.backend import choose
 from pruneattn.ops import attention
+from pruneattn.ops.backend import choose
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -108,7 +108,9 @@ def test_special_values_reach_the_rows_they_belong_to(kernels, interpreted, case
 def test_same_bits_twice(place, interpreted, cases):
     if place.type == "cuda" and choose("attention", "cuda") is sys.modules["pruneattn.ops.attention"].reference:
         pytest.skip("PyTorch's gradients are not the same in every run on a GPU")
-    q, k, v = cases.leaves(cases.packed_qkv(1 if interpreted else 2, 1 if interpreted else 3, 130, 16, torch.float32, place))
+    q, k, v = cases.leaves(
+        cases.packed_qkv(1 if interpreted else 2, 1 if interpreted else 3, 130, 16, torch.float32, place)
+    )
 
     def run():
         out = attention(q[:, :, 3:], k, v)

@@ -94,7 +94,9 @@ def test_random_shapes_and_strides(place, interpreted, cases, check):
 
 
 def test_same_bits_twice(place, interpreted, cases):
-    q, k, v = cases.leaves(cases.packed_qkv(1 if interpreted else 2, 1 if interpreted else 3, 130, 16, torch.float32, place))
+    q, k, v = cases.leaves(
+        cases.packed_qkv(1 if interpreted else 2, 1 if interpreted else 3, 130, 16, torch.float32, place)
+    )
 
     def run():
         out, scores = column_mean_attention(q, k, v, 1)

@@ -107,8 +107,13 @@ def test_peak_of_the_process_does_not_have_room_for_the_matrix(score):
 
     def grows(backend):
         path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-        run = subprocess.run([sys.executable, "-c", PEAK, score, backend], env={**os.environ, "PYTHONPATH": path},
-                             check=True, stdout=subprocess.PIPE, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", PEAK, score, backend],
+            env={**os.environ, "PYTHONPATH": path},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         return json.loads(run.stdout)
 
     pytest.importorskip("pruneattn._C", reason="pruneattn._C is not built: pip install -e .")

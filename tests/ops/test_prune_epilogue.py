@@ -78,7 +78,9 @@ def test_refuses_bad_arguments(device):
         prune_epilogue(partial_scores[:, :0], x, y, 4, 1)
     with pytest.raises(ValueError, match="keep: expected 1 to 8 of 8 patches, got 9"):
         prune_epilogue(partial_scores, x, y, 9, 1)
-    with pytest.raises(ValueError, match=r"x: expected \[2, 2 \+ 8, C\] for partial_scores \[2, 3, 8\] .* got \[2, 9, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"x: expected \[2, 2 \+ 8, C\] for partial_scores \[2, 3, 8\] .* got \[2, 9, 4\]"
+    ):
         prune_epilogue(partial_scores, x, y, 4, 2)
     with pytest.raises(ValueError, match=r"y: expected shape \[B, N, C\], got \[9, 3\]"):
         prune_epilogue(partial_scores, x, y[0], 4, 1)

@@ -127,7 +127,9 @@ def test_gradients_of_any_strides(place, interpreted, cases, dtype):
         out = pruned_attention(q, k, v, merged(v.detach()), q.shape[2] - 1, 1)[3]
         return out.unflatten(2, q.shape[1::2]).transpose(1, 2)
 
-    cases.assert_gradients_of_any_strides(attend, *cases.packed_qkv(*((1, 1) if interpreted else (2, 3)), 19, 8, dtype, place))
+    cases.assert_gradients_of_any_strides(
+        attend, *cases.packed_qkv(*((1, 1) if interpreted else (2, 3)), 19, 8, dtype, place)
+    )
 
 
 def test_gradients(any_device, cases):

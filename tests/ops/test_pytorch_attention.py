@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pruneattn.ops import attention, pytorch_attention as module
+from pruneattn.ops import attention
+from pruneattn.ops import pytorch_attention as module
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pruneattn import UserError
-from pruneattn.training import distributed
+from pruneattn.runtime import distributed
 
 
 def test_a_gpu_is_taken_by_local_rank(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pruneattn.errors import UserError
-from pruneattn.training import distributed
+from pruneattn.runtime import distributed
 from pruneattn.training.build import check_same_start
 from pruneattn.training.engine import Trainer
 

@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 
-import pruneattn.inference
+import pruneattn.runtime.inference
+from pruneattn.checkpoints.pretrained import load_pretrained
 from pruneattn.data import load_dataset, make_loader
 from pruneattn.data.augment import Augment
 from pruneattn.data.clips import ClipDataset
 from pruneattn.errors import UserError
-from pruneattn.inference import evaluate_model, predict_dataset
-from pruneattn.models.pretrained import load_pretrained
+from pruneattn.runtime.inference import evaluate_model, predict_dataset
 from pruneattn.training import engine
 from pruneattn.training.engine import Trainer, seed_step
 
@@ -73,6 +73,7 @@ def test_training_clips_decide_whether_the_task_is_multilabel(train, tagged, mon
 def test_pruning_flag_reaches_the_augmentation(train, monkeypatch):
     seen = []
     for name in ("features", "patches"):
+
         def record(self, x, *rest, name=name, original=getattr(Augment, name)):
             seen.append((name, rest[-1]))
             return original(self, x, *rest)

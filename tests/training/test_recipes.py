@@ -26,9 +26,21 @@ def test_recipes_are_the_papers():
     for pair, r in RECIPES.items():
         peak = round(r.lr * r.batch_size / r.lr_batch, 12)
         got = (
-            r.epochs, r.shrink_start, r.shrink_epochs, r.batch_size, peak, r.frames, r.mask_time, r.specaug_freq,
-            r.specaug_time, r.mixup, r.gain, r.noise, r.loss, r.metric,
-        )  # fmt: skip
+            r.epochs,
+            r.shrink_start,
+            r.shrink_epochs,
+            r.batch_size,
+            peak,
+            r.frames,
+            r.mask_time,
+            r.specaug_freq,
+            r.specaug_time,
+            r.mixup,
+            r.gain,
+            r.noise,
+            r.loss,
+            r.metric,
+        )
         assert got == PAPER[pair], pair
         assert (r.mask_freq, r.mask_1d, r.padding, r.keep_rate, r.clip_grad) == (r.mask_time, 0, "min", (1.0,), 0), pair
         assert r.prune_blocks == (3, 6, 9) and r.score is None
@@ -55,9 +67,16 @@ def test_every_field_is_an_option():
     given = "--keep-rate 0.5 0.6 0.7 --betas 0.8 0.9 --no-gain --noise --frames 256 --mean -5 --score cls --epochs 40"
     _, recipe = parse(["--model", "ast", "--dataset", "esc50", *given.split()])
     assert recipe == dataclasses.replace(
-        RECIPES["ast", "esc50"], keep_rate=(0.5, 0.6, 0.7), betas=(0.8, 0.9), gain=False, noise=True, frames=256,
-        mean=-5.0, score="cls", epochs=40,
-    )  # fmt: skip
+        RECIPES["ast", "esc50"],
+        keep_rate=(0.5, 0.6, 0.7),
+        betas=(0.8, 0.9),
+        gain=False,
+        noise=True,
+        frames=256,
+        mean=-5.0,
+        score="cls",
+        epochs=40,
+    )
     assert parse(["--dataset", "toy"])[1] == Recipe()
     assert {f.name for f in dataclasses.fields(Augment)} <= {f.name for f in dataclasses.fields(Recipe)}
 

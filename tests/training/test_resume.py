@@ -139,7 +139,9 @@ def test_branch_and_resume_refuse_other_clips_and_labels(train, tagged, clips, t
     swapped = (clips / "class_labels_indices.csv").read_text().replace("0,/m/high,high", "1,/m/high,high")
     swapped = swapped.replace("1,/m/low,low", "0,/m/low,low")
     (tmp_path / "swapped.csv").write_text(swapped)
-    refused(r"labels: \['high', 'low', 'middle'\] -> \['low', 'high', 'middle'\]", "--label-csv", tmp_path / "swapped.csv")
+    refused(
+        r"labels: \['high', 'low', 'middle'\] -> \['low', 'high', 'middle'\]", "--label-csv", tmp_path / "swapped.csv"
+    )
     for split in ("train", "val"):
         manifest = json.loads((clips / f"{split}.json").read_text())
         manifest["data"][-1]["labels"] = "/m/high,/m/low"

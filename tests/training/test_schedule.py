@@ -41,9 +41,18 @@ def test_cosine_by_hand():
 
 def test_steps_by_hand():
     recipe = replace(
-        Recipe(), schedule="step", epochs=30, warmup_epochs=0.0, warmup_steps=100, lr=1e-4, lr_batch=64, batch_size=64,
-        lr_step_first=10, lr_step_every=5, lr_step_factor=0.5,
-    )  # fmt: skip
+        Recipe(),
+        schedule="step",
+        epochs=30,
+        warmup_epochs=0.0,
+        warmup_steps=100,
+        lr=1e-4,
+        lr_batch=64,
+        batch_size=64,
+        lr_step_first=10,
+        lr_step_every=5,
+        lr_step_factor=0.5,
+    )
     at = {epoch: learning_rate(epoch * 40, recipe, 40) for epoch in range(30)}
     assert learning_rate(0, recipe, 40) == pytest.approx(1e-6)
     assert learning_rate(49, recipe, 40) == pytest.approx(5e-5)

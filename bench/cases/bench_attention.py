@@ -1,0 +1,30 @@
+"""All queries, and those of kept tokens alone, which a pruning block asks for."""
+
+import torch.nn.functional as F
+
+from bench.harness.op_cases import by_each_kernel, op_providers, random_qkv
+from pruneattn.ops import attention
+
+LEVELS, OP = ("op",), "attention"
+
+
+def eager(q, k, v):
+    """The whole softmax matrix, in the dtype of the inputs."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+ALTERNATIVES = {"SDPA": F.scaled_dot_product_attention, "eager": eager}
+
+
+def providers(case):
+    q, k, v = random_qkv(case)
+    rows = []
+    for part, queries in {None: q, "queries of every other token": q[:, :, ::2]}.items():
+        ways = ALTERNATIVES | by_each_kernel("SDPA", F.scaled_dot_product_attention, queries, k, v)
+        macs = 2 * queries.numel() * case.tokens
+        rows += [row._replace(part=part) for row in op_providers(case, attention, ways, queries, k, v, macs=macs)]
+    return rows
+
+
+def test_attention(side_by_side, case):
+    side_by_side(case, providers(case))

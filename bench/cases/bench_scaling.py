@@ -1,0 +1,41 @@
+"""Time and memory by tokens and by clips: ours beside the whole softmax matrix. The report fits the exponents."""
+
+from bench.cases import bench_block, bench_column_mean_attention
+from bench.harness.measure import left_out
+from bench.harness.memory import available
+from bench.harness.op_cases import HEADS
+
+LEVELS = ("scaling by tokens", "scaling by batch")
+ATTENTION = "column_mean_attention"
+EAGER = ("eager", "the paper's way")
+
+
+def providers(case, sizes):
+    """Ours as it runs by default, and those that hold the whole softmax matrix, where there is memory for it."""
+    if case.subject == ATTENTION:
+        found = bench_column_mean_attention.providers(case)
+    else:
+        found = bench_block.providers(case, sizes._replace(keep_rates=(1.0, sizes.keep_rates[-1]), peer_rates=()))
+    ours = next(provider.backend for provider in found if provider.name == "ours")
+    chosen = [
+        provider for provider in found if provider.name in EAGER or (provider.name, provider.backend) == ("ours", ours)
+    ]
+    needed = softmax_bytes(case)
+    if needed < available(case.device):
+        return chosen
+    why_not = f"the softmax matrix takes {needed / 2**30:.0f} GiB, more than is free"
+    return [
+        left_out(provider.name, why_not, backend=provider.backend, keep_rate=provider.keep_rate)
+        if provider.name in EAGER
+        else provider
+        for provider in chosen
+    ]
+
+
+def softmax_bytes(case):
+    """Of the logits, the softmax matrix and its mean over heads, together, with the 12 heads of a base model."""
+    return 3 * case.batch * HEADS * case.tokens**2 * case.torch_dtype.itemsize
+
+
+def test_scaling(side_by_side, case, sizes):
+    side_by_side(case, providers(case, sizes))

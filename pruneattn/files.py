@@ -1,0 +1,117 @@
+"""Files that are either written completely or not at all."""
+
+import csv
+import os
+import secrets
+import tempfile
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from .errors import UserError
+
+#: How text with file names in it is written: the bytes of a name that is not UTF-8 as ``\\udcXX``.
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
+
+
+@contextmanager
+def atomic_write(path):
+    """Give a temporary path beside `path`; when the block ends well, its file takes the place of `path` in one step.
+
+    ::
+
+        with atomic_write("last.pt") as temporary:
+            torch.save(state, temporary)
+
+    Whatever goes wrong (an exception in the block, a full disk, a kill), a file that was at `path` before stays as it
+    was. Only a kill can leave the temporary file (hidden, ending in ``.tmp``) behind; it is safe to delete.
+
+    Args:
+        path: file to write; its folder must exist. A symbolic link is followed: its target is what gets replaced.
+
+    Yields:
+        pathlib.Path of an empty file in the same folder, to be overwritten.
+
+    Raises:
+        UserError: the file cannot be written (no such folder, no permission, read-only or full disk). Other exceptions
+            of the block pass through unchanged.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        if target.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # what the umask allows; safetensors' own files are 0600
+        yield temporary
+        os.chmod(temporary, mode & 0o777)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except Exception as error:
+        reason = _write_failure(error)
+        if reason is None:
+            raise
+        kept = " The file that was there is unchanged." if target.is_file() else ""
+        raise UserError(
+            f"cannot write {path}: {reason}.{kept} Free some space or choose a folder that can be written to"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write_all(folder, names):
+    """``atomic_write`` of several files of one folder, which is made where it is absent: all are replaced, or none.
+
+    Yields:
+        dict of a temporary path for each name.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another place") from error
+    with ExitStack() as files:
+        yield {name: files.enter_context(atomic_write(folder / name)) for name in names}
+
+
+def write_csv(path, rows):
+    """Write dicts with the same keys as a CSV file with a header, atomically."""
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", **TEXT) as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_failure(error):
+    """In words, why a file could not be written; None if the error is about something else."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    message = str(error)
+    if "inline_container" in message:  # torch.save reports a short write as a wrong file position, without errno
+        return f"the disk is full, or a quota or size limit is reached (torch.save: {message.splitlines()[0]})"
+    if type(error).__name__ == "SafetensorError" and "I/O error" in message:
+        return message.partition("I/O error: ")[2]
+    return None
+
+
+def _sync_folder(folder):
+    """Make the rename itself survive a power cut, where the file system allows it."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def make_folder(path):
+    """A folder for results, made and seen to be writable before the long work."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"cannot write into {path}: {error.strerror}; choose another folder with --output") from error
+    return path

@@ -1,0 +1,264 @@
+"""An AST of Hugging Face's opened by what lies beside its weights, and its feature extractor before our model."""
+
+import json
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import pruneattn
+from pruneattn.data import FeatureConfig, FeatureExtractor
+from pruneattn.data.decode import load_audio
+from pruneattn.errors import UserError
+
+# Of transformers' own filterbank: one of 128 filters is empty with these settings.
+pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
+LABELS = ["dog", "näher", "rain, heavy"]
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def hugging_face(transformers):
+    """``hugging_face(folder, **config)``: a small model saved there by transformers, with its feature extractor."""
+
+    def save(folder, mean=-4.25, std=4.5, extractor=True, **config):
+        torch.manual_seed(0)
+        defaults = {
+            "hidden_size": 48,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 3,
+            "intermediate_size": 192,
+            "frequency_stride": 16,
+            "time_stride": 16,
+            "max_length": 128,
+            "layer_norm_eps": 1e-6,
+            "initializer_range": 0.2,
+            "id2label": dict(enumerate(LABELS)),
+        }
+        config = transformers.ASTConfig(**defaults | config)
+        model = transformers.ASTForAudioClassification(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(folder)
+        if extractor:
+            transformers.ASTFeatureExtractor(max_length=config.max_length, mean=mean, std=std).save_pretrained(folder)
+        return model
+
+    return save
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [128, 250])
+def test_a_folder_opens_by_its_config(tmp_path, hugging_face, frames):
+    theirs = hugging_face(tmp_path, max_length=frames, problem_type="multi_label_classification")
+    model = pruneattn.load_pretrained(tmp_path)
+    fbank = torch.randn(2, frames, 128)
+    # Frames that fill no patch are left out by the convolution, and here by the features.
+    torch.testing.assert_close(model(fbank[:, : model.frames]), theirs(fbank).logits, rtol=1e-4, atol=1e-4)
+    assert model.features == FeatureConfig(frames // 16 * 16, -4.25, 4.5, "zero")
+    assert (model.labels, model.multilabel, model.extra) == (LABELS, True, {})
+    assert model.keep_rates == (1.0,) and model.prune_blocks == (3,) and not model.training
+    model.set_keep_rate(0.5)
+    pruneattn.save_pretrained(
+        model, tmp_path / "own", features=model.features, labels=model.labels, multilabel=model.multilabel
+    )
+    assert pruneattn.load_pretrained(tmp_path / "own").config == model.config
+
+
+@torch.no_grad()
+def test_a_folder_remembers_its_pruning(tmp_path, transformers, make_model):
+    ours = make_model("ast", keep_rate=(0.7, 0.5), prune_blocks=(1, 2), score="column_mean", num_classes=len(LABELS))
+    about = {"features": FeatureConfig(128, -4.25, 4.5, "zero"), "labels": LABELS, "multilabel": False}
+    fbank = torch.randn(2, 128, 128)
+    pruneattn.save_checkpoint(ours, tmp_path, format="huggingface", **about)
+    back = pruneattn.load_pretrained(tmp_path)
+    assert (back.prune_blocks, back.keep_rates, back.score) == ((1, 2), (0.7, 0.5), "column_mean")
+    torch.testing.assert_close(back(fbank), ours(fbank))
+    theirs = transformers.ASTForAudioClassification.from_pretrained(tmp_path).eval()
+    pruneattn.prune(theirs, **theirs.config.pruneattn)
+    torch.testing.assert_close(theirs(fbank).logits, ours(fbank), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pruning_that_cannot_be_is_told(tmp_path, hugging_face):
+    hugging_face(tmp_path, pruneattn={"keep_rate": 2.0, "blocks": [1], "score": "cls"})
+    with pytest.raises(UserError, match="config.json: .*keep_rate: must be above 0"):
+        pruneattn.load_pretrained(tmp_path)
+
+
+def test_sizes_get_their_names(tmp_path, hugging_face):
+    hugging_face(tmp_path, hidden_size=192, num_hidden_layers=12, intermediate_size=768)
+    model = pruneattn.load_pretrained(tmp_path / "model.safetensors")
+    assert (model.name, model.num_heads, model.prune_blocks) == ("ast_tiny", 3, (3, 6, 9))
+
+
+def test_defaults_that_a_config_leaves_out(tmp_path, hugging_face):
+    """transformers writes no ``id2label`` where there are its two default labels, and no ``problem_type``."""
+    hugging_face(tmp_path, id2label={0: "LABEL_0", 1: "LABEL_1"})
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in ("id2label", "label2id")}))
+    (tmp_path / "preprocessor_config.json").write_text('{"max_length": 128}')
+    model = pruneattn.load_pretrained(tmp_path)
+    assert model.labels == ["LABEL_0", "LABEL_1"] and model.multilabel is False
+    assert model.features == FeatureConfig(128, -4.2677393, 4.5689974, "zero")
+
+
+def test_stride_10_is_resampled(tmp_path, hugging_face):
+    hugging_face(tmp_path, frequency_stride=10, time_stride=10)
+    with pytest.warns(UserWarning, match="stride 10"):
+        model = pruneattn.load_pretrained(tmp_path)
+    assert model.pos_embed.shape == (1, 66, 48)
+
+
+def test_the_config_says_what_grid_the_positions_have(tmp_path, hugging_face):
+    """12 x 18 positions of stride 10 are as many as 8 x 27 of stride 16; 12 x 50 as many as 8 x 75."""
+    theirs = hugging_face(tmp_path / "10", frequency_stride=10, time_stride=10, max_length=200)
+    table = theirs.audio_spectrogram_transformer.embeddings.position_embeddings[0, 2:].reshape(12, 19, 48)
+    with pytest.warns(UserWarning, match="12 x 19 positions resampled to 8 x 12"):
+        model = pruneattn.load_pretrained(tmp_path / "10")
+    assert model.frames == 192
+    fitted = model.pos_embed[0, 2:].reshape(8, 12, 48)
+    torch.testing.assert_close(fitted[5, 5], table[8, 8])  # 1.6 times 5
+    hugging_face(tmp_path / "16", max_length=1200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pruneattn.load_pretrained(tmp_path / "16").frames == 1200
+
+
+def change(**values):
+    def apply(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return apply
+
+
+def extractor(text):
+    return lambda folder: (folder / "preprocessor_config.json").write_text(text)
+
+
+REFUSED = {
+    "stride": (change(time_stride=10), r"frequency_stride, time_stride is \(16, 10\), not \(16, 16\) or"),
+    "patches": (change(patch_size=8), "patch_size is 8, not 16"),
+    "activation": (change(hidden_act="gelu_new"), "hidden_act is 'gelu_new'"),
+    "mlp": (change(intermediate_size=96), "intermediate_size is 96, not 192"),
+    "bias": (change(qkv_bias=False), "qkv_bias is False"),
+    "mel": (change(num_mel_bins=64), "num_mel_bins is 64"),
+    "heads": (change(num_attention_heads=5), "num_heads: 5 does not divide"),
+    "labels": (change(id2label={"1": "a", "3": "b"}), "config.json: an AST that cannot be made here"),
+    "width": (change(hidden_size=None), "config.json: an AST that cannot be made here"),
+    "classes": (change(id2label={"0": "a"}), "lacks head.*: 3 classes in the file and 1 in the model"),
+    "depth": (change(num_hidden_layers=4), "embed_dim 48 and depth 5"),
+    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "holds a list, not a configuration"),
+    "another model": (change(model_type="wav2vec2"), "not a model that pruneattn saved.*nor does a config.json"),
+    "no extractor": (
+        lambda folder: (folder / "preprocessor_config.json").unlink(),
+        "preprocessor_config.json: no such file, so mean and std of the model's input are unknown",
+    ),
+    "extractor": (
+        extractor('{"feature_extractor_type": "Wav2Vec2FeatureExtractor"}'),
+        "preprocessor_config.json: feature_extractor_type",
+    ),
+    "rate": (extractor('{"sampling_rate": 8000}'), "sampling_rate: .*16000, not of 8000"),
+    "length": (extractor('{"max_length": 1024}'), "max_length is 1024, and in config.json it is 128"),
+    "std": (extractor('{"max_length": 128, "std": 0}'), "preprocessor_config.json: .*std"),
+    "mean": (extractor('{"max_length": 128, "mean": null}'), "preprocessor_config.json: "),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(tmp_path, hugging_face, case):
+    spoil, message = REFUSED[case]
+    hugging_face(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        pruneattn.load_pretrained(tmp_path)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+def test_a_trunk_without_a_head(tmp_path, hugging_face, transformers):
+    hugging_face(tmp_path).audio_spectrogram_transformer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="lacks head.*never fine-tuned"):
+        pruneattn.load_pretrained(tmp_path)
+
+
+# ASTFeatureExtractor --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["torchaudio", "numpy"])
+def extract(request, transformers, monkeypatch):
+    """``extract(extractor, wave)`` in each of the extractor's two ways: torchaudio, or numpy where that is absent."""
+    if request.param == "torchaudio":
+        pytest.importorskip("torchaudio")
+    module = pytest.importorskip(
+        "transformers.models.audio_spectrogram_transformer.feature_extraction_audio_spectrogram_transformer"
+    )
+    monkeypatch.setattr(module, "is_speech_available", lambda: request.param == "torchaudio")
+
+    def run(wave, **options):
+        extractor = transformers.ASTFeatureExtractor(**options)
+        assert hasattr(extractor, "mel_filters") == (request.param == "numpy")
+        values = extractor(wave.numpy(), sampling_rate=16000, return_tensors="np")["input_values"]
+        return torch.from_numpy(np.asarray(values)).float(), FeatureConfig.from_hugging_face(extractor.to_dict())
+
+    return run
+
+
+@pytest.fixture
+def waves(real_audio):
+    """Clips of 5 s and of about 1 s."""
+    esc = sorted((real_audio / "esc10" / "audio").glob("*.flac"))[::80]
+    speech = sorted((real_audio / "speech_commands_ar" / "audio").rglob("*.ogg"))[::2400]
+    assert len(esc) == len(speech) == 5
+    return [load_audio(path) for path in esc + speech]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 1024},  # pads
+        {"max_length": 64, "mean": -6.85, "std": 5.57},  # cuts
+        {"max_length": 512, "do_normalize": False},
+    ],
+)
+def test_its_features_are_ours(extract, waves, options):
+    """Seen on 150 clips: at most 3.2e-3 (torchaudio) and 3.9e-3 (numpy) apart in log-mel, where a bin is near silence:
+    ours takes the clip's mean away first, theirs that of each frame only.
+    """
+    for wave in waves:
+        theirs, config = extract(wave, **options)
+        ours = FeatureExtractor(config)(wave[None])
+        assert ours.shape == theirs.shape == (1, options["max_length"], 128)
+        torch.testing.assert_close(2 * config.std * ours, 2 * config.std * theirs, rtol=0, atol=5e-3)
+
+
+def test_its_features_go_into_our_model(tmp_path, hugging_face, extract, waves):
+    theirs = hugging_face(tmp_path, max_length=512)
+    model = pruneattn.load_pretrained(tmp_path)
+    logits = []
+    for wave in waves:
+        values, _ = extract(wave, max_length=512, mean=-4.25, std=4.5)
+        with torch.no_grad():
+            expected = theirs(values).logits
+            torch.testing.assert_close(model(values), expected, rtol=1e-4, atol=1e-4)
+            ours = model(FeatureExtractor(model.features)(wave[None]))
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+        logits.append(expected)
+    assert torch.cat(logits).std(0).min() > 0.01  # clips are told apart, so that this says something
+
+
+def test_configs_go_both_ways():
+    config = FeatureConfig(frames=256, mean=-4.25, std=4.5, padding="zero")
+    assert FeatureConfig.from_hugging_face(config.to_hugging_face()) == config
+    smallest = replace(config, padding="min")
+    assert FeatureConfig.from_hugging_face(smallest.to_hugging_face()) == config  # Hugging Face has no other padding
+    raw = FeatureConfig.from_hugging_face({"do_normalize": False, "max_length": 64})
+    assert (raw.mean, 2 * raw.std) == (0.0, 1.0)

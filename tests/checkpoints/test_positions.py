@@ -1,0 +1,157 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pruneattn.checkpoints.positions import fit_positions
+from pruneattn.errors import UserError
+from pruneattn.models import create_model
+
+EXTRA = {"ast": 2, "audiomae": 1}
+
+
+def make(family, frames):
+    return create_model(f"{family}_tiny", embed_dim=4, depth=1, num_heads=1, prune_blocks=(), frames=frames)
+
+
+def numbered(family, patches):
+    """A table whose patch k has the value k, and whose extra tokens -1, -2."""
+    values = torch.cat([-1 - torch.arange(EXTRA[family]), torch.arange(patches)])
+    return values.float().reshape(1, -1, 1).repeat(1, 1, 4)
+
+
+def values(table, family):
+    """What arrived: the extra tokens' values and the patches' ones, as lists."""
+    assert table.dtype == torch.float32 and table.shape[0] == 1 and (table == table[..., :1]).all()
+    column = table[0, :, 0].tolist()
+    return column[: EXTRA[family]], column[EXTRA[family] :]
+
+
+@pytest.mark.parametrize("family", ["ast", "audiomae"])
+def test_the_same_grid_is_taken_as_it_is(family):
+    table = numbered(family, 512)
+    fitted, note = fit_positions(table, make(family, 1024))
+    assert torch.equal(fitted, table) and note == ""
+
+
+@pytest.mark.parametrize(("frames", "start"), [(128, 28), (512, 16), (16, 32), (48, 31)])
+def test_ast_takes_the_centre_columns(frames, start):
+    columns = frames // 16
+    fitted, note = fit_positions(numbered("ast", 512), make("ast", frames))
+    expected = [64 * row + start + column for row in range(8) for column in range(columns)]
+    assert values(fitted, "ast") == ([-1, -2], expected)
+    assert note == f"positions: centre crop of 64 time columns to {columns}"
+
+
+@pytest.mark.parametrize("frames", [128, 512, 1008])
+def test_audiomae_takes_the_left_columns_of_8_by_64(frames):
+    columns = frames // 16
+    fitted, note = fit_positions(numbered("audiomae", 512), make("audiomae", frames))
+    expected = [64 * row + column for row in range(8) for column in range(columns)]
+    assert values(fitted, "audiomae") == ([-1], expected)
+    assert note == f"positions: left crop of 64 time columns to {columns}"
+
+
+@pytest.mark.parametrize("family", ["ast", "audiomae"])
+def test_a_crop_of_a_crop_is_the_crop(family):
+    half, _ = fit_positions(numbered(family, 512), make(family, 512))
+    twice, _ = fit_positions(half, make(family, 128))
+    once, _ = fit_positions(numbered(family, 512), make(family, 128))
+    assert torch.equal(twice, once)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("had", "frames"), [(1024, 512), (1024, 128), (128, 1024)])
+def test_our_own_sine_cosine_table_is_made_anew(had, frames, stored):
+    source, model = make("audiomae", had), make("audiomae", frames)
+    table = source.pos_embed.detach().clone()
+    table[0, 0] = 3.0
+    fitted, note = fit_positions(table.to(stored), model)
+    assert torch.equal(fitted[:, 1:], model.pos_embed[:, 1:]) and (fitted[0, 0] == 3).all()
+    assert "sine-cosine" in note
+
+
+@pytest.mark.parametrize("family", ["ast", "audiomae"])
+@pytest.mark.parametrize(("patches", "frames"), [(512, 1536), (64, 512), (8, 48)])
+def test_more_columns_are_interpolated_bilinearly(family, patches, frames):
+    extra = EXTRA[family]
+    table = torch.randn(1, extra + patches, 4)
+    with pytest.warns(UserWarning, match=f"{patches // 8} time columns interpolated to {frames // 16}"):
+        fitted, note = fit_positions(table, make(family, frames))
+    grid = table[:, extra:].transpose(1, 2).reshape(1, 4, 8, patches // 8)
+    expected = F.interpolate(grid, size=(8, frames // 16), mode="bilinear").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(fitted[:, extra:], expected)
+    assert torch.equal(fitted[:, :extra], table[:, :extra])
+    assert "interpolated" in note
+
+
+@pytest.mark.parametrize(("patches", "frames"), [(1212, 1024), (600, 512), (144, 128)])
+def test_stride_10_is_read_at_the_centres_of_stride_16(patches, frames):
+    had, columns = patches // 12, frames // 16
+    rows, times = torch.meshgrid(torch.arange(12.0), torch.arange(float(had)), indexing="ij")
+    # Positions that say where they are, in mel bins and frames: bilinear interpolation must keep them true.
+    place = torch.stack([10 * rows, 10 * times, 10 * rows + 20 * times, torch.ones_like(rows)], dim=-1)
+    table = torch.cat([torch.full((1, 2, 4), -1.0), place.reshape(1, patches, 4)], dim=1)
+    with pytest.warns(UserWarning, match="stride 10"):
+        fitted, note = fit_positions(table, make("ast", frames), stride=None)
+    grid = fitted[0, 2:].reshape(8, columns, 4)
+    bins = (16.0 * torch.arange(8)).clamp(max=110).reshape(8, 1).expand(8, columns)  # the last row is the 12th's
+    start = (16.0 * torch.arange(columns)).clamp(max=10.0 * (had - 1)).expand(8, columns)
+    torch.testing.assert_close(grid, torch.stack([bins, start, bins + 2 * start, torch.ones_like(bins)], dim=-1))
+    assert (fitted[:, :2] == -1).all() and f"12 x {had}" in note
+
+
+@pytest.mark.parametrize("frames", range(128, 1200, 7))
+def test_a_known_stride_decides_what_the_table_is_for(frames):
+    """The positions of a configuration of any length, whose column says in which frame it begins."""
+    columns, rows = (frames - 16) // 10 + 1, torch.arange(12.0)
+    grid = torch.stack([10 * rows.reshape(12, 1).expand(-1, columns), 10 * torch.arange(columns).expand(12, -1)], -1)
+    table = torch.cat([torch.zeros(1, 2, 2), grid.reshape(1, -1, 2).float()], 1)
+    model = make("ast", frames // 16 * 16)
+    for stride in (10, None):
+        if stride is None and frames // 16 * 16 != frames:
+            continue  # of a multiple of 16 frames the size tells
+        with pytest.warns(UserWarning, match="stride 10"):
+            fitted, note = fit_positions(table, model, stride=stride)
+        assert "crop" not in note
+        start = (16.0 * torch.arange(frames // 16)).clamp(max=10.0 * (columns - 1))
+        torch.testing.assert_close(fitted[0, 2:, 1].reshape(8, -1), start.expand(8, -1))
+
+
+def test_what_is_known_to_have_stride_16_is_not_resampled():
+    """600 patches are 12 x 50 with stride 10, but 8 x 75 of 1200 frames."""
+    fitted, note = fit_positions(numbered("ast", 600), make("ast", 512), stride=16)
+    assert values(fitted, "ast")[1] == [75 * row + 21 + column for row in range(8) for column in range(32)]
+    assert note == "positions: centre crop of 75 time columns to 32"
+    same, note = fit_positions(numbered("ast", 600), make("ast", 1200), stride=None)
+    assert values(same, "ast")[1] == list(range(600)) and note == ""
+    with pytest.warns(UserWarning, match="stride 10"):
+        fit_positions(numbered("ast", 600), make("ast", 1200), stride=10)
+
+
+def test_stride_10_is_resampled_before_the_crop():
+    table = torch.randn(1, 1214, 4)
+    with pytest.warns(UserWarning, match="stride 10"):
+        full, _ = fit_positions(table, make("ast", 1024), stride=None)
+    with pytest.warns(UserWarning, match="stride 10"):
+        short, note = fit_positions(table, make("ast", 128), stride=None)
+    cropped, _ = fit_positions(full, make("ast", 128))
+    assert torch.equal(short, cropped)
+    assert "12 x 101" in note and "centre crop of 64 time columns to 8" in note
+
+
+def test_only_formats_that_come_with_stride_10_are_resampled():
+    # 144 patches are 12 x 12 with stride 10, but 8 x 18 in our own file.
+    fitted, note = fit_positions(numbered("ast", 144), make("ast", 256))
+    expected = [18 * row + 1 + column for row in range(8) for column in range(16)]
+    assert values(fitted, "ast")[1] == expected and "crop" in note
+
+
+@pytest.mark.parametrize(("family", "patches"), [("ast", 1213), ("ast", 196), ("audiomae", 1212), ("audiomae", 0)])
+def test_other_counts_are_refused(family, patches):
+    with pytest.raises(UserError, match=f"{patches} patches are no grid"):
+        fit_positions(numbered(family, patches), make(family, 1024), stride=None if family == "ast" else 16)
+
+
+def test_a_table_of_another_rank_is_refused():
+    with pytest.raises(UserError, match=r"expected \[1, tokens, channels\], the file has \[514, 4\]"):
+        fit_positions(torch.zeros(514, 4), make("ast", 1024))

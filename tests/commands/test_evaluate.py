@@ -1,0 +1,344 @@
+import argparse
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import pruneattn
+from pruneattn import evaluate
+from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio, load_dataset
+from pruneattn.data.toy import KINDS, make_sound
+from pruneattn.errors import UserError
+from pruneattn.metrics import evaluate_predictions
+from pruneattn.report import save_failed
+from pruneattn.runtime import timing
+from pruneattn.runtime.timing import measure_speed
+
+pytestmark = pytest.mark.device  # commands and models take the GPU where there is one
+
+LABELS = ["buzz", "siren", "tone"]
+FEATURES = FeatureConfig(frames=128, mean=-11.0, std=3.0)
+
+
+def make_model(name="audiomae_tiny", num_classes=3, **options):
+    torch.manual_seed(1)
+    model = pruneattn.create_model(
+        name, num_classes=num_classes, frames=128, embed_dim=48, depth=4, num_heads=3, prune_blocks=(0, 1, 2), **options
+    )
+    torch.nn.init.normal_(model.head.weight, std=1.0)  # opinions, so that clips and keep-rates differ
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    pruneattn.save_pretrained(
+        make_model(keep_rate=0.7), folder / "best.safetensors", features=FEATURES, labels=LABELS, multilabel=False
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder of seven clips in three classes."""
+    folder = tmp_path_factory.mktemp("clips")
+    for number, label in enumerate(["buzz", "siren", "tone", "buzz", "siren", "tone", "tone"]):
+        (folder / "test" / label).mkdir(parents=True, exist_ok=True)
+        (folder / "train" / label).mkdir(parents=True, exist_ok=True)
+        wave = make_sound(label, np.random.default_rng(number))
+        soundfile.write(folder / "test" / label / f"{number}.wav", wave, 16000)
+    assert set(LABELS) <= set(KINDS)
+    return folder
+
+
+def by_hand(model, keep_rate, paths):
+    """Logits of clips one by one, without any of the evaluation's code."""
+    model.set_keep_rate(keep_rate)
+    extract = FeatureExtractor(FEATURES)
+    with torch.no_grad():
+        return torch.cat([model(extract(load_audio(path)[None])) for path in paths])
+
+
+def true_labels(paths):
+    return torch.tensor([LABELS.index(path.parent.name) for path in paths])
+
+
+def run(checkpoint, clips, output, *options):
+    code = evaluate.main(
+        [str(checkpoint), "--dataset", "folder", "--data-dir", str(clips), "--output", str(output), *map(str, options)]
+    )
+    assert code == 0
+    return json.loads((output / "table.json").read_text())
+
+
+def test_table_equals_computing_by_hand(checkpoint, clips, tmp_path, capsys):
+    rates = [1.0, 0.5, 0.25]
+    table = run(checkpoint, clips, tmp_path, "--keep-rate", *rates, "--batch-size", 3, "--rounds", 1)
+    paths = sorted((clips / "test").rglob("*.wav"))
+    labels = true_labels(paths)
+    model = make_model()
+    right, precise = [], []
+    for row, rate in zip(table["rows"], rates, strict=True):
+        logits = by_hand(model, rate, paths)
+        right.append(float((logits.argmax(1) == labels).float().mean()))
+        macs = pruneattn.count_macs(model)
+        assert row["keep_rate"] == rate
+        assert row["top1"] == row["metric"] == pytest.approx(right[-1])
+        assert row["top5"] == 1.0
+        precise.append(evaluate_predictions(logits, torch.eye(3)[labels], multilabel=False)["map"])
+        assert row["map"] == pytest.approx(precise[-1])
+        assert row["gmacs_paper"] == pytest.approx(macs.paper / 1e9)
+        assert row["gmacs_computed"] == pytest.approx(macs.computed / 1e9)
+        model.set_keep_rate(1.0)
+        theory = 1 - macs.paper / pruneattn.count_macs(model).paper
+        assert row["theory"] == pytest.approx(theory)
+        assert row["saving"] == pytest.approx(1 - table["dense_clips_per_second"] / row["clips_per_second"])
+        assert row["realised"] == (pytest.approx(row["saving"] / theory) if theory else None)
+        with open(tmp_path / f"per_class_{rate:g}.csv") as file:
+            classes = list(csv.DictReader(file))
+        assert [one["name"] for one in classes] == LABELS
+        assert [int(one["positives"]) for one in classes] == [2, 2, 3]
+        recall = [float((logits.argmax(1)[labels == k] == k).float().mean()) for k in range(3)]
+        assert [float(one["recall"]) for one in classes] == pytest.approx(recall)
+    assert len(set(precise)) > 1, "the keep-rates cannot be told apart: a poor test"
+    printed = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() in printed
+    cells = [line.split("|")[1:3] for line in printed.splitlines() if line.startswith("|")][2:]
+    assert [(float(rate), cell.strip()) for rate, cell in cells] == [(r, f"{a:.2%}") for r, a in zip(rates, right)]
+    with open(tmp_path / "table.csv") as file:
+        assert [float(row["top1"]) for row in csv.DictReader(file)] == pytest.approx(right)
+    assert table["clips"] == 7 and not (tmp_path / "failed_clips.txt").exists()
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError("out of memory")])
+def test_scores_outlive_the_timing(checkpoint, clips, tmp_path, monkeypatch, capsys, interruption):
+    def measure_speed(*args, **options):
+        raise interruption
+
+    monkeypatch.setattr(evaluate, "measure_speed", measure_speed)
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        run(checkpoint, clips, tmp_path, "--keep-rate", 0.5)
+    row = json.loads((tmp_path / "table.json").read_text())["rows"][0]
+    printed = capsys.readouterr().out
+    assert f"{row['top1']:.2%}" in printed and "clips_per_second" not in row
+    assert (tmp_path / "table.md").read_text() in printed
+
+
+def test_checkpoint_decides_what_is_seen(checkpoint, clips, tmp_path):
+    """Ranking by intensity keeps other patches than the model's own score."""
+    own = run(checkpoint, clips, tmp_path, "--keep-rate", 0.1, "--rounds", 0)
+    other = run(checkpoint, clips, tmp_path, "--keep-rate", 0.1, "--rounds", 0, "--score", "intensity")
+    paths = sorted((clips / "test").rglob("*.wav"))
+    assert own["score"] == "column_mean" and other["score"] == "intensity"
+    model = make_model(score="intensity")
+    expected = evaluate_predictions(by_hand(model, 0.1, paths), torch.eye(3)[true_labels(paths)], False)["map"]
+    assert other["rows"][0]["map"] == pytest.approx(expected) != own["rows"][0]["map"]
+    assert "clips_per_second" not in other["rows"][0] and "dense" not in other
+
+
+def test_checkpoint_decides_whether_the_task_is_multilabel(clips, tmp_path):
+    """The clips of a small manifest may happen to have one label each."""
+    pruneattn.save_pretrained(
+        make_model(), tmp_path / "best.safetensors", features=FEATURES, labels=LABELS, multilabel=True
+    )
+    rows = ["index,mid,display_name", *(f"{number},/m/{label},{label}" for number, label in enumerate(LABELS))]
+    (tmp_path / "class_labels_indices.csv").write_text("\n".join(rows))
+    paths = sorted((clips / "test").rglob("*.wav"))
+    entries = [{"wav": str(path), "labels": f"/m/{path.parent.name}"} for path in paths]
+    (tmp_path / "test.json").write_text(json.dumps({"data": entries}))
+    options = ["--dataset", "manifest", "--manifest", tmp_path / "test.json", "--keep-rate", 0.5, "--rounds", 0]
+    table = run(tmp_path, clips, tmp_path, *options)
+    expected = evaluate_predictions(by_hand(make_model(), 0.5, paths), torch.eye(3)[true_labels(paths)], True)
+    assert table["metric"] == "map" and table["rows"][0]["metric"] == pytest.approx(expected["map"])
+
+
+def test_two_processes_agree_with_one(checkpoint, clips, tmp_path):
+    options = ["--keep-rate", "1", "0.5", "--rounds", "0", "--batch-size", "2"]
+    one = run(checkpoint, clips, tmp_path / "one", *options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "pruneattn.evaluate", str(checkpoint), "--dataset", "folder", "--data-dir", str(clips)]
+    command += ["--output", str(tmp_path / "two"), "--device", "cpu", *options]
+    root = str(Path(pruneattn.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two" / "table.json").read_text())
+    assert two["clips"] == one["clips"] == 7  # each clip once, though 2 does not divide 7
+    for row_one, row_two in zip(one["rows"], two["rows"], strict=True):
+        assert row_two == pytest.approx(row_one)
+    assert done.stdout.count("| keep-rate |") == 1  # one process prints
+
+
+def test_bad_clips_are_left_out_and_listed(checkpoint, clips, tmp_path, capsys):
+    good = run(checkpoint, clips, tmp_path / "good", "--keep-rate", 0.5, "--rounds", 0)
+    mixed = tmp_path / "mixed" / "test"
+    for path in (clips / "test").rglob("*.wav"):
+        (mixed / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (mixed / path.parent.name / path.name).symlink_to(path)
+    for label in LABELS:
+        (tmp_path / "mixed" / "train" / label).mkdir(parents=True)
+    (mixed / "buzz" / "empty.wav").touch()
+    (mixed / "siren" / "text.wav").write_text("I am no sound")
+    soundfile.write(mixed / "tone" / "short.wav", np.ones(160) * 0.1, 16000)
+    soundfile.write(mixed / "tone" / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
+    capsys.readouterr()
+    table = run(checkpoint, tmp_path / "mixed", tmp_path / "out", "--keep-rate", 0.5, "--rounds", 0)
+    assert table["clips"] == 7 and table["failed"] == 4
+    assert table["rows"] == [pytest.approx(good["rows"][0])]
+    listed = (tmp_path / "out" / "failed_clips.txt").read_text().splitlines()
+    names = sorted(Path(line.split("\t")[0]).name for line in listed)
+    assert names == ["empty.wav", "nan.wav", "short.wav", "text.wav"]
+    assert all(line.split("\t")[1] for line in listed)
+    printed = capsys.readouterr().out
+    assert "4 of 11 clips could not be read" in printed and "text.wav" in printed
+
+
+def test_names_that_are_not_utf8_are_listed(tmp_path):
+    path = save_failed(tmp_path, [(os.fsdecode(b"\xff.wav"), "the file is empty")])
+    assert path.read_text() == "\\udcff.wav\tthe file is empty\n"
+
+
+def test_misuse_is_one_clear_error(checkpoint, clips, tmp_path):
+    with pytest.raises(UserError, match="keep_rate.*got 0"):
+        run(checkpoint, clips, tmp_path, "--keep-rate", 0)
+    with pytest.raises(UserError, match="3 classes, the dataset 10"):
+        evaluate.main([str(checkpoint), "--dataset", "toy", "--output", str(tmp_path)])
+    renamed = tmp_path / "renamed" / "test"
+    renamed.mkdir(parents=True)
+    for label, other in zip(LABELS, ("buzz", "horn", "tone")):
+        (renamed / other).symlink_to(clips / "test" / label)
+        (tmp_path / "renamed" / "train" / other).mkdir(parents=True)
+    with pytest.raises(UserError, match="do not go together.*class 1 is 'siren' in the checkpoint and 'horn'"):
+        run(checkpoint, tmp_path / "renamed", tmp_path)
+    with pytest.raises(UserError, match="--batch-size 0"):
+        run(checkpoint, clips, tmp_path, "--batch-size", 0)
+    with pytest.raises(UserError, match="--num-classes is for checkpoints of other projects"):
+        run(checkpoint, clips, tmp_path, "--num-classes", 3)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="choose another folder with --output"):
+        run(checkpoint, clips, tmp_path / "file" / "below")
+    assert not list(tmp_path.glob("table*"))  # nothing was left behind
+
+
+def test_default_output_is_beside_the_checkpoint(checkpoint, clips):
+    options = ["--dataset", "folder", "--data-dir", str(clips), "--rounds", "0", "--keep-rate", "1"]
+    evaluate.main([str(checkpoint), *options])
+    assert (checkpoint / "evaluation-folder-test" / "table.csv").is_file()
+
+
+def test_checkpoint_of_another_project(clips, tmp_path):
+    """A file of AudioMAE's layout: told what it is by options, padded with 0."""
+    model = pruneattn.create_model("audiomae_tiny", num_classes=3, frames=128)
+    torch.nn.init.normal_(model.head.weight, std=1.0)
+    torch.save({"model": model.state_dict()}, tmp_path / "finetuned.pth")
+    options = ["--model", "audiomae_tiny", "--num-classes", 3, "--frames", 128, "--mean", -11, "--std", 3]
+    table = run(tmp_path / "finetuned.pth", clips, tmp_path, *options, "--keep-rate", 0.5, "--rounds", 0)
+    paths = sorted((clips / "test").rglob("*.wav"))
+    labels = true_labels(paths)
+    extract = FeatureExtractor(FeatureConfig(frames=128, mean=-11.0, std=3.0, padding="zero"))
+    model.eval().set_keep_rate(0.5)
+    with torch.no_grad():
+        logits = torch.cat([model(extract(load_audio(path)[None])) for path in paths])
+    assert table["rows"][0]["top1"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    headless = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head")}
+    torch.save({"model": headless}, tmp_path / "pretrained.pth")
+    with pytest.raises(UserError, match="lacks head.*never fine-tuned"):
+        run(tmp_path / "pretrained.pth", clips, tmp_path, *options)
+
+
+def test_results_lie_beside_the_checkpoint(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (
+        (checkpoint, checkpoint),
+        (checkpoint / "best.safetensors", checkpoint),
+        ("user/name", Path()),
+    ):
+        args = argparse.Namespace(checkpoint=str(given), output=None, dataset="toy", split="test")
+        assert evaluate._make_output(args) == expected / "evaluation-toy-test"
+    assert os.listdir(tmp_path) == ["evaluation-toy-test"]
+
+
+def test_real_clips(real_audio, tmp_path):
+    """ESC-10 through its reader: five seconds, AST, and the failed and the good add up."""
+    torch.manual_seed(0)
+    dataset = load_dataset("esc50", "test", data_dir=real_audio / "esc10", fold=1, frames=512)
+    model = pruneattn.create_model(
+        "ast_tiny", num_classes=50, frames=512, embed_dim=48, depth=3, num_heads=3, prune_blocks=(1,)
+    )
+    features = FeatureConfig(frames=512, mean=-6.6, std=5.4)
+    path = tmp_path / "m.safetensors"
+    pruneattn.save_pretrained(model, path, features=features, labels=dataset.labels, multilabel=False)
+    options = ["--dataset", "esc50", "--data-dir", str(real_audio / "esc10"), "--fold", "1"]
+    code = evaluate.main([str(path), *options, "--rounds", "0", "--keep-rate", "0.5"])
+    table = json.loads((tmp_path / "evaluation-esc50-test-fold1" / "table.json").read_text())
+    assert code == 0 and table["clips"] == len(dataset) == 80 and table["failed"] == 0
+    assert 0 <= table["rows"][0]["top1"] <= 1
+
+
+def test_speed_is_held_against_the_fastest_dense_variant(monkeypatch):
+    seen = []
+
+    def fake(variants, device, rounds):
+        seen.extend(variants)
+        for function in variants.values():
+            function()
+        seconds = {"optimized": 2.0, "compiled": 1.0, "eager, SDPA": 3.0}
+        return {(rate, name): [seconds[name] * rate] * 3 for rate, name in variants}
+
+    monkeypatch.setattr(timing, "rounds_side_by_side", fake)
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    speed = measure_speed(make_model(), [0.5], "cpu", batch_size=2, compiled=True)
+    pruned = [(0.5, "optimized"), (0.5, "compiled")]
+    assert seen == [(1.0, "optimized"), (1.0, "compiled"), *pruned, (1.0, "eager, SDPA")]
+    assert speed.dense == "compiled" and speed.dense_clips_per_second == 2.0
+    assert speed.row(0.5, theory=0.6) == {
+        "clips_per_second": 4.0,
+        "clips_per_second_optimized": 2.0,
+        "clips_per_second_compiled": 4.0,
+        "saving": 0.5,
+        "realised": pytest.approx(0.5 / 0.6),
+    }
+    assert speed.row(1.0, theory=0.0)["realised"] is None
+
+
+def test_speed_in_half_precision_runs_as_asked(monkeypatch):
+    """float16 has no packed weights on a CPU: the model runs as it is, inside autocast."""
+    seen = {}
+
+    def fake(variants, device, rounds):
+        seen.update({name: function().dtype for name, function in variants.items()})
+        return dict.fromkeys(variants, [1.0])
+
+    monkeypatch.setattr(timing, "rounds_side_by_side", fake)
+    model = make_model()
+    measure_speed(model, [0.5], "cpu", amp="fp16", batch_size=2)
+    assert seen == dict.fromkeys([(1.0, "eager"), (0.5, "eager"), (1.0, "eager, SDPA")], torch.float16)
+    seen.clear()
+    measure_speed(model, [0.5], "cpu", amp="bf16", batch_size=2)
+    assert seen == dict.fromkeys([(1.0, "optimized"), (0.5, "optimized"), (1.0, "eager, SDPA")], torch.bfloat16)
+    assert model.head.weight.dtype == torch.float32  # the model itself is as it was
+
+
+def test_pruned_copies_share_the_weights():
+    model = make_model()
+    half = timing._at_keep_rate(model, 0.5)
+    assert half.keep_rates == (0.5,) * 3 and model.keep_rates == (1.0,) * 3
+    assert half.head.weight is model.head.weight
+    fbank = torch.randn(2, 128, 128)
+    model.set_keep_rate(0.5)
+    with torch.no_grad():
+        assert torch.equal(half(fbank), model(fbank))
+
+
+def test_json_has_no_nan():
+    from pruneattn.report import _plain
+
+    assert _plain({"a": [math.nan, 1.0], "b": (math.inf, "x")}) == {"a": [None, 1.0], "b": [None, "x"]}

@@ -1,0 +1,207 @@
+import errno
+import importlib
+import io
+import json
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from pruneattn.errors import UserError
+from pruneattn.labelling import corpus
+from pruneattn.labelling.corpus import decode_clips, find_clips
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """``audio/`` with clips of different lengths, ``lists/`` beside it, and work elsewhere."""
+    monkeypatch.delenv("PRUNEATTN_DATA", raising=False)
+    for name in ("audio", "lists", "elsewhere"):
+        (tmp_path / name).mkdir()
+    for number in range(6):
+        wave = np.random.default_rng(number).uniform(-0.5, 0.5, 800 * (number + 1))
+        soundfile.write(tmp_path / "audio" / f"{number}.wav", wave, 16000)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+def clips_of(tree):
+    return [str(tree / "audio" / f"{number}.wav") for number in range(6)]
+
+
+# Inputs --------------------------------------------------------------------------------------------------------------
+
+
+def test_files_and_folders_each_clip_once(tree):
+    clips = clips_of(tree)
+    paths, failed = find_clips([clips[3], tree / "audio", clips[0], tree / "gone.wav", tree / "lists"])
+    assert paths == [clips[3], *clips[:3], *clips[4:], str(tree / "gone.wav")]
+    assert failed == [(str(tree / "lists"), "no sound files in this folder")]
+
+
+def test_a_folder_that_cannot_be_read_is_a_failure(tree, monkeypatch):
+    (tree / "audio" / "more").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(tree / "audio" / "more"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    paths, failed = find_clips([tree / "audio"])
+    assert paths == clips_of(tree) and failed == [(str(tree / "audio" / "more"), "cannot be read: Permission denied")]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.json", json.dumps({"data": [{"wav": "audio/1.wav", "labels": "/m/x"}, {"wav": "audio/0.wav"}]})),
+        ("a.txt", "audio/1.wav\r\n\naudio/0.wav"),
+        ("a.csv", '\ufeffkind,path\nx,audio/1.wav\n"two\nlines",audio/0.wav\n'),
+    ],
+)
+def test_lists(tree, name, text):
+    clips = clips_of(tree)
+    for folder in (tree / "lists", tree):  # paths count from the list's folder or that folder's parent
+        (folder / name).write_text(text, newline="")
+        assert find_clips([folder / name]) == ([clips[1], clips[0]], [])
+
+
+def test_where_relative_paths_count_from(tree):
+    other = tree / "other"
+    (other / "audio").mkdir(parents=True)
+    (other / "audio" / "1.wav").touch()
+    absolute = clips_of(tree)[2]
+    (tree / "lists" / "a.txt").write_text(f"audio/0.wav\naudio/1.wav\naudio/gone.wav\n{absolute}\n")
+    paths, failed = find_clips([tree / "lists" / "a.txt"], data_dir=other)
+    assert paths == [
+        str(tree / "audio" / "0.wav"),
+        str(other / "audio" / "1.wav"),
+        str(other / "audio" / "gone.wav"),
+        absolute,
+    ]
+    assert failed == []  # decoding says that it is not there
+    # The list itself may count from there, too.
+    (other / "b.txt").write_text("audio/1.wav")
+    assert find_clips(["b.txt"], data_dir=other) == ([str(other / "audio" / "1.wav")], [])
+
+
+def test_standard_input(tree, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("0.wav\r\n\nä.wav".encode())))
+    monkeypatch.chdir(tree / "audio")
+    assert find_clips(["-"]) == (["0.wav", "ä.wav"], [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are not bytes there")
+def test_a_name_that_is_no_text_is_a_failure(tree):
+    (tree / "audio" / os.fsdecode(b"\xff.wav")).touch()
+    paths, ((name, reason),) = find_clips([tree / "audio"])
+    assert paths == clips_of(tree) and name.endswith("\\udcff.wav") and "not UTF-8" in reason
+
+
+def test_a_manifest_may_name_what_no_file_can_have(tree):
+    (tree / "a.json").write_text('{"data": [{"wav": "\\ud800.wav"}, {"wav": "audio/0.wav"}]}')
+    paths, ((name, reason),) = find_clips([tree / "a.json"])
+    assert paths == clips_of(tree)[:1] and name.endswith("\\ud800.wav") and "not UTF-8" in reason
+
+
+def test_nothing_on_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    with pytest.raises(UserError, match="standard input names no clips"):
+        find_clips(["-"])
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.json", '{"data": [{"labels": "/m/x"}]}', 'entry 0 of "data" needs the texts "wav"; expected'),
+        ("a.json", "{", "not JSON"),
+        ("a.csv", "file\nx.wav\n", "line 1: .*column with the name path"),
+        ("a.csv", "", "line 1: .*column with the name path"),
+        ("a.csv", "path\n", "a.csv names no clips"),
+        pytest.param("a.csv", 'path\n"' + 200_000 * "x", "line 2: not CSV .field larger .*left open", id="long"),
+        ("a.txt", "", "a.txt names no clips"),
+        ("a.txt", " \n\r\n", "a.txt names no clips"),
+        ("a.txt", "0.wav\0" + "1.wav\0", "a.txt: path 1 has a NUL byte; write it as UTF-8 text with one path in"),
+        ("a.txt", "0.wav\n".encode("utf-16-le"), "NUL byte"),
+        ("a.json", '{"data": [{"wav": "0\\u0000.wav"}]}', "NUL byte"),
+        ("a.txt", b"\xff\xfe", "byte 0 is not UTF-8"),
+        ("gone.txt", None, "no such list of clips"),
+    ],
+)
+def test_bad_lists(tree, name, text, message):
+    if text is not None:
+        (tree / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        find_clips([tree / name])
+
+
+# Decoding in processes -----------------------------------------------------------------------------------------------
+
+
+def plain(decoded):
+    return [(clip.path, None if clip.wave is None else clip.wave.tobytes(), clip.error) for clip in decoded]
+
+
+def test_any_number_of_workers_gives_the_same(tree):
+    paths = [*clips_of(tree), str(tree / "gone.wav"), *clips_of(tree)]
+    expected = plain(decode_clips(paths, 0, ahead=3))
+    assert [path for path, _, _ in expected] == paths and expected[6][2].endswith("no such file")
+    assert [len(wave) // 4 for _, wave, _ in expected[:6]] == [800 * (number + 1) for number in range(6)]
+    for workers in (1, 3):
+        assert plain(decode_clips(paths, workers, ahead=3)) == expected
+
+
+def test_no_more_clips_are_on_their_way_than_may_wait(tree, monkeypatch):
+    def most_ahead(ahead):
+        taken, most = [], 0
+        source = (taken.append(path) or path for path in clips_of(tree) * 4)
+        for given, _ in enumerate(decode_clips(source, 1, ahead)):
+            most = max(most, len(taken) - given)
+        return most
+
+    assert most_ahead(ahead=5) == 5
+    monkeypatch.setattr(corpus, "_WAITING", 800 * 6 * 2)  # two of the longest clip
+    assert 1 <= most_ahead(ahead=50) < 20  # fewer and fewer as longer clips are met
+    monkeypatch.setattr(corpus, "_WAITING", 10)
+    assert most_ahead(ahead=50) == 1
+
+
+def test_killed_processes_cost_nothing(tree, monkeypatch):
+    pools, make = {1: [], 2: []}, corpus._pool
+    monkeypatch.setattr(corpus, "_pool", lambda workers: pools[workers].append(make(workers)) or pools[workers][-1])
+    paths = clips_of(tree) * 5
+    expected = plain(decode_clips(paths, 0, ahead=4))
+    found = []
+    for number, clip in enumerate(decode_clips(paths, 2, ahead=4)):
+        found.append(clip)
+        if number in (7, 18):
+            for pid in pools[2][-1]._processes:
+                os.kill(pid, signal.SIGKILL)
+    assert plain(found) == expected
+    assert len(pools[2]) == 3, "each kill ends a pool"
+
+
+DEADLY = """
+import os
+from pruneattn import corpus
+
+def decode(path, decode=corpus.decode):
+    return os._exit(1) if path.endswith("3.wav") else decode(path)
+"""
+
+
+def test_a_clip_that_kills_its_process_is_a_failure(tree, monkeypatch):
+    """libsndfile might, on a file that is made for it."""
+    (tree / "deadly.py").write_text(DEADLY)
+    monkeypatch.syspath_prepend(tree)
+    monkeypatch.setattr(corpus, "decode", importlib.import_module("deadly").decode)
+    paths = clips_of(tree) * 2
+    found = list(decode_clips(paths, 2, ahead=6))
+    assert [clip.path for clip in found] == paths
+    assert [clip.error is None for clip in found] == [not path.endswith("3.wav") for path in paths]
+    assert "crashed or was killed" in found[3].error
