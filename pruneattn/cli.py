@@ -88,6 +88,48 @@ def add_keep_rate_option(parser):
     )
 
 
+def add_keep_rates_option(parser, default):
+    """``--keep-rates``, a sweep."""
+    shown = " ".join(f"{rate:g}" for rate in default)
+    parser.add_argument(
+        "--keep-rates",
+        type=float,
+        nargs="+",
+        default=default,
+        metavar="R",
+        help=f"shares of patches kept at each pruning block, in (0, 1] (default: {shown})",
+    )
+
+
+def add_device_option(parser):
+    """``--device``, for ``runtime.distributed.start``."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def add_batch_size_option(parser, default, what="clips"):
+    """``--batch-size`` of inference."""
+    parser.add_argument(
+        "--batch-size", type=int, default=default, metavar="B", help=f"{what} in a batch (default: {default})"
+    )
+
+
+def add_amp_option(parser):
+    """``--amp``, the precision of inference."""
+    parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
+
+
+def add_workers_option(parser):
+    """``--workers``."""
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that decode clips (default: 0, this one)"
+    )
+
+
+def add_label_csv_option(parser, what="CSV of the labels"):
+    """``--label-csv``."""
+    parser.add_argument("--label-csv", metavar="CSV", help=f"{what} (index,mid,display_name)")
+
+
 def add_data_options(parser):
     """The options by which ``open_dataset`` finds the clips."""
     data = parser.add_argument_group("data")
@@ -96,20 +138,14 @@ def add_data_options(parser):
     data.add_argument("--data-dir", metavar="DIR", help="where the data is (else the variable PRUNEATTN_DATA)")
     data.add_argument("--fold", type=int, default=1, help="esc50: the fold that is held out (default: 1)")
     data.add_argument("--manifest", metavar="JSON", help="manifest: JSON file of the clips")
-    data.add_argument("--label-csv", metavar="CSV", help="manifest: CSV of the labels (index,mid,display_name)")
-    data.add_argument("--workers", type=int, default=0, help="processes that decode clips (default: 0, this one)")
+    add_label_csv_option(data, "manifest: CSV of the labels")
+    add_workers_option(data)
 
 
 def add_speed_options(parser, batch_size):
     """The options of ``measure_speed``."""
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=batch_size,
-        metavar="B",
-        help=f"clips at once, timing too (default: {batch_size})",
-    )
-    parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
+    add_batch_size_option(parser, batch_size)
+    add_amp_option(parser)
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing; 0 leaves it out (default: 9)")
     parser.add_argument("--compile", action="store_true", help="measure the speed with torch.compile as well")
 

@@ -1,6 +1,8 @@
 """Files that are either written completely or not at all."""
 
 import csv
+import json
+import math
 import os
 import secrets
 import tempfile
@@ -115,3 +117,28 @@ def make_folder(path):
     except OSError as error:
         raise UserError(f"cannot write into {path}: {error.strerror}; choose another folder with --output") from error
     return path
+
+
+def write_text(path, text):
+    """Write text atomically; bytes of file names that are not UTF-8 are escaped."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, **TEXT)
+
+
+def write_lines(path, lines):
+    """Write lines of text atomically."""
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def write_json(path, values):
+    """Write values as indented JSON, atomically; numbers that are not finite become null."""
+    write_text(path, json.dumps(json_values(values), indent=2) + "\n")
+
+
+def json_values(value):
+    """The same values with None for numbers that JSON cannot hold: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: json_values(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,10 +1,7 @@
 """The table of an evaluation as text, CSV, JSON and Markdown."""
 
-import json
-import math
-
 from .errors import UserError
-from .files import TEXT, atomic_write, write_csv
+from .files import write_csv, write_json, write_text
 from .plot import plot_tradeoff, save_figure
 
 FAILED = "failed_clips.txt"
@@ -43,8 +40,8 @@ def save_table(output, rows, context, labels, per_class, unread):
         per_class: per row the list of dicts of ``evaluate_predictions``.
         unread: list of ``(path, reason)``.
     """
-    _write(output / "table.md", table_text(rows, context) + "\n")
-    _write(output / "table.json", json.dumps(_plain({**context, "rows": rows, "unread": unread}), indent=2) + "\n")
+    write_text(output / "table.md", table_text(rows, context) + "\n")
+    write_json(output / "table.json", {**context, "rows": rows, "unread": unread})
     write_csv(output / "table.csv", rows)
     for row, classes in zip(rows, per_class, strict=True):
         named = [{"label": one["label"], "name": labels[one["label"]], **one} for one in classes]
@@ -65,7 +62,7 @@ def save_failed(output, failed):
     path = output / FAILED
     path.unlink(missing_ok=True)
     if failed:
-        _write(path, "".join(f"{clip}\t{' '.join(reason.split())}\n" for clip, reason in failed))
+        write_text(path, "".join(f"{clip}\t{' '.join(reason.split())}\n" for clip, reason in failed))
     return path
 
 
@@ -123,17 +120,3 @@ def markdown_lines(columns, rows):
 def gmacs_text(value):
     """GMACs to three digits or so."""
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
-
-
-def _plain(value):
-    """JSON knows neither NaN nor infinity: undefined numbers become null."""
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path, text):
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, **TEXT)

@@ -29,12 +29,11 @@ from pruneattn.cli import check_least, run_command
 from pruneattn.data import DATASETS, FeatureConfig, FeatureExtractor, make_loader
 from pruneattn.data.augment import noise_and_shift
 from pruneattn.errors import UserError
-from pruneattn.files import make_folder
+from pruneattn.files import make_folder, write_json
 from pruneattn.metrics import evaluate_predictions
 from pruneattn.report import save_failed, say_failed
 from pruneattn.training.build import measure, open_splits
 from pruneattn.training.schedule import keep_rate_at
-from pruneattn.training.state import write_json
 
 try:
     import accelerate  # noqa: F401  (the Trainer needs it)

@@ -10,7 +10,7 @@ from .. import train
 from ..checkpoints.pretrained import load_pretrained
 from ..data import FeatureExtractor, make_loader
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, write_json
 from ..models.macs import count_macs
 from ..plot import FAINT, INK, matplotlib_figure, plain_axis
 from ..runtime import distributed
@@ -87,7 +87,7 @@ class Table:
                     "give the same, or another --output"
                 )
         else:
-            state.write_json(path, ours)
+            write_json(path, ours)
 
     def predictions(self, cell):
         """File with the cell's predictions on the test clips; once it is there, the cell is done."""

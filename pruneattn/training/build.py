@@ -14,6 +14,7 @@ from ..data import DATASETS, FeatureConfig, FeatureExtractor, load_dataset
 from ..data.augment import Augment
 from ..data.stats import dataset_stats
 from ..errors import UserError
+from ..files import write_json, write_lines
 from ..models import create_model
 from ..runtime import distributed
 from . import state
@@ -239,8 +240,8 @@ def write_config(folder, config, train_set, val_set):
     """config.json: every resolved value, and what it ran on; the missing clips in a list of their own."""
     versions = {"pruneattn": VERSION, "torch": torch.__version__, "python": platform.python_version()}
     counts = {"val_clips": len(val_set), "processes": distributed.world_size()}
-    state.write_json(folder / state.CONFIG, {**config, **counts, "versions": versions, "command": sys.argv})
+    write_json(folder / state.CONFIG, {**config, **counts, "versions": versions, "command": sys.argv})
     missing = [str(path) for path in [*train_set.missing, *val_set.missing]]
     if missing:
-        state.write_lines(folder / state.MISSING, missing)
+        write_lines(folder / state.MISSING, missing)
         say(f"{len(missing)} listed clips are not there; their names are in {folder / state.MISSING}")

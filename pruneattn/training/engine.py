@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ..data import make_loader
 from ..errors import UserError
-from ..files import TEXT
+from ..files import TEXT, json_values, write_json, write_lines
 from ..metrics import evaluate_predictions
 from ..runtime import distributed
 from ..runtime.inference import autocast, predict_dataset
@@ -290,7 +290,7 @@ class Trainer:
         split = "test" if "test" in result else "val"
         say(f"best epoch {best['epoch'] + 1}: {metric} {result[split][metric]:.4f} on {split}; {self.folder}")
         if distributed.is_main():
-            state.write_json(self.folder / state.RESULT, result)
+            write_json(self.folder / state.RESULT, result)
 
     def evaluate(self, dataset):
         """Metrics of the model as it is now, without those per class; ``val_loss`` is the loss without augmentation."""
@@ -332,7 +332,7 @@ class Trainer:
                 "features": self.features.config,
                 "labels": self.train_set.labels,
                 "multilabel": self.train_set.multilabel,
-                "extra": state.finite(extra),
+                "extra": json_values(extra),
             }
             save_pretrained(self.model, self.folder / state.BEST, **about)
             write_card(self.folder, self.model, **about)
@@ -345,5 +345,5 @@ class Trainer:
             known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
             lines = {f"{clip}: {message}".encode(**TEXT).decode() for clip, message in failed}  # as they are read back
             if lines - known:
-                state.write_lines(path, sorted(lines | known))
+                write_lines(path, sorted(lines | known))
                 say(f"{len(lines | known)} clips could not be decoded and are left out; they are listed in {path}")

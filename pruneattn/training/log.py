@@ -8,6 +8,7 @@ from contextlib import suppress
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import json_values
 from ..runtime.distributed import is_main
 from . import state
 
@@ -46,7 +47,7 @@ class RunLog:
         """Add a line; numbers also go to TensorBoard as ``kind/name``."""
         if self._file is None:
             return
-        line = json.dumps(state.finite({"kind": kind, "step": step, **values})) + "\n"
+        line = json.dumps(json_values({"kind": kind, "step": step, **values})) + "\n"
         try:
             self._file.write(line.encode())
             self._file.flush()

@@ -1,7 +1,6 @@
 """The output folder of a run, and the checkpoints from which it goes on."""
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from ..files import TEXT, atomic_write
+from ..files import atomic_write
 from .options import LAST, PRUNING, differences
 
 CONFIG, LOG, RESULT = "config.json", "log.jsonl", "result.json"
@@ -53,27 +52,6 @@ def open_output(folder, going_on):
     if not going_on and any((folder / name).exists() for name in (CONFIG, LAST, LOG, BEST)):
         raise UserError(f"--output {folder} holds a run already: go on with it (--resume), or give another folder")
     return folder
-
-
-def write_json(path, values):
-    """Write a dict as indented JSON, atomically; what is not finite becomes null."""
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(json.dumps(finite(values), indent=2) + "\n", encoding="utf-8")
-
-
-def write_lines(path, lines):
-    """Write lines of text, atomically."""
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text("".join(f"{line}\n" for line in lines), **TEXT)
-
-
-def finite(value):
-    """The same with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_state(path, *, config, progress, model, optimizer, scaler, log_bytes, files=None):

@@ -68,7 +68,16 @@ def test_short_cases_are_measured_again(tmp_path):
     """By pytest alone: without pytest-benchmark the same is measured."""
     (tmp_path / "without.py").write_text(WITHOUT)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    command = [sys.executable, "-m", "pytest", "bench/cases/bench_gather_tokens.py", "-p", "no:benchmark", "-p", "without"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/cases/bench_gather_tokens.py",
+        "-p",
+        "no:benchmark",
+        "-p",
+        "without",
+    ]
     command += [
         "--bench-device=cpu",
         "--bench-threads=1",
@@ -86,7 +95,14 @@ def test_short_cases_are_measured_again(tmp_path):
 
 def test_no_case_begins_when_the_time_is_over(tmp_path):
     pytest.importorskip("pytest_benchmark")
-    command = [sys.executable, "-m", "pytest", "bench/cases/bench_gather_tokens.py", "--benchmark-only", "--bench-seconds=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/cases/bench_gather_tokens.py",
+        "--benchmark-only",
+        "--bench-seconds=0",
+    ]
     command += ["--bench-device=cpu", "--bench-threads=1", f"--bench-output={tmp_path}", "-k", "1x65"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "2 skipped" in run.stdout, run.stdout + run.stderr

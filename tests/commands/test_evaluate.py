@@ -339,6 +339,6 @@ def test_pruned_copies_share_the_weights():
 
 
 def test_json_has_no_nan():
-    from pruneattn.report import _plain
+    from pruneattn.files import json_values
 
-    assert _plain({"a": [math.nan, 1.0], "b": (math.inf, "x")}) == {"a": [None, 1.0], "b": [None, "x"]}
+    assert json_values({"a": [math.nan, 1.0], "b": (math.inf, "x")}) == {"a": [None, 1.0], "b": [None, "x"]}
