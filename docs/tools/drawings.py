@@ -302,34 +302,25 @@ def whole_models(drawing, left, top, title, subject, library, x0=206, scale=0.19
 def attention_with_pruning(drawing, left, top, scale=0.075):
     rows = rows_of(GPU_RESULT, subject="pruned_attention", batch=64, tokens=513)
     compiled = fastest(rows, provider="SDPA, separate score, torch.topk, compiled")
-    parts = [
-        (
-            "Attention, score, TopK and gather",
-            [
-                ("PyTorch operators", "SDPA, separate score, torch.topk", None, "base"),
-                ("PyTorch operators, torch.compile", "SDPA, separate score, torch.topk, compiled", None, "base"),
-                ("pruneattn", "ours", "cuda", "on"),
-            ],
-        ),
-        (
-            "Attention alone, nothing pruned",
-            [
-                ("FlashAttention", "SDPA alone, flash_attention", None, "base"),
-                ("cuDNN", "SDPA alone, cudnn_attention", None, "base"),
-            ],
-        ),
+    whole = [
+        ("PyTorch operators", "SDPA, separate score, torch.topk, cudnn_attention", None, "base"),
+        ("PyTorch operators, torch.compile", "SDPA, separate score, torch.topk, compiled", None, "base"),
+        ("pruneattn", "ours", "cuda", "on"),
     ]
+    attention = [
+        ("FlashAttention", "SDPA alone, flash_attention", None, "base"),
+        ("cuDNN", "SDPA alone, cudnn_attention", None, "base"),
+    ]
+    parts = (("Attention, score, TopK and gather", whole), ("Attention alone, nothing pruned", attention))
     y = top
     for title, shown in parts:
         drawing.text(left, y, title, "value")
         y += 12
         for label, provider, backend, kind in shown:
             row = fastest(rows, provider=provider, backend=backend)
-            note = (
-                f"{compiled['p50_ms'] / row['p50_ms']:.1f}\u00d7 faster than torch.compile"
-                if label == "pruneattn"
-                else ""
-            )
+            note = ""
+            if kind == "on":
+                note = f"{compiled['p50_ms'] / row['p50_ms']:.1f}\u00d7 faster than torch.compile"
             drawing.text(left, y + 12, label, "soft")
             drawing.bar(left, y + 18, scale * 1e3 * row["p50_ms"], "", f"{1e3 * row['p50_ms']:.0f}", note, kind)
             y += 44
