@@ -15,10 +15,9 @@ README = ROOT / "README.md"
 
 
 def on_page_markdown(markdown, page, **_):
-    """Expand the comments of a page; links into the README lead to the page that shows its measurements."""
+    """Expand the comments of a page."""
     markdown = re.sub(r"^<!-- readme: (.+) -->$", lambda found: readme_section(found[1]), markdown, flags=re.MULTILINE)
-    markdown = re.sub(r"^<!-- help: (.+) -->$", lambda found: help_of(found[1]), markdown, flags=re.MULTILINE)
-    return markdown.replace("](../README.md#", "](performance.md#")
+    return re.sub(r"^<!-- help: (.+) -->$", lambda found: help_of(found[1]), markdown, flags=re.MULTILINE)
 
 
 def readme_section(heading):
