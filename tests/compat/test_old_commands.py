@@ -319,6 +319,7 @@ def test_data_commands(programs, old, expected):
 
 @pytest.mark.slow
 def test_clusters_of_patches_are_the_same(programs, old, files):
+    pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
     old("ast.safetensors", "sounds")
     programs.script("clusters", "ast.safetensors", *SOUNDS.split(), *"--statistic intensity --output new".split())
@@ -343,6 +344,7 @@ def test_clusters_of_patches_are_the_same(programs, old, files):
     ids=lambda words: words.split()[0],
 )
 def test_figures_are_made_from_old_clusters(programs, old, words):
+    pytest.importorskip("matplotlib")
     pytest.importorskip("scipy")
     old("ast.safetensors", "sounds", "clusters")
     name, *options = words.split()
@@ -364,6 +366,7 @@ def test_table2_counts_a_sweep_of_keep_rates(programs, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_table1_resumes(programs, old, expected):
     pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
     table = old("table1", "sounds")
     unpruned = (table / "unpruned-seed0/predictions.npz").read_bytes()
     report = expected["table1"]["options"].split()
