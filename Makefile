@@ -77,11 +77,11 @@ sanitize: $(VENV)/installed  ## tests of the CPU kernels under AddressSanitizer 
 	  $(CURDIR)/$(VENV)/bin/python setup.py -q build_ext --inplace
 	cd $(SANITIZE) && LD_PRELOAD="$(SANITIZE_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	  $(CURDIR)/$(VENV)/bin/python $(PYTEST) --capture=sys -o pythonpath=$(CURDIR)/$(SANITIZE) \
-	  -k "not shim and not emulated and not device and not cuda" $(CURDIR)/tests/csrc/test_kernels.py \
+	  -k "not emulated and not device and not cuda" $(CURDIR)/tests/csrc/test_kernels.py \
 	  $(CURDIR)/tests/csrc/test_attention_kernels.py
 
 race: $(VENV)/installed  ## CUDA kernels on the CPU: report accesses to memory that no barrier orders
-	SHIM_RACE=1 $(VENV)/bin/python $(PYTEST) tests/csrc -k "shim or emulated"
+	EMULATED_RACE=1 $(VENV)/bin/python $(PYTEST) -m emulated tests/csrc
 
 gpu:  ## build, test, benchmark and sanitize on a CUDA device with PYTHON; writes to bench/results
 	$(PYTHON) -m tools.gpu_run
