@@ -94,9 +94,8 @@ class NinjaBuild(build_ext):
         pybind = folder / f"pybind11-{pybind11.__version__}"
         pybind.unlink(missing_ok=True)
         pybind.symlink_to(pybind11.get_include())
-        version = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True, check=False).stdout.split(
-            "\n"
-        )[0]
+        run = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True, check=False)
+        version = run.stdout.split("\n")[0]
         config = {"CUDA_ARCHITECTURES": ";".join(archs), "CUDA_REASON": reason, "COMPILER": version}
         lines = [f"#define PRUNEATTN_{name} {json.dumps(value)}\n" for name, value in config.items()]
         write_if_changed(folder / "build_config.h", "#pragma once\n" + "".join(lines))

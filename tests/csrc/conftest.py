@@ -43,7 +43,7 @@ DEVICE = [pytest.param("device", marks=pytest.mark.device)] if has_gpu() else []
 
 
 def pytest_collection_modifyitems(items):
-    """Marks every test that builds the emulation as ``emulated``."""
+    """Marks tests that use `build_emulated` as ``emulated``. The smoke tests use `build_library` and are not marked."""
     for item in items:
         if "build_emulated" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.emulated)
@@ -173,8 +173,8 @@ def setup_module():
 
 
 @pytest.fixture(scope="session")
-def build_emulated(setup_module):
-    """``build_emulated(name, sources, flags=(), own=None, race=RACE)``: compiles a library of emulated kernels.
+def build_library(setup_module):
+    """``build_library(name, sources, flags=(), own=None, race=RACE)``: compiles a library of emulated kernels.
 
     The library and its objects stay in build/, where all libraries share the objects of the runtime. A rebuild compiles
     only changed files. A file lock serializes the builds of all processes, so that each object is compiled once.
@@ -182,7 +182,7 @@ def build_emulated(setup_module):
     Args:
         name: of the library.
         sources: the source files. The files ``*.cu`` are kernels.
-        flags: compiler flags for the sources.
+        flags: compiler flags for sources that are not kernels. All libraries share the objects of the kernels.
         own: ``{source: flags}``, additional flags for sources whose objects other libraries do not share.
         race: whether the library finds data races.
     """
@@ -204,17 +204,13 @@ def build_emulated(setup_module):
 
         def compiled(source, how):
             suffix = f"-{name}" if source in own else ""
-            return (
-                folder / f"{source.parent.name}_{source.name}{suffix}.o",
-                source,
-                [*how, *flags, *own.get(source, [])],
-            )
+            return folder / f"{source.parent.name}_{source.name}{suffix}.o", source, [*how, *own.get(source, [])]
 
         # The kernels are first: of several copies of an inline function, the linker takes the first, instrumented copy.
         # Tests never call the CPU kernels of this library, so they are not optimized.
         kernels = [compiled(source, kernel_flags) for source in sources if source.suffix == ".cu"]
         others = [
-            compiled(source, ["-O0", *setup_module.isa_flags(source).split()])
+            compiled(source, ["-O0", *setup_module.isa_flags(source).split(), *flags])
             for source in sources
             if source.suffix != ".cu"
         ]
@@ -252,6 +248,12 @@ def build_emulated(setup_module):
         return output
 
     return build
+
+
+@pytest.fixture(scope="session")
+def build_emulated(build_library):
+    """`build_library` for tests that are marked ``emulated``."""
+    return build_library
 
 
 @pytest.fixture(scope="session")

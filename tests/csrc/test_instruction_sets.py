@@ -18,6 +18,7 @@ def shared_symbols(object_file):
     return [name for *_, kind, name in map(str.split, lines) if kind in "WVu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=[source.stem for source in SOURCES])
 def test_shares_no_function(setup_module, tmp_path, source):
     if shutil.which("g++") is None or shutil.which("nm") is None:
