@@ -1,16 +1,15 @@
-// Small kernels that show what the shim of the CUDA runtime does and what it refuses; test_shim.py runs them.
+// Small kernels for the features and errors of the emulated CUDA runtime; test_emulated_runtime.py runs them.
 #include <string>
 
-#include "cuda/dynamic_shared.cuh"
 #include "cuda/launch.h"
-#include "cuda/synchronize.cuh"
 #include "cuda/tensor_cores.cuh"
 
 using namespace pruneattn::cuda;
 
 namespace {
 
-// data[i]: what the other end of the block wrote to dynamic shared memory; one thread writes `beyond` bytes too far.
+// Exchanges numbers between both ends of the block through dynamic shared memory. One thread writes `beyond` bytes
+// too far.
 __global__ void exchange_kernel(int* data, int bytes, int beyond) {
   int* shared = reinterpret_cast<int*>(dynamic_shared());
   const int i = threadIdx.x, last = blockDim.x - 1;
@@ -23,7 +22,7 @@ __global__ void exchange_kernel(int* data, int bytes, int beyond) {
   if (i == 0) data[2 * blockDim.x] = reinterpret_cast<uintptr_t>(dynamic_shared()) % kDynamicSharedAlignment;
 }
 
-// What is in shared memory before the block writes to it.
+// Copies shared memory to data before the block writes to it.
 template <int kSize>
 __global__ void poison_kernel(int* data) {
   __shared__ int shared[kSize];
@@ -31,7 +30,7 @@ __global__ void poison_kernel(int* data) {
   if (threadIdx.x < kSize) shared[threadIdx.x] = 1;
 }
 
-// Each half of the block has a barrier of its own, and meets at it as often as it likes.
+// Each half of the block uses its own barrier, a different number of times.
 __global__ void halves_kernel(int* data) {
   __shared__ int values[128];
   const int i = threadIdx.x, half = i / 64;
@@ -51,13 +50,13 @@ __global__ void divergent_kernel() {
   if (threadIdx.x < 32) __syncthreads();
 }
 
-// data[0]: how many threads came; data[1 + n]: the nth was here, in this order of blocks and threads.
+// data[0] counts the threads. data[1 + n] identifies the n-th thread in order of execution.
 __global__ void tickets_kernel(int* data) {
   const int ticket = atomicAdd(&data[0], 1);
   data[1 + ticket] = blockIdx.z * 10000 + blockIdx.y * 1000 + blockIdx.x * 100 + threadIdx.x;
 }
 
-// data[0..8): what is in shared memory of two copies, a group each, when at most `pending` of them need not be there yet.
+// data[0..8): the shared memory of two copies, one per group, after a wait that leaves at most `pending` groups.
 __global__ void copies_kernel(int* data, int pending, int waits_at_the_end) {
   alignas(16) __shared__ int shared[8];
   if (threadIdx.x > 0) return;
@@ -72,7 +71,7 @@ __global__ void copies_kernel(int* data, int pending, int waits_at_the_end) {
   if (waits_at_the_end) wait_copies<0>();
 }
 
-// data[i], data[128 + i]: whether a thread has its logit before and after it waits for the product.
+// data[i], data[128 + i]: whether thread i has its logit before and after it waits for the product.
 __global__ void products_kernel(int* data) {
   int* tiles = reinterpret_cast<int*>(dynamic_shared());
   for (int i = threadIdx.x; i < (kTileRows + 48) * kRowBytes / 4; i += blockDim.x) tiles[i] = 0;
@@ -85,14 +84,14 @@ __global__ void products_kernel(int* data) {
 }
 
 __global__ void stack_kernel(int* data) {
-  volatile float many[16000];
-  for (int i = 0; i < 16000; ++i) many[i] = static_cast<float>(i);
-  data[threadIdx.x] = static_cast<int>(many[15999 - threadIdx.x]);
+  volatile float large[16000];
+  for (int i = 0; i < 16000; ++i) large[i] = static_cast<float>(i);
+  data[threadIdx.x] = static_cast<int>(large[15999 - threadIdx.x]);
 }
 
 }  // namespace
 
-// Runs a kernel by name; returns its error, "" if there is none.
+// Runs a kernel by name. Returns its error, or "".
 extern "C" __attribute__((visibility("default"))) const char* run(const char* kernel, int* data, int a, int b) {
   static std::string error;
   const std::string name = kernel;

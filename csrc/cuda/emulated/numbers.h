@@ -1,10 +1,13 @@
-// The functions of csrc/cuda/numbers.cuh for g++, to the bit but for the exponential, which is exact here.
+// Emulation of native/numbers.cuh. Results are equal to the bit, except that the approximate functions are exact
+// here.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+
+#include "../half.h"
 
 namespace pruneattn::cuda {
 
@@ -24,7 +27,8 @@ inline float to_float(Bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits
 inline float to_float(Half x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  // As a float the exponent is too small by the difference of the biases; this is exact for subnormal numbers, too.
+  // Read as a float, the exponent is too small by the difference of the biases. The product is exact, also for
+  // subnormal numbers.
   return float_of(sign | magnitude << 13) * 0x1p112f;
 }
 
@@ -46,8 +50,8 @@ inline Half from_float<Half>(float x) {
   const unsigned sign = std::signbit(x) ? 0x8000 : 0;
   const float magnitude = std::fabs(x);
   if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
-  // In units of the last place of a half of this size. nearbyint rounds ties to even, and what it rounds up to the
-  // next power of two carries into the exponent by itself.
+  // The magnitude in units in the last place of a half of this size. nearbyint rounds ties to even. If it rounds up
+  // to the next power of two, the carry increments the exponent.
   const int exponent = magnitude < 6.103515625e-05f ? -14 : std::ilogb(magnitude);
   const int units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
   return {static_cast<uint16_t>(sign | (((exponent + 14) << 10) + units))};

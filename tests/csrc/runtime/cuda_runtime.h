@@ -1,13 +1,19 @@
-// Stands in for the CUDA runtime so that g++ can compile csrc/cuda/*.cu unchanged and run them without a GPU.
+// Replaces the CUDA runtime, so that g++ compiles csrc/cuda/*.cu unchanged and the kernels run without a GPU.
 //
-// One block runs at a time in one OS thread. Each CUDA thread is a fibre that runs until its next barrier or warp
-// exchange, and a warp runs as far as it can before the next one does, so that a missing barrier shows; SHIM_ORDER
-// (forward, reverse, shuffle) sets which thread and which block goes first. Asynchronous copies and products happen when
-// they are waited for, so that a missing wait shows, or at once, if SHIM_EARLY names them. Shared memory is poisoned
-// before each block, and what is written beside dynamic shared memory is found after it. A barrier that some threads
-// never reach, different operations within a warp, and partial masks are errors. SHIM_MULTIPROCESSORS, SHIM_SHARED_LIMIT
-// and SHIM_CAPABILITY (such as 8.0) set what the device claims to have; SHIM_LAUNCH_ERROR makes launches fail. Memory is
-// the host's. race.h says what `make race` adds.
+// Execution: one block at a time in one OS thread. Each CUDA thread is a fiber that runs until its next barrier or
+// warp shuffle. A warp runs as far as possible before the next warp, so that a missing barrier changes results.
+// Asynchronous copies and products run when the kernel waits for them, so that a missing wait changes results.
+//
+// Errors: writes next to dynamic shared memory, a barrier that only some threads reach, different operations within a
+// warp, and partial masks. Shared memory contains a poison value at the start of each block. race.h describes `make
+// race`.
+//
+// Environment variables:
+//   EMULATED_ORDER            order of threads and blocks: forward, reverse or shuffle
+//   EMULATED_EARLY            "copies", "products" or both run immediately
+//   EMULATED_MULTIPROCESSORS, EMULATED_SHARED_LIMIT, EMULATED_CAPABILITY (for example 8.0)
+//                             attributes of the device
+//   EMULATED_LAUNCH_ERROR     if set, launches fail
 #pragma once
 
 #include <algorithm>
@@ -41,64 +47,65 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-#include "fibres.h"
+#include "fibers.h"
 #include "vectors.h"
 
-// Barriers and warp exchanges.
-inline void __syncthreads() { shim::meet_block("__syncthreads", 0); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { shim::meet_warp("__syncwarp", mask, 0); }
+namespace emulated = pruneattn::emulated;
+
+// Barriers and warp shuffles.
+inline void __syncthreads() { emulated::wait_for_block("__syncthreads"); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulated::exchange_in_warp("__syncwarp", mask, 0); }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  const uint64_t* all = shim::meet_warp("__ballot_sync", mask, predicate != 0);
+  const uint64_t* all = emulated::exchange_in_warp("__ballot_sync", mask, predicate != 0);
   unsigned bits = 0;
-  for (int lane = 0; lane < shim::kWarp; ++lane) bits |= static_cast<unsigned>(all[lane]) << lane;
+  for (int lane = 0; lane < emulated::kWarp; ++lane) bits |= static_cast<unsigned>(all[lane]) << lane;
   return bits;
 }
 template <typename F>
-unsigned shim_reduce(const char* operation, unsigned mask, unsigned value, F f) {
-  const uint64_t* all = shim::meet_warp(operation, mask, value);
-  return static_cast<unsigned>(std::accumulate(all + 1, all + shim::kWarp, all[0], f));
+unsigned emulated_reduce(const char* operation, unsigned mask, unsigned value, F f) {
+  const uint64_t* all = emulated::exchange_in_warp(operation, mask, value);
+  return static_cast<unsigned>(std::accumulate(all + 1, all + emulated::kWarp, all[0], f));
 }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
-  return shim_reduce("__reduce_add_sync", mask, value, std::plus<uint64_t>());
+  return emulated_reduce("__reduce_add_sync", mask, value, std::plus<uint64_t>());
 }
 inline unsigned __reduce_and_sync(unsigned mask, unsigned value) {
-  return shim_reduce("__reduce_and_sync", mask, value, std::bit_and<uint64_t>());
+  return emulated_reduce("__reduce_and_sync", mask, value, std::bit_and<uint64_t>());
 }
 inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
-  return shim_reduce("__reduce_or_sync", mask, value, std::bit_or<uint64_t>());
+  return emulated_reduce("__reduce_or_sync", mask, value, std::bit_or<uint64_t>());
 }
 template <typename T>
-T shim_shuffle(const char* operation, unsigned mask, T value, int source) {
+T emulated_shuffle(const char* operation, unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= 8);
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  const uint64_t* all = shim::meet_warp(operation, mask, bits);
+  const uint64_t* all = emulated::exchange_in_warp(operation, mask, bits);
   std::memcpy(&value, &all[source], sizeof(T));
   return value;
 }
-inline int shim_lane() { return static_cast<int>(shim::lane() % shim::kWarp); }
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane) {
-  return shim_shuffle("__shfl_sync", mask, value, lane % shim::kWarp);
+  return emulated_shuffle("__shfl_sync", mask, value, lane % emulated::kWarp);
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return shim_shuffle("__shfl_xor_sync", mask, value, shim_lane() ^ lanes);
+  return emulated_shuffle("__shfl_xor_sync", mask, value, static_cast<int>(threadIdx.x) % emulated::kWarp ^ lanes);
 }
 
 // Atomic operations and fences.
-__forceinline__ unsigned atomicAdd(unsigned* address, unsigned value) { return shim::atomic_add(address, value); }
+__forceinline__ unsigned atomicAdd(unsigned* address, unsigned value) { return emulated::atomic_add(address, value); }
 __forceinline__ int atomicAdd(int* address, int value) {
-  return static_cast<int>(shim::atomic_add(reinterpret_cast<unsigned*>(address), static_cast<unsigned>(value)));
+  return static_cast<int>(emulated::atomic_add(reinterpret_cast<unsigned*>(address), static_cast<unsigned>(value)));
 }
-inline void __threadfence() { shim::fence(); }
+inline void __threadfence() { emulated::fence(); }
 
-// Intrinsics of one thread.
+// Intrinsics of a single thread.
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value ? __builtin_clz(static_cast<unsigned>(value)) : 32; }
 template <typename T>
 T __ldg(const T* pointer) {
-  if (reinterpret_cast<uintptr_t>(pointer) % sizeof(T)) shim::fail("misaligned load");
+  if (reinterpret_cast<uintptr_t>(pointer) % sizeof(T)) emulated::fail("misaligned load");
   return *pointer;
 }
 template <typename T>
@@ -121,7 +128,7 @@ inline float __fmul_ru(float a, float b) {
   return nearest < exact ? std::nextafter(nearest, INFINITY) : nearest;
 }
 
-// The host's side.
+// The host API.
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t {
   cudaSuccess = 0,
@@ -154,32 +161,32 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-inline const char* shim_setting(const char* name, const char* otherwise) {
+inline const char* emulated_setting(const char* name, const char* otherwise) {
   const char* value = std::getenv(name);
   return value ? value : otherwise;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  const char* capability = shim_setting("SHIM_CAPABILITY", "9.0");
-  const int shared = std::atoi(shim_setting("SHIM_SHARED_LIMIT", "232448"));
+  const char* capability = emulated_setting("EMULATED_CAPABILITY", "9.0");
+  const int shared = std::atoi(emulated_setting("EMULATED_SHARED_LIMIT", "232448"));
   if (device != 0) return cudaErrorInvalidDevice;
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = 48 << 10; break;
-    case cudaDevAttrMultiProcessorCount: *value = std::atoi(shim_setting("SHIM_MULTIPROCESSORS", "1")); break;
+    case cudaDevAttrMultiProcessorCount: *value = std::atoi(emulated_setting("EMULATED_MULTIPROCESSORS", "1")); break;
     case cudaDevAttrComputeCapabilityMajor: *value = std::atoi(capability); break;
     case cudaDevAttrComputeCapabilityMinor: *value = std::atoi(std::strchr(capability, '.') + 1); break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = shared + 1024; break;  // 1 KB of a block is the system's
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = shared + 1024; break;  // 1 KB per block is reserved
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = shared; break;
     default: return cudaErrorInvalidValue;
   }
   return cudaSuccess;
 }
 
-inline std::map<const void*, size_t> shim_allowed_shared;  // dynamic shared memory, by kernel
+inline std::map<const void*, size_t> emulated_allowed_shared;  // bytes of dynamic shared memory, by kernel
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   int limit = 0;
   cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > limit) return cudaErrorInvalidValue;
-  shim_allowed_shared[kernel] = value;
+  emulated_allowed_shared[kernel] = value;
   return cudaSuccess;
 }
 template <typename... Parameters, typename... Arguments>
@@ -187,15 +194,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
   const void* address = reinterpret_cast<const void*>(kernel);
   const dim3 grid = config->gridDim, threads = config->blockDim;
-  if (std::getenv("SHIM_LAUNCH_ERROR") || grid.x == 0 || grid.y == 0 || grid.z == 0 || threads.x == 0 ||
+  if (std::getenv("EMULATED_LAUNCH_ERROR") || grid.x == 0 || grid.y == 0 || grid.z == 0 || threads.x == 0 ||
       threads.x > 1024) {
     return cudaErrorInvalidConfiguration;
   }
-  if (config->dynamicSmemBytes > max(size_t{48 << 10}, shim_allowed_shared[address])) return cudaErrorInvalidValue;
-  if (threads.y != 1 || threads.z != 1) throw std::logic_error("shim: only blocks of one dimension are emulated");
-  if (threads.x % shim::kWarp) throw std::logic_error("shim: blocks are whole warps");
+  if (config->dynamicSmemBytes > max(size_t{48 << 10}, emulated_allowed_shared[address])) return cudaErrorInvalidValue;
+  if (threads.y != 1 || threads.z != 1) throw std::logic_error("the emulation supports only one-dimensional blocks");
+  if (threads.x % emulated::kWarp) throw std::logic_error("the emulation supports only blocks of whole warps");
   blockDim = threads;
   gridDim = grid;
-  shim::run({grid, threads.x, config->dynamicSmemBytes, address}, [&] { kernel(arguments...); });
+  emulated::run({grid, threads.x, config->dynamicSmemBytes, address}, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -4,48 +4,49 @@
 
 #include <unordered_map>
 
-namespace shim::race {
+namespace pruneattn::emulated::race {
 
 bool watching = false;
 
 namespace {
 
-// Vector clocks. A lane's own clock ticks when it meets others and at a fence; an access bears the clock of its lane.
-using Clocks = std::vector<unsigned>;       // by lane: what has been seen of it
+// Vector clocks. The clock of a thread advances at each barrier and each fence. An access has the clock of its
+// thread.
+using Clocks = std::vector<unsigned>;       // by thread: the last clock that is visible
 using Blocks = std::map<unsigned, Clocks>;  // by block
 
-struct LaneState {
-  Clocks seen;                           // of this block
-  std::shared_ptr<const Blocks> others;  // seen of other blocks
+struct ThreadState {
+  Clocks seen;                           // of threads of this block
+  std::shared_ptr<const Blocks> others;  // of threads of other blocks
   Clocks seen_at_fence;
   std::shared_ptr<const Blocks> others_at_fence;
   unsigned fenced = 0;  // own clock at the last fence
-  Blocks observed;      // by atomic operations since then: to be seen after the next fence
+  Blocks observed;      // by atomic operations since the last fence; visible after the next fence
 };
 
 enum Kind : unsigned char { kRead, kWrite, kAtomic };
 
-// By threads of one warp at the same clock.
+// An access by threads of one warp at the same clock.
 struct Access {
   unsigned block, clock, warp;
-  unsigned lanes;       // a bit for each of them
-  unsigned char bytes;  // a bit for each of four
+  unsigned lanes;       // a bit per thread
+  unsigned char bytes;  // a bit per byte of the cell
   Kind kind;
   const void* code;
 };
 
-// Four bytes of memory: the accesses that a later one can race with.
+// Four bytes of memory, with the accesses that a later access can race with.
 struct Cell {
   std::vector<Access> reads, others;
 };
 constexpr size_t kPage = 1024;  // cells
 using Pages = std::unordered_map<uintptr_t, std::vector<Cell>>;
 
-std::vector<LaneState> lanes;
+std::vector<ThreadState> threads;
 unsigned block;
 std::vector<Range> shared_ranges;
 Pages shared_pages, global_pages;
-std::unordered_map<const void*, Blocks> published;  // by the atomic operations on an address
+std::unordered_map<const void*, Blocks> published;  // by atomic operations, by address
 
 void join(Clocks& clocks, const Clocks& more) {
   clocks.resize(max(clocks.size(), more.size()));
@@ -63,9 +64,9 @@ void join(std::shared_ptr<const Blocks>& blocks, const std::shared_ptr<const Blo
   blocks = joined;
 }
 
-// Those lanes of an earlier access that the running thread has not seen it from.
+// The lanes of an earlier access that does not happen before the current operation of the running thread.
 unsigned unseen_lanes(const Access& access) {
-  const LaneState& state = lanes[lane()];
+  const ThreadState& state = threads[thread_number()];
   const Clocks* clocks = &state.seen;
   if (access.block != block) {
     if (!state.others) return access.lanes;
@@ -97,7 +98,7 @@ void check(const std::vector<Access>& accesses, const Access& access, bool share
   }
 }
 
-// The same access by this warp before: it stands for this one, too.
+// Returns an equal access by this warp, to which the new access can be added.
 Access* find(std::vector<Access>& accesses, const Access& access) {
   for (Access& one : accesses) {
     if (one.block == access.block && one.clock == access.clock && one.warp == access.warp &&
@@ -108,8 +109,8 @@ Access* find(std::vector<Access>& accesses, const Access& access) {
   return nullptr;
 }
 
-// Puts the access into the list and takes out those that it stands for: whatever comes later and races with one that
-// this one has seen, and that touches no other bytes, races with this one as well.
+// Adds the access to the list and removes the accesses that it supersedes: those that happen before it and touch no
+// other bytes. A later access that races with a superseded access also races with the new access.
 void add(std::vector<Access>& accesses, const Access& access) {
   const auto replaced = [&](const Access& earlier) {
     return !(earlier.bytes & ~access.bytes) && (access.kind == kWrite || access.kind == earlier.kind) &&
@@ -128,12 +129,11 @@ bool is_index(const void* pointer) {
 
 void access(const void* pointer, size_t bytes, Kind kind, const void* code) {
   if (on_own_stack(pointer) || is_index(pointer)) return;
-  const bool shared = std::any_of(shared_ranges.begin(), shared_ranges.end(), [&](const Range& range) {
-    return pointer >= range.first && pointer < range.second;
-  });
+  const bool shared = std::any_of(shared_ranges.begin(), shared_ranges.end(),
+                                  [&](const Range& range) { return pointer >= range.first && pointer < range.second; });
   Pages& pages = shared ? shared_pages : global_pages;
-  const unsigned thread = static_cast<unsigned>(lane());
-  Access what = {block, lanes[thread].seen[thread], thread / kWarp, 1u << thread % kWarp, 0, kind, code};
+  const unsigned thread = static_cast<unsigned>(thread_number());
+  Access what = {block, threads[thread].seen[thread], thread / kWarp, 1u << thread % kWarp, 0, kind, code};
   const uintptr_t first = reinterpret_cast<uintptr_t>(pointer), last = first + bytes;
   std::vector<Cell>* page = nullptr;
   for (uintptr_t number = first / 4; number * 4 < last; ++number) {
@@ -148,7 +148,7 @@ void access(const void* pointer, size_t bytes, Kind kind, const void* code) {
     Cell& cell = (*page)[number % kPage];
     std::vector<Access>& alike = kind == kRead ? cell.reads : cell.others;
     Access* const same = find(alike, what);
-    if (same && (same->lanes & what.lanes)) continue;  // whatever came since then was compared with that
+    if (same && (same->lanes & what.lanes)) continue;  // later accesses were already compared with it
     check(cell.others, what, shared);
     if (kind != kRead) check(cell.reads, what, shared);
     if (same) {
@@ -166,38 +166,38 @@ void start_launch() {
   published.clear();
 }
 
-void start_block(unsigned number, size_t threads, const std::vector<Range>& shared) {
+void start_block(unsigned number, size_t count, const std::vector<Range>& shared) {
   block = number;
   shared_ranges = shared;
   shared_pages.clear();
-  lanes.assign(threads, LaneState());
-  for (size_t l = 0; l < threads; ++l) {
-    lanes[l].seen.assign(threads, 0);
-    lanes[l].seen[l] = 1;
+  threads.assign(count, ThreadState());
+  for (size_t t = 0; t < count; ++t) {
+    threads[t].seen.assign(count, 0);
+    threads[t].seen[t] = 1;
   }
 }
 
 void order(const std::vector<size_t>& members) {
   Clocks joined;
   std::shared_ptr<const Blocks> others;
-  for (size_t l : members) {
-    join(joined, lanes[l].seen);
-    join(others, lanes[l].others);
+  for (size_t t : members) {
+    join(joined, threads[t].seen);
+    join(others, threads[t].others);
   }
-  for (size_t l : members) {
-    lanes[l].seen = joined;
-    ++lanes[l].seen[l];
-    lanes[l].others = others;
+  for (size_t t : members) {
+    threads[t].seen = joined;
+    ++threads[t].seen[t];
+    threads[t].others = others;
   }
 }
 
-// Publishes what a fence has made visible to other blocks: all that this thread had seen at its own last fence, and
-// what other threads had done before their own if this one has met them since.
+// Publishes the accesses that a fence has made visible to other blocks: those that this thread had seen at its last
+// fence, and those of other threads before their last fence, if a barrier has ordered them since.
 void atomic(const void* address, const void* code) {
   access(address, 4, kAtomic, code);
-  LaneState& state = lanes[lane()];
-  Clocks visible(lanes.size());
-  for (size_t l = 0; l < lanes.size(); ++l) visible[l] = min(state.seen[l], lanes[l].fenced);
+  ThreadState& state = threads[thread_number()];
+  Clocks visible(threads.size());
+  for (size_t t = 0; t < threads.size(); ++t) visible[t] = min(state.seen[t], threads[t].fenced);
   join(visible, state.seen_at_fence);
   Blocks& all = published[address];
   join(state.observed, all);
@@ -206,7 +206,7 @@ void atomic(const void* address, const void* code) {
 }
 
 void fence() {
-  LaneState& state = lanes[lane()];
+  ThreadState& state = threads[thread_number()];
   const auto own = state.observed.find(block);
   if (own != state.observed.end()) join(state.seen, own->second);
   state.observed.erase(block);
@@ -216,32 +216,32 @@ void fence() {
   }
   state.seen_at_fence = state.seen;
   state.others_at_fence = state.others;
-  state.fenced = state.seen[lane()]++;
+  state.fenced = state.seen[thread_number()]++;
 }
 
-}  // namespace shim::race
+}  // namespace pruneattn::emulated::race
 
-// What the compiler calls.
-#define SHIM_SEE(size, kind)                                                              \
-  if (!shim::race::watching) return;                                                     \
-  const shim::race::Pause pause;                                                         \
-  shim::race::access(address, size, shim::race::kind, __builtin_return_address(0))
-#define SHIM_ACCESSES(bytes)                                                             \
-  SHIM_C void __tsan_read##bytes(void* address) { SHIM_SEE(bytes, kRead); }              \
-  SHIM_C void __tsan_write##bytes(void* address) { SHIM_SEE(bytes, kWrite); }            \
-  SHIM_C void __tsan_unaligned_read##bytes(void* address) { SHIM_SEE(bytes, kRead); }    \
-  SHIM_C void __tsan_unaligned_write##bytes(void* address) { SHIM_SEE(bytes, kWrite); }
-#define SHIM_C extern "C" SHIM_HIDDEN
+// The functions that the compiler calls.
+#define ON_ACCESS(size, kind)                       \
+  if (!pruneattn::emulated::race::watching) return; \
+  const pruneattn::emulated::race::Pause pause;     \
+  pruneattn::emulated::race::access(address, size, pruneattn::emulated::race::kind, __builtin_return_address(0))
+#define DEFINE_ACCESSES(bytes)                                                           \
+  EXTERN_C void __tsan_read##bytes(void* address) { ON_ACCESS(bytes, kRead); }           \
+  EXTERN_C void __tsan_write##bytes(void* address) { ON_ACCESS(bytes, kWrite); }         \
+  EXTERN_C void __tsan_unaligned_read##bytes(void* address) { ON_ACCESS(bytes, kRead); } \
+  EXTERN_C void __tsan_unaligned_write##bytes(void* address) { ON_ACCESS(bytes, kWrite); }
+#define EXTERN_C extern "C" __attribute__((visibility("hidden")))
 
-SHIM_ACCESSES(1)
-SHIM_ACCESSES(2)
-SHIM_ACCESSES(4)
-SHIM_ACCESSES(8)
-SHIM_ACCESSES(16)
-SHIM_C void __tsan_read_range(void* address, size_t bytes) { SHIM_SEE(bytes, kRead); }
-SHIM_C void __tsan_write_range(void* address, size_t bytes) { SHIM_SEE(bytes, kWrite); }
-SHIM_C void __tsan_vptr_read(void**) {}
-SHIM_C void __tsan_vptr_update(void**, void*) {}
-SHIM_C void __tsan_func_entry(void*) {}
-SHIM_C void __tsan_func_exit() {}
-SHIM_C void __tsan_init() {}
+DEFINE_ACCESSES(1)
+DEFINE_ACCESSES(2)
+DEFINE_ACCESSES(4)
+DEFINE_ACCESSES(8)
+DEFINE_ACCESSES(16)
+EXTERN_C void __tsan_read_range(void* address, size_t bytes) { ON_ACCESS(bytes, kRead); }
+EXTERN_C void __tsan_write_range(void* address, size_t bytes) { ON_ACCESS(bytes, kWrite); }
+EXTERN_C void __tsan_vptr_read(void**) {}
+EXTERN_C void __tsan_vptr_update(void**, void*) {}
+EXTERN_C void __tsan_func_entry(void*) {}
+EXTERN_C void __tsan_func_exit() {}
+EXTERN_C void __tsan_init() {}

@@ -5,9 +5,9 @@
 
 namespace pruneattn::cpu::PRUNEATTN_ISA {
 
-// Scaled logits of kLanes keys: a vector of partial products per key, then all their sums at once.
+// Scaled logits of kLanes keys: accumulates a vector of partial products per key, then reduces all vectors at once.
 template <class T>
-Vec class_logits(const T* q, const T* const (&keys)[kLanes], int64_t channels, float factor) {
+Vec cls_logits(const T* q, const T* const (&keys)[kLanes], int64_t channels, float factor) {
   const int64_t whole = channels / kLanes * kLanes;
   Vec sums[kLanes] = {};
   for (int64_t channel = 0; channel < whole; channel += kLanes) {
@@ -22,9 +22,10 @@ Vec class_logits(const T* q, const T* const (&keys)[kLanes], int64_t channels, f
   return sum_rows(sums) * factor;
 }
 
-// All heads of a few keys at a time: in a packed qkv the heads of a token lie together, and tokens pages apart.
+// Processes all heads of a few keys at a time: in a packed qkv, the heads of a token are contiguous, and tokens are
+// pages apart. weights: [B, H, N]
 template <class T>
-void class_logits_of(const ClassScores& args, int64_t first, int64_t last) {
+void cls_logits_of(const ClsScores& args, int64_t first, int64_t last) {
   const float factor = args.scale * 1.44269504f;  // log2(e)
   for (int64_t block = first; block < last; ++block) {
     const int64_t clip = block / args.key_blocks(), begin = block % args.key_blocks() * kKeyBlock;
@@ -35,29 +36,29 @@ void class_logits_of(const ClassScores& args, int64_t first, int64_t last) {
       float* weights = args.weights + (clip * args.heads + head) * args.tokens;
       for (int64_t key = begin; key < end; key += kLanes) {
         const T* keys[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) {  // beyond the end, the last key again
+        for (int64_t i = 0; i < kLanes; ++i) {  // repeats the last key beyond the end
           keys[i] = k + head * args.k.head_stride + smaller(key + i, end - 1) * args.k.token_stride;
         }
-        const Vec logits = class_logits(q + head * args.q.head_stride, keys, args.channels, factor);
+        const Vec logits = cls_logits(q + head * args.q.head_stride, keys, args.channels, factor);
         store_first(weights + key, logits, smaller(kLanes, end - key));
       }
     }
   }
 }
 
-inline void class_logits(const ClassScores& args, int64_t first, int64_t last) {
-  args.dtype == Dtype::bfloat16 ? class_logits_of<bf16>(args, first, last) : class_logits_of<float>(args, first, last);
+inline void cls_logits(const ClsScores& args, int64_t first, int64_t last) {
+  args.dtype == Dtype::bfloat16 ? cls_logits_of<bf16>(args, first, last) : cls_logits_of<float>(args, first, last);
 }
 
-inline void class_softmax(const ClassScores& args, int64_t first, int64_t last) {
+inline void cls_softmax(const ClsScores& args, int64_t first, int64_t last) {
   for (int64_t head = first; head < last; ++head) {
     float* weights = args.weights + head * args.tokens;
-    float most = weights[0];
-    for (int64_t key = 1; key < args.tokens; ++key) most = weights[key] > most ? weights[key] : most;
+    float row_max = weights[0];
+    for (int64_t key = 1; key < args.tokens; ++key) row_max = weights[key] > row_max ? weights[key] : row_max;
     Vec sums = {};
     for (int64_t key = 0; key < args.tokens; key += kLanes) {
       const int64_t count = smaller(kLanes, args.tokens - key);
-      store_first(weights + key, exp2_of_nonpositive(load_first(weights + key, count) - most), count);
+      store_first(weights + key, exp2_of_nonpositive(load_first(weights + key, count) - row_max), count);
       sums += load_first(weights + key, count);
     }
     const float inverse = 1.0f / reduce_sum(sums)[0];

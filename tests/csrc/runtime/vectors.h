@@ -1,4 +1,4 @@
-// CUDA's small vectors, as aligned as there.
+// CUDA's small vector types with the same alignment.
 #pragma once
 
 struct uint2 {

@@ -1,39 +1,47 @@
-// Products by wgmma, in the background: groups of 4 warps, weights from registers, all else from shared memory.
+// Asynchronous matrix products by wgmma, by groups of 4 warps. The weights are in registers, all other operands in
+// shared memory.
 #pragma once
 
-#include "tensor_cores.cuh"
+#include <cstdint>
+#include <type_traits>
+
+#include "../half.h"
+#include "../tile.cuh"
+#include "shared_memory.cuh"
 
 namespace pruneattn::cuda {
 
-constexpr bool kInBackground = true;
+constexpr bool kAsyncProducts = true;
 
-// Shared memory as wgmma is told of it: the address, 1024 bytes from 8 rows to the next 8, 128-byte swizzle.
+// The matrix descriptor of a tile: its address, a stride of 1024 bytes between groups of 8 rows, the 128-byte
+// swizzle.
 __device__ inline uint64_t describe_tile(const unsigned char* tile) {
   return (shared_address(tile) >> 4) | uint64_t{64} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
 }
 
-// The compiler must not move what it does to these registers beyond a wgmma that it does not know to be running.
+// Keeps the compiler from moving accesses to these registers across asynchronous products, which it does not track.
 template <int kCount>
-__device__ inline void hold(float (&registers)[kCount]) {
+__device__ inline void pin_registers(float (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Waits until at most the last kPending groups of products are running: the weights of earlier ones are free again.
+// Waits until at most the last kPending groups of products are incomplete. The weights of earlier groups can be
+// reused.
 template <int kPending>
 __device__ inline void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Waits for all products, so that `acc` can be read.
+// Waits for all products. `acc` can be read afterwards.
 template <int kCount>
 __device__ inline void wait_products(float (&acc)[kCount]) {
   wait_products<0>();
-  hold(acc);
+  pin_registers(acc);
 }
 
-#define F8(x, i) \
+#define F8(x, i)                                                                                              \
   "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), \
       "+f"(x[i + 7])
 #define F24(x) F8(x, 0), F8(x, 8), F8(x, 16)
@@ -46,18 +54,20 @@ __device__ inline void wait_products(float (&acc)[kCount]) {
 #define R40 R32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define R48 R40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define LOGITS(type, columns, registers, a, b, add, ...)                                                             \
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %" add ", 0;\n"                                                        \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %" add                                                                 \
+               ", 0;\n"                                                                                              \
                "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" registers "}, %" a ", %" b \
                ", p, 1, 1, 0, 0;}"                                                                                   \
                : __VA_ARGS__                                                                                         \
                : "l"(q), "l"(k), "r"(step))
-#define VALUES(type)                                                                                             \
-  asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"                                                          \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" R32                                \
-               "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;}"                                                        \
-               : F32(acc)                                                                                          \
-               : "r"(weights[4 * step]), "r"(weights[4 * step + 1]), "r"(weights[4 * step + 2]),                   \
-                 "r"(weights[4 * step + 3]), "l"(v), "r"(add))
+#define VALUES(type)                                                                                                \
+  asm volatile(                                                                                                     \
+      "{.reg .pred p; setp.ne.b32 p, %37, 0;\n"                                                                     \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" R32                                          \
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;}"                                                                  \
+      : F32(acc)                                                                                                    \
+      : "r"(weights[4 * step]), "r"(weights[4 * step + 1]), "r"(weights[4 * step + 2]), "r"(weights[4 * step + 3]), \
+        "l"(v), "r"(add))
 
 template <typename T, int kColumns>
 __device__ inline void start_logits(float (&acc)[kColumns / 2], const unsigned char* queries,
@@ -73,7 +83,7 @@ __device__ inline void start_logits(float (&acc)[kColumns / 2], const unsigned c
     if constexpr (kColumns == 80 && !kHalf) LOGITS("bf16", 80, R40, "40", "41", "42", F40(acc));
     if constexpr (kColumns == 48 && kHalf) LOGITS("f16", 48, R24, "24", "25", "26", F24(acc));
     if constexpr (kColumns == 48 && !kHalf) LOGITS("bf16", 48, R24, "24", "25", "26", F24(acc));
-    q += 2;  // 16 channels further
+    q += 2;  // the next 16 channels
     k += 2;
   }
   commit_products();
@@ -87,8 +97,11 @@ __device__ inline void add_values(float (&acc)[kHeadSize / 2], const uint32_t (&
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const int add = step > 0 || !kFirst;
-    if constexpr (std::is_same_v<T, Half>) VALUES("f16"); else VALUES("bf16");
-    v += 16 * kRowBytes >> 4;  // 16 keys further
+    if constexpr (std::is_same_v<T, Half>)
+      VALUES("f16");
+    else
+      VALUES("bf16");
+    v += 16 * kRowBytes >> 4;  // the next 16 keys
   }
   commit_products();
 }
