@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.cuda_resources import (
+from tools.cuda_resources import (
     COLUMNS,
     OUTPUT,
     SOURCES,
@@ -22,7 +22,7 @@ from bench.cuda_resources import (
     serialized,
     short,
 )
-from bench.resource_table import MOST_SHARED, read
+from tools.resource_table import MOST_SHARED, read
 
 ROOT = Path(__file__).parents[2]
 REPORT = """ptxas info    : Compiling entry function 'k1' for 'sm_90a'
@@ -132,4 +132,4 @@ def test_sources_compile_with_the_resources_of_the_table(nvcc, reports, source):
         check(row)
     table = [row for row in read(OUTPUT) if row["source"] == source.name and row["architecture"] in known_to(nvcc)]
     if table and table[0]["nvcc"] == rows[0]["nvcc"]:
-        assert rows == table, "update the table with python -m bench.cuda_resources"
+        assert rows == table, "update the table with python -m tools.cuda_resources"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pruneattn.ops  # noqa: F401
-from pruneattn import backend
+from pruneattn.ops import backend
 
 MODULES = ("cls_scores", "column_mean_attention", "gather_tokens", "prune_epilogue", "prune_tokens", "select_tokens")
 EPS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -223,7 +223,7 @@ def forbid(monkeypatch, folder):
     """Make one folder unreadable, also for root."""
     scandir = os.scandir
 
-    def reject(path):
+    def refuse(path):
         if str(path) == str(folder):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
