@@ -112,15 +112,19 @@ class ClipLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # of a private torch type
         # Raised here, not in a worker, because torch adds the traceback of the worker to the message.
-        for batch in super().__iter__():
-            if self.reject_empty and len(batch.index) == 0:
-                _, message = batch.failed[0]
-                count = len(batch.failed)
-                raise UserError(
-                    f"none of the {count} clips that were tried for a batch can be decoded: replace or remove the "
-                    f"damaged clips; the first: {message}"
-                )
-            yield batch
+        try:
+            for batch in super().__iter__():
+                if self.reject_empty and len(batch.index) == 0:
+                    _, message = batch.failed[0]
+                    count = len(batch.failed)
+                    raise UserError(
+                        f"none of the {count} clips that were tried for a batch can be decoded: replace or remove the "
+                        f"damaged clips; the first: {message}"
+                    )
+                yield batch
+        except (ConnectionError, EOFError) as error:
+            # A worker died while it was sending a batch: the connection ends before torch notices the death.
+            raise RuntimeError(f"DataLoader worker (pid unknown) exited unexpectedly: {error}") from error
 
 
 def make_loader(
