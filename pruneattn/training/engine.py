@@ -329,7 +329,7 @@ class Trainer:
             self.raise_stopped()
 
     def report(self) -> None:
-        """Evaluate the best checkpoint on the test split, if its clips are other clips; save the result."""
+        """Evaluate the best checkpoint on the test split, if it has clips of its own, and save the result."""
         best = self.progress.best
         if best is None:
             return
