@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pruneattn.errors import UserError
+from pruneattn.runtime import distributed
 from pruneattn.training.engine import Trainer
 
 
@@ -83,6 +84,25 @@ def test_signal_saves_between_two_steps(train, whole, at_step, monkeypatch, sign
     monkeypatch.undo()
     train("cut", "--resume")
     train.assert_same(whole, cut)
+
+
+def test_resume_within_an_epoch_of_accumulated_batches(train, at_step, monkeypatch):
+    """A step then has several batches of the loader."""
+    options = ["--accumulate", 3, "--epochs", 1, "--keep-rate", 1]
+    uninterrupted = train("uninterrupted", *options)
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train("cut", *options, code=128 + signal.SIGTERM)
+    monkeypatch.undo()
+    train.assert_same(uninterrupted, train("cut", *options, "--resume"))
+
+
+def test_signal_of_another_process_stops_the_run(train, whole, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "gather_numbers", lambda values: [values, [values[0] + 2, signal.SIGTERM]])
+    cut = train("cut", code=128 + signal.SIGTERM)
+    assert "stopped by SIGTERM; saved in epoch 0 after step 1 of 3" in capsys.readouterr().out
+    monkeypatch.undo()
+    loss = train.log(cut, "step")[0]["loss"]
+    assert loss == pytest.approx(train.log(whole, "step")[0]["loss"] + 1)  # the mean of both processes
 
 
 def test_signal_during_evaluation(train, whole, monkeypatch):
