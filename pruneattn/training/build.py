@@ -27,11 +27,12 @@ from ..models.vit import PrunedViT
 from ..runtime import distributed
 from ..runtime.signals import StopRequest
 from . import state
-from .engine import Trainer, seed_step
+from .engine import Trainer
 from .log import RunLog, say
 from .optim import make_optimizer
 from .options import Options, describe
 from .recipes import RECIPES, Recipe
+from .seed import seed_step
 
 
 def open_splits(options: Options, recipe: Recipe) -> dict[str, ClipDataset | None]:

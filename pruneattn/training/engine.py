@@ -37,6 +37,7 @@ from .optim import set_learning_rate
 from .options import Options
 from .recipes import Recipe
 from .schedule import keep_rate_at, learning_rate, pruning_started
+from .seed import seed_step
 
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "bce": F.binary_cross_entropy_with_logits,
@@ -54,17 +55,6 @@ class Stopped(Exception):
     def __init__(self, signum: int, place: str) -> None:
         super().__init__(place)
         self.signum = signum
-
-
-def seed_step(*numbers: int) -> None:
-    """Seed torch's generators from the position in the run, so that random numbers need no state in a checkpoint."""
-    seed = 0
-    for number in numbers:  # splitmix64 over the parts: adjacent positions get unrelated seeds
-        seed = (seed + number + 0x9E3779B97F4A7C15) % 2**64
-        seed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        seed = (seed ^ (seed >> 27)) * 0x94D049BB133111EB % 2**64
-        seed ^= seed >> 31
-    torch.manual_seed(seed)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -15,7 +15,8 @@ from pruneattn.data.clips import ClipDataset
 from pruneattn.errors import UserError
 from pruneattn.runtime.inference import evaluate_model
 from pruneattn.training import engine
-from pruneattn.training.engine import Trainer, seed_step
+from pruneattn.training.engine import Trainer
+from pruneattn.training.seed import seed_step
 
 pytestmark = pytest.mark.device  # commands and models take the GPU where there is one
 
