@@ -1,7 +1,12 @@
 """The table of an evaluation as text, CSV, JSON and Markdown."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
 from .errors import UserError
-from .files import write_csv, write_json, write_text
+from .files import TEXT, write_csv, write_json, write_lines, write_text
 from .plot import plot_tradeoff, save_figure
 
 FAILED = "failed_clips.txt"
@@ -120,3 +125,25 @@ def markdown_lines(columns, rows):
 def gmacs_text(value):
     """GMACs to three digits or so."""
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def add_failed(output: Path, failed: Iterable[tuple[str, str]]) -> int:
+    """Add clips to ``failed_clips.txt`` of a training run. The list keeps the clips of all epochs.
+
+    Lines are ``path: reason`` and sorted, as in the lists of earlier versions.
+
+    Args:
+        output: output folder of the run.
+        failed: ``(path, reason)`` of each clip that could not be decoded.
+
+    Returns:
+        Number of clips in the list if it has changed, else 0.
+    """
+    path = output / FAILED
+    known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+    texts = (" ".join(f"{clip}: {reason}".splitlines()) for clip, reason in failed)
+    lines = known.union(text.encode(**TEXT).decode() for text in texts)  # as a later call reads them
+    if lines == known:
+        return 0
+    write_lines(path, sorted(lines))
+    return len(lines)
