@@ -159,7 +159,7 @@ COMPILE_FIRST = (
     + """
 import os
 from pathlib import Path
-from bench import tune
+from tools import tune
 
 def compiled():
     return sorted(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))

@@ -68,7 +68,7 @@ def test_forward_and_backward_are_the_references(name, launched):
     assert launched == {"_attention", score, "_grad_queries", "_grad_keys"}
     with use_backend("reference"):
         expected, expected_kept = step(model, fbank), pruneattn.trace(model, fbank).kept
-    assert all(torch.equal(a, b) for a, b in zip(kept, expected_kept))
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected_kept, strict=True))
     assert_same(ours, expected, 2e-4)
 
 

@@ -83,7 +83,7 @@ def assert_errors_at_most_twice_those_of_plain(attend, q, k, v):
 
     ours, plain = results(attend, (q, k, v), grad), results(F.scaled_dot_product_attention, (q, k, v), grad)
     exact = results(F.scaled_dot_product_attention, (q.double(), k.double(), v.double()), grad.double())
-    for name, our, their, truth in zip(("out", "grad q", "grad k", "grad v"), ours, plain, exact):
+    for name, our, their, truth in zip(("out", "grad q", "grad k", "grad v"), ours, plain, exact, strict=True):
         assert rms(our - truth) <= 2 * rms(their - truth), name
         assert rms(our - truth) <= EPS[q.dtype] * rms(truth), name
 
@@ -125,12 +125,14 @@ def strides_of_a_head(x):
 def assert_gradients_of_any_strides(attend, q, k, v):
     """Those of ``attend(q, k, v)`` are those of float64, however q, k, v and the gradient of the result lie."""
     grad = torch.randn(q.shape, device=q.device).to(q.dtype)
-    for (what, q_view), (_, k_view), (_, v_view), (_, grad_view) in zip(*map(strides_of_a_head, (q, k, v, grad))):
+    for (what, q_view), (_, k_view), (_, v_view), (_, grad_view) in zip(
+        *map(strides_of_a_head, (q, k, v, grad)), strict=True
+    ):
         inputs = leaves((q_view, k_view, v_view))
         exact = leaves(x.double() for x in inputs)
         ours = torch.autograd.grad(attend(*inputs), inputs, grad_view)
         expected = torch.autograd.grad(F.scaled_dot_product_attention(*exact), exact, grad_view.double())
-        for name, our, truth in zip("qkv", ours, expected):
+        for name, our, truth in zip("qkv", ours, expected, strict=True):
             assert rms(our - truth) <= 2 * EPS[q.dtype] * (rms(truth) + 1), (what, name)
 
 

@@ -118,46 +118,13 @@ def test_same_bits_twice(place, interpreted, cases):
 
     first = run()
     for _ in range(1 if interpreted else 3):
-        assert all(torch.equal(a, b) for a, b in zip(first, run()))
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 def test_gradients(any_device, cases):
     q, k, v = cases.leaves(cases.packed_qkv(2, 2, 5, 3, torch.float64, any_device))
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q[:, :, :3], k, v), (q, k, v))
     assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, 0.7), (q, k, v))
-
-
-@pytest.mark.parametrize("scale", [None, -0.3, 0.0])
-def test_gradients_where_queries_are_not_the_keys(place, cases, scale):
-    inputs = cases.leaves(cases.packed_qkv(2, 2, 300, 8, torch.float32, place))
-    exact_inputs = cases.leaves(t.double() for t in inputs)
-    grad = torch.randn(2, 2, 40, 8, device=place)
-    q, k, v = inputs
-    ours = torch.autograd.grad(attention(q[:, :, 9:49], k, v, scale), inputs, grad)
-    q, k, v = exact_inputs
-    expected = F.scaled_dot_product_attention(q[:, :, 9:49], k, v, scale=scale)
-    for our, truth in zip(ours, torch.autograd.grad(expected, exact_inputs, grad.double())):
-        torch.testing.assert_close(our.double(), truth, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype, tokens", [(torch.float32, 21), (torch.bfloat16, 21), (torch.bfloat16, 259)])
-def test_gradients_of_any_strides(place, interpreted, cases, dtype, tokens):
-    sizes = (1, 1, min(tokens, 35), 8) if interpreted else (2, 2, tokens, 8)
-    cases.assert_gradients_of_any_strides(attention, *cases.packed_qkv(*sizes, dtype, place))
-
-
-def test_gradient_reaches_one_input_alone(place, cases):
-    q, k, v = cases.packed_qkv(1, 2, 5, 3, torch.float32, place)
-    v = v.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(attention(q, k, v).sum(), v)
-    torch.testing.assert_close(grad.sum(), torch.tensor(float(grad.numel()), device=place))
-
-
-def test_second_derivative_is_refused(cases):
-    q, k, v = cases.leaves(cases.packed_qkv(1, 1, 4, 2, torch.float32, "cpu"))
-    (grad,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="once, not twice"):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.device)])

@@ -14,7 +14,7 @@ def check(cases):
         cases.assert_scores_close(scores, cases.exact_cls_scores(q_cls, k, extra_tokens, scale))
         expected_index, *expected = prune_tokens(scores, x, y, keep, extra_tokens)
         assert torch.equal(index, expected_index)
-        for ours, tokens in zip(kept, expected):
+        for ours, tokens in zip(kept, expected, strict=True):
             assert ours.dtype == tokens.dtype and ours.is_contiguous() and torch.equal(ours, tokens)
 
     return check
@@ -52,7 +52,7 @@ def test_is_the_two_ops_with_nan(place, cases):
     scores, index, *kept = cls_prune_tokens(q[:, :, 0], k, x, x, 6, 1)
     with use_backend("reference"):
         assert torch.equal(scores.isnan(), cls_scores(q[:, :, 0], k, 1).isnan())
-        for ours, expected in zip((index, *kept), prune_tokens(scores, x, x, 6, 1)):
+        for ours, expected in zip((index, *kept), prune_tokens(scores, x, x, 6, 1), strict=True):
             assert torch.equal(ours, expected)
 
 

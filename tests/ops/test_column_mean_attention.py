@@ -104,7 +104,7 @@ def test_same_bits_twice(place, interpreted, cases):
 
     first = run()
     for _ in range(1 if interpreted else 3):
-        assert all(torch.equal(a, b) for a, b in zip(first, run()))
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 def test_nan_reaches_the_score(place, cases):
@@ -142,7 +142,7 @@ def test_gradients(any_device, cases):
     assert not scores.requires_grad
     grad = torch.randn_like(out)
     ours = torch.autograd.grad(out, (q, k, v), grad)
-    for our, expected in zip(ours, torch.autograd.grad(reference(q, k, v, 1)[0], (q, k, v), grad)):
+    for our, expected in zip(ours, torch.autograd.grad(reference(q, k, v, 1)[0], (q, k, v), grad), strict=True):
         torch.testing.assert_close(our, expected)
 
 

@@ -44,14 +44,14 @@ def arguments(name, device, requires_grad):
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(device, name, requires_grad):
+def test_opcheck(any_backend, name, requires_grad):
     op = getattr(torch.ops.pruneattn, name).default
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if name == "prune_tokens" and requires_grad:
         # This check adds all outputs up in place, starting with the first, and floats do not go into the int64 index.
         # The compiled block below compares the same gradients.
         tests.remove("test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, arguments(name, device, requires_grad), test_utils=tests)
+    torch.library.opcheck(op, arguments(name, any_backend, requires_grad), test_utils=tests)
 
 
 def test_opcheck_where_a_size_is_one(any_device):
@@ -98,7 +98,7 @@ def test_compile_in_one_graph_with_a_dynamic_batch(any_device):
         torch._dynamo.mark_dynamic(qkv, 0)
         with torch._dynamo.config.patch(error_on_recompile=batch > 2):
             result = value_and_grads(compiled, qkv, weight, 4)
-        for ours, expected in zip(result, value_and_grads(block, qkv, weight, 4)):
+        for ours, expected in zip(result, value_and_grads(block, qkv, weight, 4), strict=True):
             torch.testing.assert_close(ours, expected)
     with pytest.raises(Exception, match="keep: expected 1 to 9 of 9 patches, got"):
         compiled(*inputs(any_device), 10)
@@ -111,7 +111,7 @@ def test_inductor(any_device):
     compiled = torch.compile(block, fullgraph=True, options=options)
     with torch.no_grad():
         qkv, weight = inputs(any_device)
-        for ours, expected in zip(compiled(qkv, weight, 4), block(qkv, weight, 4)):
+        for ours, expected in zip(compiled(qkv, weight, 4), block(qkv, weight, 4), strict=True):
             torch.testing.assert_close(ours, expected)
 
 
@@ -127,7 +127,7 @@ def test_export_with_a_dynamic_batch(any_device, tmp_path):
     module = torch.export.load(tmp_path / "block.pt2").module()
     for size in (1, 5):
         arguments = inputs(any_device, size)
-        for ours, expected in zip(module(*arguments), Block()(*arguments)):
+        for ours, expected in zip(module(*arguments), Block()(*arguments), strict=True):
             torch.testing.assert_close(ours, expected)
 
 
@@ -158,7 +158,7 @@ def test_autocast_casts_attention_and_nothing_else(any_device, dtype):
     assert torch.equal(class_scores, ops.cls_scores(q[:, :, 0].to(dtype), k.to(dtype), EXTRA))
     out, _ = ops.column_mean_attention(q.to(dtype), k.to(dtype), v.to(dtype), EXTRA)
     outside = torch.autograd.grad(out.float().sum(), (q, k, v))
-    for inside, expected in zip(grads, outside):
+    for inside, expected in zip(grads, outside, strict=True):
         assert inside.dtype == torch.float32 and torch.equal(inside, expected)
 
 
@@ -172,7 +172,7 @@ def test_compiled_under_autocast(any_device):
 
     q, k, v = packed_qkv(any_device)
     expected = ops.column_mean_attention(*(t.bfloat16() for t in (q, k, v)), EXTRA)
-    for ours, wanted in zip(attend(q, k, v), expected):
+    for ours, wanted in zip(attend(q, k, v), expected, strict=True):
         assert ours.dtype == wanted.dtype and torch.equal(ours, wanted)
 
 

@@ -15,7 +15,7 @@ def run(q, k, v, extra_tokens=1):
 
 
 def same_bits(results, expected):
-    return all(torch.equal(a, b) for a, b in zip(results, expected))
+    return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.fixture

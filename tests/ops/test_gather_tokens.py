@@ -5,7 +5,9 @@ from pruneattn.ops import gather_tokens
 
 
 def by_hand(x, index, extra_tokens):
-    rows = [torch.cat([clip[:extra_tokens], clip[extra_tokens + numbers]]) for clip, numbers in zip(x, index)]
+    rows = [
+        torch.cat([clip[:extra_tokens], clip[extra_tokens + numbers]]) for clip, numbers in zip(x, index, strict=True)
+    ]
     return torch.stack(rows)
 
 

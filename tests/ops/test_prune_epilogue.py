@@ -10,7 +10,7 @@ def check(partial_scores, x, y, keep, extra_tokens):
     assert scores.dtype == torch.float32 and scores.is_contiguous()
     expected_index, *expected = prune_tokens(scores, x, y, keep, extra_tokens)
     assert torch.equal(index, expected_index)
-    for ours, tokens in zip(kept, expected):
+    for ours, tokens in zip(kept, expected, strict=True):
         assert ours.dtype == tokens.dtype and ours.is_contiguous() and torch.equal(ours, tokens)
 
 

@@ -78,7 +78,7 @@ def test_nan_ranks_first_and_stays_in_its_clip(place, cases):
     assert torch.equal(results[1][0], torch.arange(5, device=place))
     with use_backend("reference"):
         expected = pruned_attention(q, k, v, x, 5, 1)
-    for ours, wanted in zip(results, expected):
+    for ours, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, wanted, equal_nan=True)
 
 
@@ -112,7 +112,7 @@ def test_gradients_are_those_of_the_definition(place, cases, scale):
     wanted = torch.autograd.grad(expected, leaves, grads)
     for our, want in zip(torch.autograd.grad(ours, leaves, grads), wanted, strict=True):
         torch.testing.assert_close(our, want)
-    for leaf, want in zip(leaves, wanted):  # each alone
+    for leaf, want in zip(leaves, wanted, strict=True):  # each alone
         frozen = [t if t is leaf else t.detach() for t in leaves]
         *_, x_kept, out_kept = pruned_attention(*frozen, 4, 2, scale)
         result, grad = (x_kept, grads[0]) if leaf is x else (out_kept, grads[1])
