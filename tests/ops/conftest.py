@@ -52,13 +52,6 @@ def device(request):
         yield device
 
 
-@pytest.fixture(params=REFERENCES + place_params("cpu", "cpu") + TRITON + CUDA_KERNELS)
-def any_backend(request):
-    """As ``device``, for all ops."""
-    with place_of(request.param, None) as device:
-        yield device
-
-
 @pytest.fixture(params=REFERENCES + CPU_KERNELS + TRITON + CUDA_KERNELS)
 def place(request, use_isa):
     """A device with one backend forced on it, for the attention ops: the CPU kernels run once per instruction set.

@@ -18,7 +18,7 @@ def exact_gradients(grad_out, q, k, v, scale=None):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values(place, cases, dtype):
-    # Fewer queries than keys, and more. 300 keys are above the limit from which PyTorch's fused pass runs in half precision.
+    # Fewer and more queries than keys. With 300 keys, PyTorch's fused pass runs in half precision, too.
     for queries, keys, scale in ((1, 2, None), (5, 17, 0.3), (20, 7, -0.3), (3, 300, None)):
         q, k, v = (torch.randn(2, 2, n, 8, device=place).to(dtype) for n in (queries, keys, keys))
         grad_out = torch.randn(2, 2, queries, 8, device=place).to(dtype)
@@ -62,10 +62,12 @@ def test_second_derivative_raises_an_error(cases):
         grad.sum().backward()
 
 
-def test_bad_arguments_raise_an_error(any_device):
+def test_rejects_bad_arguments(any_device):
     q = torch.zeros(2, 3, 9, 4, device=any_device)
     lse = torch.zeros(2, 3, 9, device=any_device)
-    with pytest.raises(ValueError, match=r"grad_out: expected shape \[B, H, M, D\] = \[2, 3, 9, 4\], got \[2, 3, 8, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"grad_out: expected shape \[B, H, M, D\] = \[2, 3, 9, 4\], got \[2, 3, 8, 4\]"
+    ):
         attention_backward(q[:, :, 1:], q, q, q, q, lse)
     with pytest.raises(TypeError, match="grad_out: expected dtype torch.float32, the dtype of q, got torch.float16"):
         attention_backward(q.half(), q, q, q, q, lse)

@@ -66,7 +66,7 @@ def test_scale(place, cases, check, dtype):
     assert not torch.equal(column_mean_attention(q, k, v, 1, 0.9)[1], column_mean_attention(q, k, v, 1)[1])
 
 
-def test_scores_add_up_to_what_patches_do_not_give_to_extra_tokens(place, cases):
+def test_scores_add_up_to_one_minus_the_attention_to_extra_tokens(place, cases):
     q, k, v = cases.packed_qkv(2, 3, 20, 8, torch.float32, place)
     torch.testing.assert_close(column_mean_attention(q, k, v, 0)[1].sum(1), torch.ones(2, device=place))
     assert (column_mean_attention(q, k, v, 2)[1].sum(1) < 1).all()
@@ -116,7 +116,7 @@ def test_nan_reaches_the_score(place, cases):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_special_values_give_what_the_reference_gives(kernels, interpreted, cases, dtype):
+def test_special_values_match_the_reference(kernels, interpreted, cases, dtype):
     for tokens in (34,) if interpreted else (6, 20, 37):
         for token, extra_tokens, scale in ((0, 1, None), (2, 2, -0.3), (tokens - 1, 0, 0.4)):
             for what, (q, k, v) in cases.special_cases(dtype, kernels, token, tokens):
@@ -127,7 +127,7 @@ def test_special_values_give_what_the_reference_gives(kernels, interpreted, case
                 assert torch.equal(scores.isnan(), expected_scores.isnan()), (what, token, tokens)
                 cases.assert_outputs_close(out, expected_out)
                 if "logits" in what and backends().forced == "triton":
-                    # It computes logits twice, and the rounding error of some 1e30 is larger than any score.
+                    # The kernels compute logits twice, and the rounding error of logits of 1e30 exceeds any score.
                     assert (scores <= 1).logical_or(scores.isnan()).all(), (what, token, tokens)
                 else:
                     cases.assert_scores_close(scores, expected_scores)
@@ -137,7 +137,7 @@ def test_gradients(any_device, cases):
     q, k, v = cases.leaves(cases.packed_qkv(2, 2, 5, 3, torch.float64, any_device))
     assert torch.autograd.gradcheck(lambda *qkv: column_mean_attention(*qkv, 1)[0], (q, k, v))
     assert torch.autograd.gradcheck(lambda *qkv: column_mean_attention(*qkv, 1, 0.7)[0], (q, k, v))
-    # The definition is differentiable by itself, and has the same gradient.
+    # Autograd differentiates the reference, too, with the same gradients.
     out, scores = column_mean_attention(q, k, v, 1)
     assert not scores.requires_grad
     grad = torch.randn_like(out)
@@ -153,14 +153,14 @@ def test_gradient_reaches_one_input_alone(place, cases):
     torch.testing.assert_close(grad.sum(), torch.tensor(float(grad.numel()), device=place))
 
 
-def test_second_derivative_is_refused(any_device, cases):
+def test_second_derivative_raises_an_error(any_device, cases):
     q, k, v = cases.leaves(cases.packed_qkv(1, 1, 4, 2, torch.float32, any_device))
     (grad,) = torch.autograd.grad(column_mean_attention(q, k, v, 1)[0].square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="once, not twice"):
         grad.sum().backward()
 
 
-def test_refuses_bad_arguments(any_device):
+def test_rejects_bad_arguments(any_device):
     q = torch.zeros(2, 3, 9, 4, device=any_device)
     with pytest.raises(ValueError, match=r"q: expected shape \[B, H, N, D\], got \[3, 9, 4\]"):
         column_mean_attention(q[0], q[0], q[0], 1)
