@@ -10,7 +10,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def exact_gradients(grad_out, q, k, v, scale=None):
-    """Of PyTorch's attention in float64."""
+    """The gradients of PyTorch's attention in float64."""
     inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
     out = F.scaled_dot_product_attention(*inputs, scale=scale)
     return torch.autograd.grad(out, inputs, grad_out.double())
