@@ -26,7 +26,8 @@ def test_strides(device):
     scores, x = torch.randn(4, 40, device=device), torch.randn(4, 60, 20, device=device)
     y = torch.randn(2, 22, 12, device=device)[:, ::2, :11]
     check(scores[::2, 5:25:2], x[:2, :11, 4:9], y, 6, 1)
-    check(scores[1:, :10][:2], x[:1, :11].expand(2, -1, -1), y.transpose(1, 2), 6, 1)  # apart: a clip, a row, a channel
+    expanded_clips, strided_channels = x[:1, :11].expand(2, -1, -1), y.transpose(1, 2)
+    check(scores[1:, :10][:2], expanded_clips, strided_channels, 6, 1)
     check(scores[:1, :10].expand(2, -1), x[::2, 1:34:3], x[1::2, :11, ::3], 6, 1)
     check(scores[:2, ::4].t().contiguous().t(), x[:2, :11], y, 6, 1)
 
@@ -41,7 +42,7 @@ def test_gradients(device):
     assert grads[0] is None and grads[2] is None and grads[1].sum() == 2 * 6 * 2
 
 
-def test_refuses_bad_arguments(device):
+def test_rejects_bad_arguments(device):
     scores, x, y = (torch.zeros(shape, device=device) for shape in ((2, 8), (2, 9, 4), (2, 9, 3)))
     with pytest.raises(TypeError, match="scores: expected dtype torch.float32, got torch.bfloat16"):
         prune_tokens(scores.bfloat16(), x, y, 4, 1)
