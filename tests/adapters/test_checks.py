@@ -53,7 +53,7 @@ def test_a_part_too_many(plain, refuses, kind):
             else:
                 self.attn.register_buffer("position", torch.zeros(dim))
 
-    refuses(Block, r"blocks\[1\].attn \(PlainAttention\) has 'position', a part that pruning does not know")
+    refuses(Block, r"blocks\[1\].attn \(PlainAttention\) has 'position', a part that pruning does not support")
 
 
 def test_shapes(plain, refuses):
@@ -91,7 +91,7 @@ def test_an_argument_that_is_not_known(plain, refuses):
         def forward(self, x, rope=None):
             return super().forward(x)
 
-    refuses(Block, r"blocks\[1\] takes rope beside its tokens")
+    refuses(Block, r"blocks\[1\] takes rope in addition to its tokens")
 
 
 def test_a_forward_that_was_replaced(plain, refuses):
@@ -111,7 +111,7 @@ def test_a_forward_replaced_later_stops_unprune(plain_vit):
 
 
 def test_the_same_parts_put_together_otherwise(plain, refuses):
-    message = r"blocks\[1\] has the parts of a ViT's block, but does something else"
+    message = r"blocks\[1\] has the parts of a ViT's block, but combines them differently"
 
     class NormAfter(plain.Block):
         def forward(self, x):
@@ -172,7 +172,7 @@ def test_weights_that_hide_the_difference_do_not(plain, random_weights):
     model = plain.ViT(block=NormAfter)
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    with pytest.raises(pruneattn.UserError, match="does something else"):
+    with pytest.raises(pruneattn.UserError, match="combines them differently"):
         pruneattn.prune(model, 0.5, (1,))
 
 
@@ -181,7 +181,7 @@ def test_a_block_that_cannot_be_run_alone(plain, refuses):
         def forward(self, x):
             return super().forward(x.reshape(1, 3, 3, 24).flatten(1, 2))
 
-    refuses(Block, r"blocks\[1\]: a copy of it could not be run alone")
+    refuses(Block, r"blocks\[1\]: a copy of the block could not be run alone")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -130,7 +130,7 @@ def test_our_models_take_the_score_too(example):
     class Free(pruneattn.Pruning):
         pass
 
-    with pytest.raises(NotImplementedError, match="Free does not say what it costs"):
+    with pytest.raises(NotImplementedError, match="Free does not give its cost: implement attention_macs"):
         pruneattn.count_macs(pruneattn.create_model("ast_tiny", score=Free(), keep_rate=0.5, **sizes))
 
 

@@ -1,4 +1,4 @@
-"""What holds for every family, on a model that needs no library."""
+"""Properties of every family, on a model that needs no library."""
 
 import copy
 from functools import partial
@@ -119,11 +119,13 @@ def test_parameters_replaced_after_pruning_are_used(plain, plain_vit, random_wei
         ({"keep_rate": 1.5}, "keep_rate: .* got 1.5"),
         ({"keep_rate": "half"}, "keep_rate: .* got 'h'"),
         ({"keep_rate": (0.5, 0.7, 0.9)}, "keep_rate: 3 values for 2 pruning blocks"),
-        ({"blocks": (1, 4)}, r"blocks: \(1, 4\) must lie within depth 4"),
-        ({"blocks": (-1,)}, "blocks: .* must lie within depth 4"),
-        ({"blocks": (2, 1)}, r"blocks: must ascend without repeats, got \(2, 1\)"),
-        ({"blocks": (2, 2)}, "blocks: must ascend without repeats"),
-        ({"blocks": ()}, "needs pruning blocks"),
+        ({"prune_blocks": (1, 4)}, r"prune_blocks: \(1, 4\) must be within depth 4"),
+        ({"prune_blocks": (-1,)}, "prune_blocks: .* must be within depth 4"),
+        ({"prune_blocks": (2, 1)}, r"prune_blocks: must ascend without repeats, got \(2, 1\)"),
+        ({"prune_blocks": (2, 2)}, "prune_blocks: must ascend without repeats"),
+        ({"prune_blocks": ()}, "needs pruning blocks"),
+        ({"prune_blocks": None}, r"prune_blocks: \(3, 6, 9\) must be within depth 4"),
+        ({"blocks": (1, 3)}, "prune_blocks: given together with its alias blocks: give only prune_blocks"),
         ({"score": "intensity"}, "score: 'intensity' ranks by the spectrogram"),
         ({"score": "variation"}, "score: 'variation' ranks by the spectrogram"),
         ({"score": "random"}, "score: 'random' ranks by the spectrogram"),
@@ -136,7 +138,7 @@ def test_arguments_that_cannot_be_used_change_nothing(plain_vit, tokens, argumen
         pruneattn.prune(plain_vit, 0.5, (0,))
     before = counts(plain_vit, tokens)
     with pytest.raises(pruneattn.UserError, match=message):
-        pruneattn.prune(plain_vit, **{"keep_rate": 0.5, "blocks": (1, 2)} | arguments)
+        pruneattn.prune(plain_vit, **{"keep_rate": 0.5, "prune_blocks": (1, 2)} | arguments)
     assert counts(plain_vit, tokens) == before
 
 
@@ -179,7 +181,7 @@ def test_our_own_models():
     model = pruneattn.create_model("ast_tiny", prune_blocks=(1, 2), **sizes)
     pruneattn.set_keep_rate(model, (0.5, 0.25))
     assert model.keep_rates == (0.5, 0.25)
-    with pytest.raises(pruneattn.UserError, match="prunes by itself: set_keep_rate"):
+    with pytest.raises(pruneattn.UserError, match="already has pruning blocks: change its keep-rate with set_keep_rate"):
         pruneattn.prune(model)
     with pytest.raises(pruneattn.UserError, match=r"model.set_keep_rate\(1\)"):
         pruneattn.unprune(model)

@@ -109,19 +109,19 @@ def test_what_cannot_be_done_is_refused(make_model):
         optimize_for_inference(make_model("ast"), torch.float16)
     fast = optimize_for_inference(make_model("ast"))
     assert optimize_for_inference(fast) is fast and not fast.training
-    with pytest.raises(UserError, match="packed in torch.float32 already"):
+    with pytest.raises(UserError, match="already packed in torch.float32"):
         optimize_for_inference(fast, torch.bfloat16)
     with pytest.raises(UserError, match="has no gradients: load it again to train it"):
         fast(torch.randn(1, 128, 128, requires_grad=True))
     fbank = torch.randn(1, 128, 128)
     expected = fast(fbank)
-    with pytest.raises(UserError, match="cannot be moved or cast: do that before"):
+    with pytest.raises(UserError, match="cannot be moved or cast: move or cast it first"):
         fast.double()
     for holder in (fast, torch.nn.ModuleDict({"m": fast})):
         names = {name: torch.zeros_like(tensor) for name, tensor in holder.state_dict().items()}
-        with pytest.raises(UserError, match="takes no new weights: load them before"):
+        with pytest.raises(UserError, match="accepts no new weights: load them first"):
             holder.load_state_dict(names)
-    with pytest.raises(UserError, match="packed in torch.float32; call it outside"):
+    with pytest.raises(UserError, match="packed in torch.float32; call it outside autocast"):
         with torch.autocast("cpu", torch.bfloat16):
             fast(fbank)
     assert torch.equal(fast(fbank), expected)

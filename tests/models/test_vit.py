@@ -44,7 +44,7 @@ def test_names_and_sizes():
         ({"frames": 0}, "frames: must be a whole number above 0"),
         ({"num_classes": 0}, "num_classes"),
         ({"num_heads": 5}, "num_heads: 5 does not divide embed_dim 192"),
-        ({"depth": 8}, r"prune_blocks: \(3, 6, 9\) must lie within depth 8"),
+        ({"depth": 8}, r"prune_blocks: \(3, 6, 9\) must be within depth 8"),
         ({"prune_blocks": (6, 3)}, "prune_blocks: must ascend"),
         ({"prune_blocks": (3, 3)}, "prune_blocks: must ascend"),
         ({"prune_blocks": (-1,)}, "prune_blocks"),
