@@ -70,7 +70,7 @@ def at_keep_rate(model: _Model, keep_rate: float | Sequence[float]) -> Iterator[
     try:
         yield model
     finally:
-        # If the model was pruned anew in between, these no longer belong to it, and it keeps its new keep-rates.
+        # After another call of prune inside the block, these settings are no longer the model's, whose new rates remain.
         _set_rates(prunings, rates)
 
 

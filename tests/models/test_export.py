@@ -25,12 +25,30 @@ def onnxruntime():
     return pytest.importorskip("onnxruntime")
 
 
-@pytest.fixture
-def model(make_model):
-    model = make_model("ast", **SMALL)
+def make_described(make_model, **arguments):
+    model = make_model("ast", **SMALL | arguments)
     model.features = FeatureConfig(frames=128, mean=-8.74, std=4.28)
     model.labels, model.multilabel = list("abcde"), False
     return model
+
+
+@pytest.fixture
+def model(make_model):
+    return make_described(make_model)
+
+
+@pytest.fixture(scope="module")
+def programs(make_model, tmp_path_factory):
+    """Files of one model in the format torch, without and with kernels, for all tests that only read them: the model,
+    ``{kernels: path}`` and ``{kernels: difference that export_model returned}``.
+    """
+    model, folder = make_described(make_model), tmp_path_factory.mktemp("programs")
+    paths = {kernels: folder / f"{kernels}.pt2" for kernels in (False, True)}
+    return (
+        model,
+        paths,
+        {kernels: export_model(model, path, "torch", kernels=kernels) for kernels, path in paths.items()},
+    )
 
 
 def run_onnx(onnxruntime, path, *inputs):
@@ -44,7 +62,14 @@ def close(actual, expected, tolerance=1e-3):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("family, score", [("ast", "cls"), ("audiomae", "column_mean"), ("audiomae", "variation")])
+@pytest.mark.parametrize(
+    "family, score",
+    [
+        ("ast", "cls"),
+        pytest.param("audiomae", "column_mean", marks=pytest.mark.slow),
+        pytest.param("audiomae", "variation", marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_onnx(make_model, onnxruntime, tmp_path, family, score):
     model, path = make_model(family, score=score, **SMALL), tmp_path / "model.onnx"
@@ -59,6 +84,7 @@ def test_onnx(make_model, onnxruntime, tmp_path, family, score):
     close(run_onnx(onnxruntime, path, fbank)[0], model(fbank))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_takes_waveforms_and_describes_itself(model, onnxruntime, tmp_path):
     path = tmp_path / "model.onnx"
@@ -74,29 +100,32 @@ def test_onnx_takes_waveforms_and_describes_itself(model, onnxruntime, tmp_path)
 
 
 @torch.no_grad()
-def test_a_torch_program_does_not_need_this_package(model, tmp_path):
-    path = tmp_path / "model.pt2"
-    export_model(model, path, "torch")
+def test_a_torch_program_does_not_need_this_package(programs):
+    model, paths, _ = programs
     files = {DESCRIPTION_FILE: ""}
-    program = torch.export.load(path, extra_files=files)
+    program = torch.export.load(paths[False], extra_files=files)
     assert json.loads(files[DESCRIPTION_FILE])["labels"] == model.labels
     used = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in used if "pruneattn" in name]
     assert not [name for name in used if "logsumexp" in name]  # needed by gradients only
     fbank = torch.randn(4, 128, 128)
     close(program.module()(fbank), model(fbank))
-    elsewhere = "import sys; sys.modules['pruneattn'] = None; import torch; torch.export.load(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", elsewhere, path], check=True)
 
 
 @torch.no_grad()
-def test_kernels_are_kept_on_request(model, tmp_path):
-    path = tmp_path / "model.pt2"
-    assert export_model(model, path, "torch", kernels=True) == 0
-    used = {str(node.target) for node in torch.export.load(path).graph.nodes}
+def test_kernels_are_kept_on_request(programs):
+    _, paths, differences = programs
+    assert differences[True] == 0 and differences[False] < 1e-3
+    used = {str(node.target) for node in torch.export.load(paths[True]).graph.nodes}
     assert "pruneattn.cls_prune_tokens.default" in used
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [False, True])
+def test_only_a_program_with_kernels_needs_this_package(programs, kernels):
     elsewhere = "import sys; sys.modules['pruneattn'] = None; import torch; torch.export.load(sys.argv[1])"
-    assert subprocess.run([sys.executable, "-c", elsewhere, path], capture_output=True).returncode
+    done = subprocess.run([sys.executable, "-c", elsewhere, programs[1][kernels]], capture_output=True)
+    assert bool(done.returncode) == kernels
 
 
 class Pieces(torch.nn.Module):
@@ -123,6 +152,7 @@ def test_the_selection_is_kept_on_request():
             torch.testing.assert_close(ours, wanted)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_aoti(make_model, tmp_path):
     model, path = make_model("audiomae", **SMALL), tmp_path / "model.pt2"
@@ -134,7 +164,7 @@ def test_aoti(make_model, tmp_path):
         close(compiled(fbank), model(fbank))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_half_precision(model, tmp_path, dtype):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -147,14 +177,16 @@ def test_half_precision(model, tmp_path, dtype):
         assert torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype
 
 
-@torch.no_grad()
-def test_models_of_other_libraries(onnxruntime, tmp_path):
-    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=24, num_classes=7)
+def timm_model():
+    timm = pytest.importorskip("timm")
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=24, num_classes=7), (3, 64, 64)
+
+
+def transformers_model():
+    transformers = pytest.importorskip("transformers")
     config = transformers.ASTConfig(
         hidden_size=24,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=3,
         intermediate_size=96,
         max_length=128,
@@ -162,22 +194,25 @@ def test_models_of_other_libraries(onnxruntime, tmp_path):
         time_stride=16,
         num_labels=7,
     )
-    for model, shape in (
-        (vit, (3, 64, 64)),
-        (transformers.ASTForAudioClassification(config), (128, 128)),
-    ):
-        pruneattn.prune(model.eval(), keep_rate=0.5, prune_blocks=(1,))
-        head = model.head if hasattr(model, "head") else model.classifier.dense
-        torch.nn.init.normal_(head.weight)
-        export_model(model, tmp_path / "theirs.onnx", "onnx", example=torch.zeros(1, *shape))
-        x = torch.randn(5, *shape)
-        logits, names, _ = run_onnx(onnxruntime, tmp_path / "theirs.onnx", x)
-        expected = model(x)
-        close(logits, getattr(expected, "logits", expected))
-        assert names == ["input"]
-        pruneattn.unprune(model)
-        unpruned = model(x)
-        assert (getattr(unpruned, "logits", unpruned) - logits).abs().max() > 0.01
+    return transformers.ASTForAudioClassification(config), (128, 128)
+
+
+@pytest.mark.parametrize("make", [timm_model, pytest.param(transformers_model, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_models_of_other_libraries(onnxruntime, tmp_path, make):
+    torch.manual_seed(0)
+    model, shape = make()
+    pruneattn.prune(model.eval(), keep_rate=0.5, prune_blocks=(1,))
+    torch.nn.init.normal_(model.head.weight if hasattr(model, "head") else model.classifier.dense.weight)
+    export_model(model, tmp_path / "theirs.onnx", "onnx", example=torch.zeros(1, *shape))
+    x = torch.randn(5, *shape)
+    logits, names, _ = run_onnx(onnxruntime, tmp_path / "theirs.onnx", x)
+    expected = model(x)
+    close(logits, getattr(expected, "logits", expected))
+    assert names == ["input"]
+    pruneattn.unprune(model)
+    unpruned = model(x)
+    assert (getattr(unpruned, "logits", unpruned) - logits).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -248,27 +283,30 @@ def test_without_onnx(model, tmp_path, monkeypatch):
         export_model(model, tmp_path / "model.onnx", "onnx")
 
 
-def test_a_wrong_file_is_not_kept(model, tmp_path, monkeypatch):
+def write_damaged(model, program, file):
+    file.write_text("nothing")
+
+
+def write_another(model, program, file):
+    model.set_keep_rate(0.5)
+    other = export._program(export._Exported(model, False, None), (torch.zeros(2, 128, 128),), "torch", False)
+    torch.export.save(other, file)
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (write_damaged, "does not run in a process of its own"),
+        pytest.param(write_another, "does not compute the model's logits", marks=pytest.mark.slow),
+    ],
+)
+def test_a_wrong_file_is_not_kept(model, tmp_path, monkeypatch, write, message):
     path = tmp_path / "model.pt2"
-    path.write_text("what was there before")
-
-    def write_another(program, file, *_):
-        model.set_keep_rate(0.5)
-        other = export._program(export._Exported(model, False, None), (torch.zeros(2, 128, 128),), "torch", False)
-        torch.export.save(other, file)
-
-    def write_damaged(program, file, *_):
-        file.write_text("nothing")
-
-    messages = {
-        write_another: "does not compute the model's logits",
-        write_damaged: "does not run in a process of its own",
-    }
-    for write, message in messages.items():
-        monkeypatch.setitem(export._WRITERS, "torch", write)
-        with pytest.raises(UserError, match=message):
-            export_model(model, path, "torch")
-        assert path.read_text() == "what was there before" and len(list(tmp_path.iterdir())) == 1
+    path.write_text("the previous file")
+    monkeypatch.setitem(export._WRITERS, "torch", lambda program, file, *_: write(model, program, file))
+    with pytest.raises(UserError, match=message):
+        export_model(model, path, "torch")
+    assert path.read_text() == "the previous file" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_command(model, tmp_path, monkeypatch, capsys):
