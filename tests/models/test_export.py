@@ -180,13 +180,12 @@ def test_aoti(make_model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_half_precision_without_kernels(model, tmp_path, dtype):
-    export_model(model, tmp_path / "model.pt2", "torch", dtype=dtype)
+def test_float16_without_kernels(model, tmp_path):
+    export_model(model, tmp_path / "model.pt2", "torch", dtype=torch.float16)
     program, fbank = torch.export.load(tmp_path / "model.pt2"), torch.randn(4, 128, 128)
     logits, expected = program.module()(fbank), model(fbank)
-    assert logits.dtype == torch.float32 and program.state_dict["model.head.weight"].dtype == dtype
+    assert logits.dtype == torch.float32 and program.state_dict["model.head.weight"].dtype == torch.float16
     assert (logits - expected).norm() < 0.2 * expected.norm()
 
 
