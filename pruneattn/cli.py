@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 Options = argparse._ActionsContainer
 
 _LABEL_CSV_COLUMNS = "(index,mid,display_name)"
+_KEEP_RATE = "--keep-rate"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command. ``--keep-rate`` takes all numbers that follow, but no positional argument.
+
+    With ``nargs="+"`` the option would take the checkpoint, too: ``--keep-rate 0.7 CHECKPOINT``.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse like argparse, with the numbers after ``--keep-rate`` joined into one value."""
+        return super().parse_known_args(_join_keep_rates(sys.argv[1:] if args is None else args), namespace)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -159,14 +171,14 @@ def add_frames_option(parser: Options, text: str) -> None:
 def add_keep_rate_option(
     parser: Options,
     text: str = "fraction of the patches that each pruning block keeps, in (0, 1]: one number, or one for each pruning "
-    "block (default: the checkpoint's)",
+    "block as 0.9 0.7 0.5 or 0.9,0.7,0.5 (default: the checkpoint's)",
 ) -> None:
-    """Add ``--keep-rate``: the keep-rate that the model runs at.
+    """Add ``--keep-rate``: the keep-rate that the model runs at. The parser must be a ``CommandParser``.
 
     The parsed value is None, a number, a tuple of numbers (given as one word, ``0.9,0.7,0.5``) or a list of numbers
     (given as several words, ``0.9 0.7 0.5``). ``model.set_keep_rate`` takes all but None.
     """
-    parser.add_argument("--keep-rate", type=parse_keep_rate, nargs="+", action=_StoreKeepRate, metavar="R", help=text)
+    parser.add_argument(_KEEP_RATE, type=_parse_joined, metavar="R", help=text)
 
 
 def add_keep_rates_option(parser: Options, default: Sequence[float], per_block: bool = False) -> None:
@@ -198,15 +210,28 @@ def parse_keep_rate(text: str) -> float | tuple[float, ...]:
     return rates if len(rates) > 1 else rates[0]
 
 
-class _StoreKeepRate(argparse.Action):
-    """Stores one value as it is, and several as a list."""
+def _parse_joined(text: str) -> float | tuple[float, ...] | list[float]:
+    """Read a value of ``_join_keep_rates``; several words become a list of numbers."""
+    words = text.split()
+    return [float(word) for word in words] if len(words) > 1 else parse_keep_rate(text)
 
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        if len(values) > 1 and any(isinstance(value, tuple) for value in values):
-            raise argparse.ArgumentError(self, "give one number for each pruning block once, as 0.9,0.7,0.5")
-        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+def _join_keep_rates(words: Iterable[str]) -> list[str]:
+    """Join the numbers after ``--keep-rate`` into one word, ``"0.9 0.7 0.5"``."""
+    joined: list[str] = []
+    for word in words:
+        if len(joined) > 1 and joined[-2] == _KEEP_RATE and _is_rate(word):
+            joined[-1] += f" {word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _is_rate(word: str) -> bool:
+    try:
+        return 0 <= float(word) <= 1
+    except ValueError:
+        return False
 
 
 def add_output_option(parser: Options, metavar: str, text: str, **settings: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .checkpoints.opening import class_names, describe
 from .cli import (
+    CommandParser,
     add_checkpoint_options,
     add_format_option,
     add_label_csv_option,
@@ -44,7 +45,7 @@ def _check_output(checkpoint: str, weights: str | Path, output: Path) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pruneattn convert",
         description="Write a checkpoint of any known format in the layout of another project, with identical weights. "
         "Models of other projects compute every patch until pruneattn.prune changes them.",

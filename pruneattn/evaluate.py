@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .checkpoints.opening import describe
 from .cli import (
+    CommandParser,
     add_checkpoint_options,
     add_data_options,
     add_device_option,
@@ -94,16 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.finish()
 
 
-def sweep(
-    keep_rate: float | tuple[float, ...] | list[float] | None, keep_rates: Sequence[KeepRate], blocks: int
-) -> list[KeepRate]:
+def sweep(keep_rate: KeepRate | None, keep_rates: Sequence[KeepRate], blocks: int) -> list[KeepRate]:
     """The keep-rates to evaluate at, each once. A rate that all blocks share becomes a number.
 
     ``--keep-rate`` with several words was a sweep before ``--keep-rates`` existed. It still is one, with a warning,
     where the words cannot be one rate for each pruning block.
 
     Args:
-        keep_rate: parsed ``--keep-rate``.
+        keep_rate: parsed ``--keep-rate``; a list of numbers if it was several words.
         keep_rates: parsed ``--keep-rates``.
         blocks: number of the model's pruning blocks.
 
@@ -219,7 +218,7 @@ def _add_speed(
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pruneattn evaluate",
         description="Measure accuracy, multiply-accumulates and speed of a checkpoint at several keep-rates. "
         "torchrun -m pruneattn.evaluate shares the clips between processes.",
@@ -228,8 +227,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     rates = parser.add_mutually_exclusive_group()
     add_keep_rate_option(
         rates,
-        "keep-rate of the one row to evaluate: one number, or one for each pruning block as 0.9,0.7,0.5 (several words "
-        "are a deprecated form of --keep-rates)",
+        "the one keep-rate to evaluate at: one number, or one for each pruning block as 0.9,0.7,0.5 (several words, "
+        "0.9 0.7 0.5, are a deprecated form of --keep-rates)",
     )
     add_keep_rates_option(rates, KEEP_RATES, per_block=True)
     add_data_options(parser)

@@ -10,6 +10,7 @@ import torch
 
 from .checkpoints.opening import describe
 from .cli import (
+    CommandParser,
     add_checkpoint_options,
     add_device_option,
     add_format_option,
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pruneattn export",
         description="Write a checkpoint as one file for inference elsewhere. The file contains the pruning and takes "
         "any number of clips per call.",

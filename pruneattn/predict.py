@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoints.opening import class_names, describe, fingerprint
 from .cli import (
+    CommandParser,
     Options,
     add_amp_option,
     add_batch_size_option,
@@ -139,7 +140,7 @@ def check_label_options(args: argparse.Namespace) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pruneattn predict",
         description="Label sound files of any format and length. A clip that is longer than the model's input is cut "
         "into overlapping windows, and their scores are averaged. A shorter clip is padded as in training.",
