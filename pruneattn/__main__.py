@@ -6,23 +6,22 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import NoReturn
 
 from .cli import run_command
 from .constants import VERSION
 from .errors import UserError
 
-#: For each command the module whose ``main(argv)`` runs it (None: it is in this file), and its line in the help.
-COMMANDS: dict[str, tuple[str | None, str]] = {
-    "train": ("pruneattn.train", "training of a model that prunes"),
-    "evaluate": ("pruneattn.evaluate", "accuracy, cost and speed of a checkpoint by keep-rate"),
-    "predict": ("pruneattn.predict", "labels of sound files of any length"),
-    "export": ("pruneattn.export", "a checkpoint as a file for ONNX Runtime or PyTorch"),
-    "convert": ("pruneattn.convert", "a checkpoint in the layout of another project"),
-    "data": ("pruneattn.data.__main__", "list, download and statistics of datasets"),
-    "analyze": ("pruneattn.analysis.__main__", "a table or a figure of the paper, by name"),
-    "backends": (None, "the backends that each operator can use on this machine"),
+#: The line of each command in ``pruneattn --help``.
+COMMANDS = {
+    "train": "training of a model that prunes",
+    "evaluate": "accuracy, cost and speed of a checkpoint by keep-rate",
+    "predict": "labels of sound files of any length",
+    "export": "a checkpoint as a file for ONNX Runtime or PyTorch",
+    "convert": "a checkpoint in the layout of another project",
+    "data": "list, download and statistics of datasets",
+    "analyze": "a table or a figure of the paper, by name",
+    "backends": "the backends that each operator can use on this machine",
 }
 
 
@@ -45,9 +44,25 @@ def _run(words: list[str]) -> int | None:
 
 
 def _entry_point(command: str) -> Callable[[list[str]], int | None]:
-    """The function that runs a command. Only now are its module and torch imported."""
-    module, _ = COMMANDS[command]
-    return _backends if module is None else import_module(module).main
+    """The function that runs a command. Only its module is imported, and only here, because most of them need torch."""
+    match command:
+        case "train":
+            from .train import main as run
+        case "evaluate":
+            from .evaluate import main as run
+        case "predict":
+            from .predict import main as run
+        case "export":
+            from .export import main as run
+        case "convert":
+            from .convert import main as run
+        case "data":
+            from .data.__main__ import main as run
+        case "analyze":
+            from .analysis.__main__ import main as run
+        case _:
+            return _backends
+    return run
 
 
 def _unknown(command: str) -> str:
@@ -64,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pruneattn {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (_, text) in COMMANDS.items():
+    for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
 
