@@ -36,11 +36,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(words: list[str]) -> int | None:
-    command = next(iter(words), "")
-    if command and not command.startswith("-") and command not in COMMANDS:
-        raise UserError(_unknown(command))
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        raise UserError(_unknown(words[0]))
     _parser().parse_args(words[:1])  # exits for --help and --version, and if there is no command
-    return _entry_point(command)(words[1:])
+    return _entry_point(words[0])(words[1:])
 
 
 def _entry_point(command: str) -> Callable[[list[str]], int | None]:
