@@ -17,7 +17,6 @@ from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio, load_dat
 from pruneattn.data.toy import KINDS, make_sound
 from pruneattn.errors import UserError
 from pruneattn.metrics import evaluate_predictions
-from pruneattn.report import save_failed
 from pruneattn.runtime import distributed, timing
 from pruneattn.runtime.timing import measure_speed
 
@@ -256,11 +255,6 @@ def test_unreadable_clips_are_left_out_and_listed(checkpoint, clips, tmp_path, c
     assert all(line.split("\t")[1] for line in listed)
     printed = capsys.readouterr().out
     assert "4 of 11 clips could not be read" in printed and "text.wav" in printed
-
-
-def test_names_that_are_not_utf8_are_listed(tmp_path):
-    path = save_failed(tmp_path, [(os.fsdecode(b"\xff.wav"), "the file is empty")])
-    assert path.read_text() == "\\udcff.wav\tthe file is empty\n"
 
 
 def test_misuse_is_one_clear_error(checkpoint, clips, tmp_path):
