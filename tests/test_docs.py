@@ -97,15 +97,23 @@ def commands_of(name):
                 yield shlex.split(line, comments=True)
 
 
+COMMANDS = {name: f"pruneattn.{name}" for name in ("train", "evaluate", "predict", "export", "convert", "data")}
+COMMANDS["analyze"] = "pruneattn.analysis"
+
+
 def python_commands():
     """Page, module or script, and arguments of the commands that are ours."""
     for name in TEXTS:
         for words in commands_of(name):
-            if "python" not in words:
+            if words[:1] == ["pruneattn"] and len(words) > 1 and words[1] in COMMANDS:
+                program, *arguments = words[1:]
+                program = COMMANDS[program]
+            elif "python" in words:
+                program, *arguments = words[words.index("python") + 1 :]
+                if program == "-m":
+                    program, *arguments = arguments
+            else:
                 continue
-            program, *arguments = words[words.index("python") + 1 :]
-            if program == "-m":
-                program, *arguments = arguments
             if "--" in arguments:  # what follows goes to training
                 cut = arguments.index("--")
                 yield pytest.param(name, "pruneattn.train", arguments[cut + 1 :], id=f"{name}: {program} --")
@@ -118,7 +126,7 @@ def python_commands():
 def test_commands_take_these_options(name, program, arguments, load_file, capsys):
     if program.endswith(".py"):
         try:
-            main = load_file(ROOT / program).main
+            main = getattr(load_file(ROOT / program), "main", None)
         except SystemExit as error:  # an example for those who have a library
             if "is not installed" not in str(error):
                 raise
@@ -126,7 +134,7 @@ def test_commands_take_these_options(name, program, arguments, load_file, capsys
     else:
         module = importlib.import_module(program)
         main = getattr(module, "main", None) or importlib.import_module(f"{program}.__main__").main
-    if not inspect.signature(main).parameters:
+    if main is None or not inspect.signature(main).parameters:
         return  # takes no options
     # Parsers read from left to right: values are checked before they come to --help, unknown options are not.
     with pytest.raises(SystemExit) as left:
@@ -146,7 +154,7 @@ def test_make_targets_exist():
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_named_files_exist(name):
-    paths = re.findall(r"`((?:\.ci|bench|csrc|docs|pruneattn|python|tests)/[\w./-]+)`", TEXTS[name])
+    paths = re.findall(r"`((?:\.ci|bench|csrc|docs|pruneattn|python|tests|tools)/[\w./-]+)`", TEXTS[name])
     assert not [path for path in paths if "X." not in path and not (ROOT / path).exists()]
 
 

@@ -1,4 +1,4 @@
-"""What the API pages show of docstrings: public names where users find them, Sphinx roles as links, returns as text."""
+"""griffe extensions for the API pages: public names at their public paths, Sphinx roles as links, returns as text."""
 
 import re
 import textwrap
@@ -12,8 +12,10 @@ _RETURNS = re.compile(r"^Returns:\n((?: {4}.*\n?|\n)+)", re.MULTILINE)
 
 
 class PublicNames(griffe.Extension):
-    """Puts functions where users find them: griffe imports nothing, so it misses what ``pruneattn`` imports on first
-    use, and sees a module where ``pruneattn.ops`` has the function of the same name.
+    """Adds public names at their public paths.
+
+    griffe does not import modules, so it misses the names that ``pruneattn`` imports on first use. In ``pruneattn.ops``
+    it finds a module instead of the function of the same name.
     """
 
     def on_package(self, *, pkg, **_):
@@ -22,11 +24,11 @@ class PublicNames(griffe.Extension):
         ops = pkg["ops"]
         for name, module in list(ops.modules.items()):
             if name in module.members:
-                ops.members[name] = griffe.Alias(name, module[name], parent=ops)  # set_member would merge them
+                ops.members[name] = griffe.Alias(name, module[name], parent=ops)  # set_member would merge the two
 
 
 class Markdown(griffe.Extension):
-    """Rewrites what Markdown does not know, before griffe takes the docstring apart."""
+    """Converts Sphinx roles and returns to Markdown before griffe parses a docstring."""
 
     def on_object(self, *, obj, **_):
         if obj.docstring:
@@ -34,11 +36,14 @@ class Markdown(griffe.Extension):
 
 
 def _link(found):
-    """The public ``x`` of ``:func:`x` ``, or code where it has no place in the reference."""
+    """Return a link to the public ``x`` of ``:func:`x` ``, or code if the reference does not contain it."""
     name = found[1].rpartition(".")[2]
     return f"[`{name}`][pruneattn.{name}]" if name in pruneattn._PUBLIC else f"`{name}`"
 
 
 def _returns(found):
-    """Text, which griffe would take for a type up to its first colon; several named results become a list."""
+    """Return the section as plain text, or as a list if it names several results.
+
+    griffe would parse the text before the first colon as a type.
+    """
     return "**Returns:**\n\n" + re.sub(r"^(?=\w+: )", "- ", textwrap.dedent(found[1]), flags=re.MULTILINE) + "\n"

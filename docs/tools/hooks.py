@@ -1,7 +1,7 @@
-"""What pages are given when the site is built: sections of the README and the commands' help, so none is copied.
+"""MkDocs hook that inserts sections of the README and the help of commands, so that no page repeats them.
 
-A line ``<!-- readme: Heading -->`` becomes that section of the README without its heading, and a line
-``<!-- help: COMMAND -->`` what ``python -m COMMAND --help`` says.
+``<!-- readme: Heading -->`` on a line of its own becomes that section of the README, without the heading.
+``<!-- help: pruneattn train -->`` becomes the output of ``python -m pruneattn train --help``.
 """
 
 import os
@@ -15,14 +15,16 @@ README = ROOT / "README.md"
 
 
 def on_page_markdown(markdown, page, **_):
-    """Fill in a page; links into the README lead to the page that shows its measurements."""
+    """Expand the comments of a page."""
     markdown = re.sub(r"^<!-- readme: (.+) -->$", lambda found: readme_section(found[1]), markdown, flags=re.MULTILINE)
-    markdown = re.sub(r"^<!-- help: (.+) -->$", lambda found: help_of(found[1]), markdown, flags=re.MULTILINE)
-    return markdown.replace("](../README.md#", "](performance.md#")
+    return re.sub(r"^<!-- help: (.+) -->$", lambda found: help_of(found[1]), markdown, flags=re.MULTILINE)
 
 
 def readme_section(heading):
-    """The text under a heading of the README, up to the next of its level or above, its links as from ``docs/``."""
+    """Return the text under a heading of the README, up to the next heading of the same or a higher level.
+
+    Its links become relative to ``docs/``.
+    """
     _, marks, text = re.split(rf"^(#+) {re.escape(heading)}$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     lines, in_code = [], False
     for line in text.splitlines():
@@ -34,6 +36,11 @@ def readme_section(heading):
 
 
 def help_of(command):
+    """Return the help of ``python -m COMMAND`` as a block of text.
+
+    Args:
+        command: module and subcommands, such as ``"pruneattn train"``.
+    """
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
     run = [sys.executable, "-m", *command.split(), "--help"]
     text = subprocess.run(run, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -54,7 +54,7 @@ def test_start_in_the_middle(train):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_workers_change_nothing(train):
+def test_batches_do_not_depend_on_workers(train):
     dataset = Counting(30, bad=(3, 17))
     runs = [list(make_loader(dataset, 4, train=train, seed=1, workers=workers)) for workers in (0, 1, 2)]
     for other in runs[1:]:
@@ -63,7 +63,7 @@ def test_workers_change_nothing(train):
             assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4])) and a.failed == b.failed
 
 
-def test_global_random_state_is_left_alone():
+def test_the_global_random_state_does_not_change():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     for train in (True, False):
@@ -102,7 +102,7 @@ def test_training_replaces_failed_clips():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_without_a_good_clip_takes_another(workers):
+def test_a_batch_without_a_good_clip_takes_another_clip(workers):
     """Among them batches of one clip, where no other of the batch can stand in."""
     dataset = Counting(100, bad=range(90))
     for size in (1, 5):
@@ -112,7 +112,7 @@ def test_a_batch_without_a_good_clip_takes_another(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_training_stops_when_nothing_of_a_batch_can_be_decoded(workers):
+def test_training_stops_if_no_clip_of_a_batch_can_be_decoded(workers):
     loader = make_loader(Counting(4, bad=range(4)), 4, train=True, workers=workers)
     with pytest.raises(UserError, match=r"none of the 4 clips .* is broken$"):
         list(loader)
