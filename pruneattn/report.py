@@ -27,13 +27,8 @@ def table_text(rows: Sequence[Row], context: Mapping[str, Any]) -> str:
         rows: one dict for each keep-rate.
         context: conditions of the measurement, by name.
     """
-    lines = [
-        f"{context['checkpoint']} ({context['model']}, {context['score']} score) on {_where(context)}: "
-        f"{context['clips']} clips",
-        "",
-        *_markdown(rows, context["metric"]),
-        "",
-    ]
+    model = f"{context['checkpoint']} ({context['model']}, {context['score']} score)"
+    lines = [f"{model} on {_where(context)}: {context['clips']} clips", "", *_markdown(rows, context["metric"]), ""]
     if "dense" in context:
         lines.append(
             f"Speed: model only, batches of {context['batch_size']}, {context['amp']}, {context['device']}, torch "

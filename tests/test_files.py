@@ -32,9 +32,13 @@ def test_replaces_the_file_and_leaves_nothing_else(tmp_path):
 def test_an_exception_keeps_the_old_file(tmp_path):
     path = tmp_path / "state.pt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
+
+    def stop(temporary):
         temporary.write_text("half")
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
+        stop(temporary)
     with pytest.raises(RuntimeError, match="of the block"), atomic_write(path):
         raise RuntimeError("of the block")
     assert path.read_text() == "old"
@@ -80,13 +84,12 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, name, save):
     path = tmp_path / name
     path.write_text("old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(UserError) as error:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # writes fail half way, as on a full disk
-        try:
-            with atomic_write(path) as temporary:
-                save(torch.zeros(100_000), temporary)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # writes fail half way, as on a full disk
+    try:
+        with pytest.raises(UserError) as error, atomic_write(path) as temporary:
+            save(torch.zeros(100_000), temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = str(error.value)
     assert message.startswith(f"cannot write {path}: ") and "The existing file is unchanged" in message
     assert path.read_text() == "old" and os.listdir(tmp_path) == [name]
@@ -99,9 +102,13 @@ def test_several_files_are_replaced_together(tmp_path):
         for name, path in temporary.items():
             path.write_text(name)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "a", "b": "b"}
-    with pytest.raises(KeyError), atomic_write_all(folder, ["a", "b", "c"]) as temporary:
+
+    def fail(temporary):
         temporary["a"].write_text("new")
         raise KeyError
+
+    with pytest.raises(KeyError), atomic_write_all(folder, ["a", "b", "c"]) as temporary:
+        fail(temporary)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "a", "b": "b"}
     message = "cannot make the folder .*a: .*; choose another place"
     with pytest.raises(UserError, match=message), atomic_write_all(folder / "a", ["x"]):

@@ -10,6 +10,9 @@ from pruneattn.plot import check_plot_path, keep_rate_text, mel_bin, plot_kept_p
 pytest.importorskip("matplotlib")
 
 
+NOISE = np.random.default_rng(0).random((512, 128))
+
+
 def stages():
     grid = np.zeros((8, 8), dtype=bool)
     grid[:, :4] = True
@@ -46,7 +49,7 @@ def test_kept_and_dropped_patches_are_drawn_at_their_positions():
 
 
 def test_axes_are_seconds_and_hertz():
-    figure = plot_kept_patches(np.random.rand(512, 128), [], title="", start=7.0, sounding=300)
+    figure = plot_kept_patches(NOISE, [], title="", start=7.0, sounding=300)
     (axis,) = figure.axes
     assert axis.get_xlim() == pytest.approx((7.0, 12.12))
     ticks = dict(zip((label.get_text() for label in axis.get_yticklabels()), axis.get_yticks(), strict=True))
@@ -57,10 +60,10 @@ def test_axes_are_seconds_and_hertz():
     assert [text.get_text() for text in axis.texts] == ["padding"]
     pruned = np.ones((8, 32), dtype=bool)
     pruned[:, 20:-1] = False  # a column of the padding is kept: no word may hide it
-    two = plot_kept_patches(np.random.rand(512, 128), [("after block 4", pruned)], title="", sounding=300)
+    two = plot_kept_patches(NOISE, [("after block 4", pruned)], title="", sounding=300)
     assert [len(axis.texts) for axis in two.axes] == [1, 0]
     assert all([patch.get_hatch() for patch in axis.patches] == ["////"] for axis in two.axes)
-    full = plot_kept_patches(np.random.rand(512, 128), [], title="")
+    full = plot_kept_patches(NOISE, [], title="")
     assert not full.axes[0].patches and not full.axes[0].texts
 
 

@@ -215,6 +215,12 @@ def test_processes_share_the_clips(checkpoint, clips, monkeypatch):
         assert [one[name] for one in together] == pytest.approx([one[name] for one in alone])
 
 
+def test_a_model_without_features_is_an_error(clips):
+    dataset = load_dataset("folder", "test", data_dir=clips, frames=128)
+    with pytest.raises(UserError, match="set model.features"):
+        evaluate.score_keep_rates(make_model(), dataset, [1.0], "cpu")
+
+
 @pytest.mark.slow
 def test_two_processes_agree_with_one(checkpoint, clips, tmp_path):
     options = ["--keep-rates", "1", "0.5", "--rounds", "0", "--batch-size", "2"]
@@ -366,7 +372,7 @@ def test_speed_in_half_precision_runs_as_asked(monkeypatch):
 
     def fake(variants, device, rounds):
         seen.update({name: function().dtype for name, function in variants.items()})
-        return dict.fromkeys(variants, [1.0])
+        return {name: [1.0] for name in variants}
 
     monkeypatch.setattr(timing, "rounds_side_by_side", fake)
     model = make_model()
