@@ -1,31 +1,51 @@
-"""The options and the error handling that the commands share."""
+"""Options and error handling that the commands share.
 
+Each option that several commands have is declared here once. This module imports torch only inside functions, so that
+``pruneattn --help`` answers quickly.
+"""
+
+from __future__ import annotations
+
+import argparse
 import io
 import signal
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .checkpoints import opening
 from .errors import UserError
-from .models.scores import SCORES
-from .runtime.inference import AMP_DTYPES
+
+if TYPE_CHECKING:
+    from .data.clips import ClipDataset
+    from .models.vit import PrunedViT
+
+#: A parser or a group of one: anything that options can be added to.
+Options = argparse._ActionsContainer
+
+_LABEL_CSV_COLUMNS = "(index,mid,display_name)"
+_KEEP_RATE = "--keep-rate"
 
 
-def check_least(args, **least):
-    """Raise a ``UserError`` if a parsed option is below its least value; one that was not given (None) is not."""
-    for name, value in least.items():
-        given = getattr(args, name)
-        if given is not None and given < value:
-            raise UserError(f"--{name.replace('_', '-')} {given}: must be at least {value}")
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command. ``--keep-rate`` takes all numbers that follow, but no positional argument.
+
+    With ``nargs="+"`` the option would take the checkpoint, too: ``--keep-rate 0.7 CHECKPOINT``.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse like argparse, with the numbers after ``--keep-rate`` joined into one value."""
+        return super().parse_known_args(_join_keep_rates(sys.argv[1:] if args is None else args), namespace)
 
 
-def run_command(main):
-    """Run a command line entry point and leave with the exit code it returns.
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run the entry point of a command and exit with the code that it returns.
 
-    A ``UserError``, an operating system error or a lost loader worker becomes one line and exit code 1, Ctrl-C one line
-    and 130.
+    A ``UserError``, an operating system error and a lost loader worker each become one line and exit code 1. Ctrl-C
+    becomes one line and exit code 130.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: a file name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: a file name may not be valid text
     try:
         sys.exit(main())
     except UserError as error:
@@ -34,130 +54,234 @@ def run_command(main):
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
-        # A full disk, a read-only folder, a missing permission: errno text and path say which.
+        # A full disk, a read-only folder or a missing permission. The errno text and the path say which.
         where = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{where}")
     except RuntimeError as error:
-        # From torch's signal handler, and so out of any line of the main process, whoever reads the loader.
+        # torch's signal handler raises this in the main process, wherever it is, whoever reads the loader.
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         sys.exit(
-            f"error: {str(error).splitlines()[0].rstrip('. ')}: a process that decodes clips died, most often for want of "
-            "memory or of room in /dev/shm: give fewer --workers (train goes on from its last checkpoint with --resume)"
+            f"error: {str(error).splitlines()[0].rstrip('. ')}: a process that decodes clips died, usually because "
+            "memory or /dev/shm is full: use fewer --workers (train resumes from its last checkpoint with --resume)"
         )
 
 
-def add_checkpoint_options(parser):
-    """The options by which ``open_checkpoint`` finds out what a checkpoint does not say itself."""
+def check_least(args: argparse.Namespace, **least: float) -> None:
+    """Raise a ``UserError`` if a parsed option is below its least value. Options that were not given (None) pass."""
+    for name, value in least.items():
+        given = getattr(args, name)
+        if given is not None and given < value:
+            raise UserError(f"--{name.replace('_', '-')} {given}: must be at least {value}")
+
+
+def add_checkpoint_options(parser: Options) -> None:
+    """Add the options that ``open_checkpoint`` reads."""
+    from .models.scores import SCORES
+
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a run folder of train, its best.safetensors, a folder of Hugging Face's AST, either's name on the Hub "
-        "(user/name or user/name@revision), or with --model any other file",
+        help="run folder of train, its best.safetensors, folder of a Hugging Face AST, name of either on the Hub "
+        "(user/name or user/name@revision), or with --model any other checkpoint file",
     )
     group = parser.add_argument_group("checkpoints of other projects (AST, AudioMAE, Hugging Face, timm)")
     group.add_argument("--model", metavar="NAME", help="model that the weights are for: audiomae_base, ast_base, ...")
-    group.add_argument("--num-classes", type=int, metavar="K", help="classes of its head (the dataset's)")
-    group.add_argument("--frames", type=int, metavar="F", help="10 ms frames of its input (the dataset's)")
-    group.add_argument("--mean", type=float, help="mean of the log-mel values it was trained with (the dataset's)")
-    group.add_argument("--std", type=float, help="their standard deviation (the dataset's)")
+    group.add_argument("--num-classes", type=int, metavar="K", help="classes of the head (default: the dataset's)")
+    add_frames_option(group, "10 ms frames of the input (default: the dataset's)")
+    group.add_argument("--mean", type=float, help="mean of the log-mel values in training (default: the dataset's)")
+    group.add_argument("--std", type=float, help="standard deviation of these values (default: the dataset's)")
     group.add_argument(
         "--padding",
         choices=("zero", "min"),
         default="zero",
-        help="what follows a short clip: 0 (AST, AudioMAE, Hugging Face) or the spectrogram's floor (the paper's own) "
-        "(default: zero)",
+        help="padding of short clips: zero (AST, AudioMAE, Hugging Face) or min, the spectrogram's minimum (this "
+        "package) (default: zero)",
     )
-    parser.add_argument("--score", choices=SCORES, help="what ranks the patches (the checkpoint's)")
+    parser.add_argument("--score", choices=SCORES, help="score that ranks the patches (default: the checkpoint's)")
 
 
-def add_trained_for_option(parser):
-    """``--dataset``, for commands that read none: it says what ``open_checkpoint`` takes from one."""
-    parser.add_argument(
-        "--dataset", default="as20k", help="with --model: dataset that the checkpoint was trained for (default: as20k)"
-    )
+def open_checkpoint(args: argparse.Namespace, dataset: str) -> PrunedViT:
+    """Open the checkpoint that the options of ``add_checkpoint_options`` name.
+
+    Args:
+        args: parsed options.
+        dataset: name of the dataset that the checkpoint was trained for.
+    """
+    from .checkpoints import opening
+
+    names = ("model", "num_classes", "frames", "mean", "std", "padding", "score")
+    return opening.open_checkpoint(args.checkpoint, dataset=dataset, **{name: getattr(args, name) for name in names})
 
 
-def add_keep_rate_option(parser):
-    """``--keep-rate``, one for all pruning blocks; ``set_keep_rate`` of the model if it is not None."""
-    parser.add_argument(
-        "--keep-rate",
-        type=float,
-        metavar="R",
-        help="share of patches kept at each pruning block, in (0, 1] (the checkpoint's)",
-    )
+def add_data_options(parser: Options, split: str = "test") -> None:
+    """Add the options that ``open_dataset`` reads, in a group of their own.
+
+    Args:
+        parser: parser of the command.
+        split: default of ``--split``.
+    """
+    from .data.catalog import DATASETS, SPLITS
+
+    data = parser.add_argument_group("data")
+    add_dataset_option(data, f"name of the dataset: {', '.join(DATASETS)}", required=True)
+    data.add_argument("--split", default=split, choices=SPLITS, help=f"split of the dataset (default: {split})")
+    add_data_dir_option(data, "folder of the data (default: the variable PRUNEATTN_DATA)")
+    data.add_argument("--fold", type=int, default=1, help="esc50: the held-out fold (default: 1)")
+    data.add_argument("--manifest", metavar="JSON", help="manifest, as20k: JSON file of the clips, in AST's format")
+    add_label_csv_option(data, "manifest, as20k: CSV of the labels")
+    add_workers_option(data)
 
 
-def add_keep_rates_option(parser, default):
-    """``--keep-rates``, a sweep."""
-    shown = " ".join(f"{rate:g}" for rate in default)
+def open_dataset(args: argparse.Namespace, model: PrunedViT) -> ClipDataset:
+    """Open the dataset that the options of ``add_data_options`` name; its classes must be those of the model."""
+    from .checkpoints import opening
+
+    names = ("data_dir", "fold", "manifest", "label_csv")
+    options = {name: getattr(args, name) for name in names}
+    return opening.open_dataset(model, args.checkpoint, args.dataset, args.split, **options)
+
+
+def add_trained_for_option(parser: Options) -> None:
+    """Add ``--dataset`` for commands that read no dataset: ``open_checkpoint`` takes its defaults from it."""
+    text = "with --model: dataset that the checkpoint was trained for (default: as20k)"
+    add_dataset_option(parser, text, default="as20k")
+
+
+def add_dataset_option(parser: Options, text: str, **settings: Any) -> None:
+    """Add ``--dataset`` with a help text."""
+    parser.add_argument("--dataset", metavar="NAME", help=text, **settings)
+
+
+def add_data_dir_option(parser: Options, text: str, default: str | None = None) -> None:
+    """Add ``--data-dir`` with a help text."""
+    parser.add_argument("--data-dir", metavar="DIR", default=default, help=text)
+
+
+def add_label_csv_option(parser: Options, what: str = "CSV of the labels") -> None:
+    """Add ``--label-csv``; its help text is ``what`` and the columns of the file."""
+    parser.add_argument("--label-csv", metavar="CSV", help=f"{what} {_LABEL_CSV_COLUMNS}")
+
+
+def add_frames_option(parser: Options, text: str) -> None:
+    """Add ``--frames`` with a help text."""
+    parser.add_argument("--frames", type=int, metavar="F", help=text)
+
+
+def add_keep_rate_option(
+    parser: Options,
+    text: str = "fraction of the patches that each pruning block keeps, in (0, 1]: one number, or one for each pruning "
+    "block as 0.9 0.7 0.5 or 0.9,0.7,0.5 (default: the checkpoint's)",
+) -> None:
+    """Add ``--keep-rate``: the keep-rate that the model runs at. The parser must be a ``CommandParser``.
+
+    The parsed value is None, a number, a tuple of numbers (given as one word, ``0.9,0.7,0.5``) or a list of numbers
+    (given as several words, ``0.9 0.7 0.5``). ``model.set_keep_rate`` takes all but None.
+    """
+    parser.add_argument(_KEEP_RATE, type=_parse_joined, metavar="R", help=text)
+
+
+def add_keep_rates_option(parser: Options, default: Sequence[float], per_block: bool = False) -> None:
+    """Add ``--keep-rates``: a sweep.
+
+    Args:
+        parser: parser or group.
+        default: keep-rates of the sweep where none are given.
+        per_block: accept ``0.9,0.7,0.5``, one number for each pruning block, as a keep-rate of the sweep: a tuple.
+    """
+    each = ", or one for each pruning block as 0.9,0.7,0.5" if per_block else ""
     parser.add_argument(
         "--keep-rates",
-        type=float,
+        type=parse_keep_rate if per_block else float,
         nargs="+",
         default=default,
         metavar="R",
-        help=f"shares of patches kept at each pruning block, in (0, 1] (default: {shown})",
+        help=f"keep-rates to compare: fractions of the patches that each pruning block keeps, in (0, 1]{each} "
+        f"(default: {' '.join(f'{rate:g}' for rate in default)})",
     )
 
 
-def add_device_option(parser):
-    """``--device``, for ``runtime.distributed.start``."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+def parse_keep_rate(text: str) -> float | tuple[float, ...]:
+    """Read ``"0.7"`` as a number and ``"0.9,0.7,0.5"`` as a tuple of numbers."""
+    try:
+        rates = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor numbers joined by commas") from None
+    return rates if len(rates) > 1 else rates[0]
 
 
-def add_batch_size_option(parser, default, what="clips"):
-    """``--batch-size`` of inference."""
+def _parse_joined(text: str) -> float | tuple[float, ...] | list[float]:
+    """Read a value of ``_join_keep_rates``; several words become a list of numbers."""
+    words = text.split()
+    return [float(word) for word in words] if len(words) > 1 else parse_keep_rate(text)
+
+
+def _join_keep_rates(words: Iterable[str]) -> list[str]:
+    """Join the numbers after ``--keep-rate`` into one word, ``"0.9 0.7 0.5"``."""
+    joined: list[str] = []
+    for word in words:
+        if len(joined) > 1 and joined[-2] == _KEEP_RATE and _is_rate(word):
+            joined[-1] += f" {word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _is_rate(word: str) -> bool:
+    try:
+        return 0 <= float(word) <= 1
+    except ValueError:
+        return False
+
+
+def add_output_option(parser: Options, metavar: str, text: str, **settings: Any) -> None:
+    """Add ``--output``, a ``Path``, with a help text."""
+    parser.add_argument("--output", type=Path, metavar=metavar, help=text, **settings)
+
+
+def add_format_option(parser: Options, choices: Iterable[str], text: str) -> None:
+    """Add ``--format``, which must be given, with its choices and a help text."""
+    parser.add_argument("--format", required=True, choices=tuple(choices), help=text)
+
+
+def add_device_option(parser: Options, text: str = "device to run on") -> None:
+    """Add ``--device`` for ``runtime.distributed.start``."""
+    parser.add_argument("--device", default="auto", help=f"{text}: auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def add_batch_size_option(parser: Options, default: int, what: str = "clips") -> None:
+    """Add ``--batch-size`` of inference: the number of ``what`` in a batch."""
     parser.add_argument(
         "--batch-size", type=int, default=default, metavar="B", help=f"{what} in a batch (default: {default})"
     )
 
 
-def add_amp_option(parser):
-    """``--amp``, the precision of inference."""
+def add_amp_option(parser: Options) -> None:
+    """Add ``--amp``: the precision of inference."""
+    from .runtime.inference import AMP_DTYPES
+
     parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
 
 
-def add_workers_option(parser):
-    """``--workers``."""
+def add_workers_option(parser: Options) -> None:
+    """Add ``--workers``: the processes that decode clips."""
     parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that decode clips (default: 0, this one)"
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that decode clips (default: 0, decode in the main process)",
     )
 
 
-def add_label_csv_option(parser, what="CSV of the labels"):
-    """``--label-csv``."""
-    parser.add_argument("--label-csv", metavar="CSV", help=f"{what} (index,mid,display_name)")
+def add_speed_options(parser: Options, batch_size: int) -> None:
+    """Add the options of ``runtime.timing.measure_speed``.
 
-
-def add_data_options(parser):
-    """The options by which ``open_dataset`` finds the clips."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, help="as20k, spc2, esc50, voxceleb1, toy, manifest or folder")
-    data.add_argument("--split", default="test", choices=("train", "val", "test"), help="(default: test)")
-    data.add_argument("--data-dir", metavar="DIR", help="where the data is (else the variable PRUNEATTN_DATA)")
-    data.add_argument("--fold", type=int, default=1, help="esc50: the fold that is held out (default: 1)")
-    data.add_argument("--manifest", metavar="JSON", help="manifest: JSON file of the clips")
-    add_label_csv_option(data, "manifest: CSV of the labels")
-    add_workers_option(data)
-
-
-def add_speed_options(parser, batch_size):
-    """The options of ``measure_speed``."""
+    Args:
+        parser: parser or group.
+        batch_size: default of ``--batch-size``.
+    """
     add_batch_size_option(parser, batch_size)
     add_amp_option(parser)
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of timing; 0 leaves it out (default: 9)")
-    parser.add_argument("--compile", action="store_true", help="measure the speed with torch.compile as well")
-
-
-def open_checkpoint(args, dataset):
-    """The model of the options of ``add_checkpoint_options``; ``dataset`` is the one that it was trained for."""
-    names = ("model", "num_classes", "frames", "mean", "std", "padding", "score")
-    return opening.open_checkpoint(args.checkpoint, dataset=dataset, **{name: getattr(args, name) for name in names})
-
-
-def open_dataset(args, model):
-    """The dataset of the options of ``add_data_options``, whose classes must be the model's."""
-    names = ("data_dir", "fold", "manifest", "label_csv")
-    options = {name: getattr(args, name) for name in names}
-    return opening.open_dataset(model, args.checkpoint, args.dataset, args.split, **options)
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of timing, 0 for no timing (default: 9)")
+    parser.add_argument("--compile", action="store_true", help="measure the speed with torch.compile, too")

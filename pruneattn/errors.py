@@ -1,5 +1,5 @@
-"""Errors meant for the person at the keyboard."""
+"""The error that reports a problem to the user."""
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used. The message names the thing and the remedy."""
+    """A value, file or environment from the user cannot be used. The message names it and the remedy."""

@@ -1,18 +1,32 @@
-"""``python -m pruneattn.export``: a checkpoint as one file for ONNX Runtime, or for PyTorch without this package."""
+"""``pruneattn export``: a checkpoint as one file for ONNX Runtime, or for PyTorch without this package."""
+
+from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .checkpoints.opening import describe
-from .cli import add_checkpoint_options, add_keep_rate_option, add_trained_for_option, open_checkpoint, run_command
+from .cli import (
+    CommandParser,
+    add_checkpoint_options,
+    add_device_option,
+    add_format_option,
+    add_keep_rate_option,
+    add_output_option,
+    add_trained_for_option,
+    open_checkpoint,
+    run_command,
+)
 from .models.export import FORMATS, export_model
+from .plot import keep_rate_text
 from .runtime import distributed
 from .runtime.inference import AMP_DTYPES
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Export as the command line says; returns the exit code."""
     args = _parse(argv)
     device = distributed.start("cpu" if args.format == "onnx" else args.device)
@@ -28,40 +42,40 @@ def main(argv=None):
         dtype=AMP_DTYPES[args.dtype] or torch.float32,
         kernels=args.kernels,
     )
-    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(model.keep_rates))
+    rates = keep_rate_text(model.keep_rates)
     print(f"{path}: {describe(model)}, keep-rate {rates}, {path.stat().st_size / 2**20:.1f} MiB")
-    where = "onnxruntime" if args.format == "onnx" else "a process of its own"
+    where = "onnxruntime" if args.format == "onnx" else "a new process"
     print(f"checked in {where}: logits within {difference:.1e} of the model's")
     return 0
 
 
-def _parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m pruneattn.export",
-        description="Write a checkpoint for inference elsewhere, pruning inside, for any number of clips a call.",
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser(
+        prog="pruneattn export",
+        description="Write a checkpoint as one file for inference elsewhere. The file contains the pruning and takes "
+        "any number of clips per call.",
     )
     add_checkpoint_options(parser)
-    parser.add_argument(
-        "--format",
-        choices=tuple(FORMATS),
-        required=True,
-        help="onnx, torch (a program of torch.export) or aoti (compiled by AOTInductor for this kind of machine)",
+    add_format_option(
+        parser,
+        FORMATS,
+        "format: onnx, torch (a program of torch.export) or aoti (compiled by AOTInductor for this kind of machine)",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="(default: the model's name, in this folder)")
+    add_output_option(parser, "FILE", "file to write (default: the model's name, in the current folder)")
     add_keep_rate_option(parser)
     parser.add_argument(
         "--waveform",
         action="store_true",
-        help="take samples at 16 kHz and their count in place of log-mels: the filterbank goes into the file too",
+        help="take samples at 16 kHz and their number instead of log-mels: the file contains the filterbank, too",
     )
     parser.add_argument("--dtype", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
     parser.add_argument(
         "--kernels",
         action="store_true",
-        help="torch, aoti: call pruneattn's kernels; whoever runs the file needs 'import pruneattn.ops'",
+        help="torch, aoti: call the kernels of pruneattn; the program that runs the file needs 'import pruneattn.ops'",
     )
     add_trained_for_option(parser)
-    parser.add_argument("--device", default="auto", help="that it will run on: auto, cpu, cuda (default: auto)")
+    add_device_option(parser, "device that the file will run on")
     return parser.parse_args(argv)
 
 

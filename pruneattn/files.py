@@ -1,41 +1,54 @@
 """Files that are either written completely or not at all."""
 
+from __future__ import annotations
+
 import csv
 import json
 import math
 import os
 import secrets
 import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypedDict
 
 from .errors import UserError
 
-#: How text with file names in it is written: the bytes of a name that is not UTF-8 as ``\\udcXX``.
-TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
+
+class TextOptions(TypedDict):
+    """Arguments of ``open`` and ``str.encode`` for text."""
+
+    encoding: str
+    errors: str
+
+
+#: Options for text that may contain file names: the bytes of a name that is not UTF-8 become ``\\udcXX``.
+TEXT: TextOptions = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 @contextmanager
-def atomic_write(path):
-    """Give a temporary path beside `path`; when the block ends well, its file takes the place of `path` in one step.
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path next to ``path``. When the block ends without an error, its file replaces ``path`` in one
+    step.
 
     ::
 
         with atomic_write("last.pt") as temporary:
             torch.save(state, temporary)
 
-    Whatever goes wrong (an exception in the block, a full disk, a kill), a file that was at `path` before stays as it
-    was. Only a kill can leave the temporary file (hidden, ending in ``.tmp``) behind; it is safe to delete.
+    If anything fails (an exception in the block, a full disk, a kill), a file that was at ``path`` stays unchanged.
+    Only a kill can leave the temporary file (hidden, ending in ``.tmp``) behind; it is safe to delete.
 
     Args:
-        path: file to write; its folder must exist. A symbolic link is followed: its target is what gets replaced.
+        path: file to write; its folder must exist. A symbolic link is followed: its target is replaced.
 
     Yields:
-        pathlib.Path of an empty file in the same folder, to be overwritten.
+        Path of an empty file in the same folder, to be overwritten.
 
     Raises:
         UserError: the file cannot be written (no such folder, no permission, read-only or full disk). Other exceptions
-            of the block pass through unchanged.
+            from the block pass through unchanged.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
@@ -43,7 +56,7 @@ def atomic_write(path):
         if target.is_dir():
             raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
         with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # what the umask allows; safetensors' own files are 0600
+            mode = os.fstat(file.fileno()).st_mode  # of the umask; safetensors creates files as 0600
         yield temporary
         os.chmod(temporary, mode & 0o777)
         with open(temporary, "rb") as file:
@@ -54,21 +67,26 @@ def atomic_write(path):
         reason = _write_failure(error)
         if reason is None:
             raise
-        kept = " The file that was there is unchanged." if target.is_file() else ""
-        raise UserError(
-            f"cannot write {path}: {reason}.{kept} Free some space or choose a folder that can be written to"
-        ) from error
+        kept = " The existing file is unchanged." if target.is_file() else ""
+        raise UserError(f"cannot write {path}: {reason}.{kept} Free some space or choose a writable folder") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_write_all(folder, names):
-    """``atomic_write`` of several files of one folder, which is made where it is absent: all are replaced, or none.
+def atomic_write_all(folder: str | os.PathLike[str], names: Iterable[str]) -> Iterator[dict[str, Path]]:
+    """``atomic_write`` for several files of one folder: either all are replaced, or none.
+
+    Args:
+        folder: folder of the files. It is created if it does not exist.
+        names: names of the files.
 
     Yields:
-        dict of a temporary path for each name.
+        A temporary path for each name.
+
+    Raises:
+        UserError: the folder cannot be created, or a file cannot be written.
     """
     folder = Path(folder)
     try:
@@ -79,7 +97,7 @@ def atomic_write_all(folder, names):
         yield {name: files.enter_context(atomic_write(folder / name)) for name in names}
 
 
-def write_csv(path, rows):
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write dicts with the same keys as a CSV file with a header, atomically."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="", **TEXT) as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -87,8 +105,8 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-def _write_failure(error):
-    """In words, why a file could not be written; None if the error is about something else."""
+def _write_failure(error: Exception) -> str | None:
+    """The reason why a file could not be written; None if the error has another cause."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     message = str(error)
@@ -99,8 +117,8 @@ def _write_failure(error):
     return None
 
 
-def _sync_folder(folder):
-    """Make the rename itself survive a power cut, where the file system allows it."""
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power failure, if the file system allows it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -109,34 +127,38 @@ def _sync_folder(folder):
             os.close(descriptor)
 
 
-def make_folder(path):
-    """A folder for results, made and seen to be writable before the long work."""
+def make_folder(path: Path) -> Path:
+    """Create a folder for results and check that it is writable, before the long work.
+
+    Raises:
+        UserError: the folder cannot be created or written to.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"cannot write into {path}: {error.strerror}; choose another folder with --output") from error
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder with --output") from error
     return path
 
 
-def write_text(path, text):
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write text atomically; bytes of file names that are not UTF-8 are escaped."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, **TEXT)
 
 
-def write_lines(path, lines):
+def write_lines(path: str | os.PathLike[str], lines: Iterable[object]) -> None:
     """Write lines of text atomically."""
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def write_json(path, values):
+def write_json(path: str | os.PathLike[str], values: Any) -> None:
     """Write values as indented JSON, atomically; numbers that are not finite become null."""
     write_text(path, json.dumps(json_values(values), indent=2) + "\n")
 
 
-def json_values(value):
-    """The same values with None for numbers that JSON cannot hold: NaN and infinity."""
+def json_values(value: Any) -> Any:
+    """Replace numbers that JSON cannot hold (NaN and infinity) by None, also inside dicts, lists and tuples."""
     if isinstance(value, dict):
         return {key: json_values(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,14 +1,27 @@
-"""``python -m pruneattn.predict``: labels of sound files of any length, and pictures of what pruning keeps of them."""
+"""``pruneattn predict``: labels of sound files of any length, and pictures of the patches that pruning keeps."""
+
+from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .checkpoints.opening import class_names, describe, fingerprint
 from .cli import (
+    CommandParser,
+    Options,
+    add_amp_option,
+    add_batch_size_option,
     add_checkpoint_options,
+    add_data_dir_option,
+    add_device_option,
     add_keep_rate_option,
+    add_label_csv_option,
+    add_output_option,
     add_trained_for_option,
+    add_workers_option,
     check_least,
     open_checkpoint,
     run_command,
@@ -17,13 +30,18 @@ from .constants import VERSION
 from .errors import UserError
 from .labelling.corpus import decode_clips, find_clips
 from .labelling.label_files import LabelFile, check_label_path
-from .labelling.windows import Labeller
+from .labelling.windows import Clip, Labeller
 from .labelling.write_labels import Terminal, write_labels
 from .runtime import distributed
-from .runtime.inference import AMP_DTYPES, optimized
+from .runtime.inference import optimized
+
+if TYPE_CHECKING:
+    import torch
+
+    from .models.vit import PrunedViT
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Predict as the command line says; returns the exit code of ``write_labels``."""
     args = _parse(argv)
     device = distributed.start(args.device)
@@ -31,8 +49,9 @@ def main(argv=None):
     about = describe_labels(model, args)
     labeller = make_labeller(model, device, args)
     paths, failed = find_clips(args.clips, args.data_dir)
+    output: Terminal | LabelFile
     if args.output is None:
-        output, labeller.windows = Terminal(as_json=False), True  # the text says how many windows there are
+        output, labeller.windows = Terminal(as_json=False), True  # the text names the number of windows
     elif args.output == Path("-"):
         output = Terminal(as_json=True)
     else:
@@ -40,9 +59,9 @@ def main(argv=None):
     draw = _drawing(args.plot, paths, labeller)
     todo = [path for path in paths if path not in output.done]
 
-    def rows():
+    def rows() -> Iterator[dict[str, Any]]:
         yield from ({"path": path, "error": reason} for path, reason in failed)
-        # Decoding goes on while the model works on a batch, and the next batch is there when it is done.
+        # Clips are decoded ahead, so that the next batch is ready when the model has finished the current one.
         for clip in labeller.clips(decode_clips(todo, args.workers, ahead=2 * args.batch_size + args.workers)):
             if draw is not None and clip.error is None:
                 draw(clip)
@@ -51,8 +70,8 @@ def main(argv=None):
     return write_labels(rows(), len(todo), output)
 
 
-def open_model(args):
-    """The checkpoint of the options of ``add_label_options``, on the CPU, with ``labels`` and its keep-rate set."""
+def open_model(args: argparse.Namespace) -> PrunedViT:
+    """Open the checkpoint of the options of ``add_label_options`` on the CPU, with its labels and keep-rate set."""
     model = open_checkpoint(args, args.dataset)
     if args.keep_rate is not None:
         model.set_keep_rate(args.keep_rate)
@@ -60,8 +79,8 @@ def open_model(args):
     return model
 
 
-def describe_labels(model, args):
-    """What decides over the labels, for ``LabelFile``: ``model`` is that of ``open_model``."""
+def describe_labels(model: PrunedViT, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the labels depend on, for ``LabelFile``. ``model`` is the one of ``open_model``."""
     return {
         "pruneattn": VERSION,
         "checkpoint": str(args.checkpoint),
@@ -73,75 +92,75 @@ def describe_labels(model, args):
     }
 
 
-def make_labeller(model, device, args):
-    """The ``Labeller`` of the options of ``add_label_options``; ``model`` is that of ``open_model``."""
+def make_labeller(model: PrunedViT, device: torch.device, args: argparse.Namespace) -> Labeller:
+    """Make the ``Labeller`` of the options of ``add_label_options``. ``model`` is the one of ``open_model``."""
     model, amp = optimized(model, device, args.amp)
     return Labeller(
         model, device, amp=amp, batch_size=args.batch_size, overlap=args.overlap, top_k=args.top_k, windows=args.windows
     )
 
 
-def add_label_options(parser):
-    """The options that say which clips are labelled and how; ``check_label_options`` looks at their values."""
+def add_label_options(parser: Options) -> None:
+    """Add the options for the clips to label and for their labels; ``check_label_options`` checks their values."""
     add_checkpoint_options(parser)
     parser.add_argument(
         "clips",
         nargs="+",
         metavar="CLIP",
-        help="sound files; folders that are searched for them; lists: AST-style manifests (.json), .txt with a path in "
-        "each line, .csv with a column 'path', '-' for lines on standard input",
+        help="sound files, folders of sound files, or lists: AST-style manifests (.json), .txt with a path in each "
+        "line, .csv with a column 'path', '-' for lines on standard input",
     )
-    parser.add_argument(
-        "--data-dir",
-        metavar="DIR",
+    add_data_dir_option(
+        parser,
+        "folder that relative paths in lists start from (default: the variable PRUNEATTN_DATA, else the folder of the "
+        "list or its parent)",
         default=os.environ.get("PRUNEATTN_DATA"),
-        help="where relative paths in lists count from (else the variable PRUNEATTN_DATA, the list's folder or its "
-        "parent)",
     )
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="labels to name per clip (default: 5)")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="labels of a clip (default: 5)")
     add_keep_rate_option(parser)
     parser.add_argument(
         "--overlap",
         type=float,
         default=0.5,
-        metavar="SHARE",
-        help="of a window that the next one repeats, in [0, 1) (default: 0.5)",
+        metavar="FRACTION",
+        help="fraction of a window that the next window repeats, in [0, 1) (default: 0.5)",
     )
-    parser.add_argument("--windows", action="store_true", help="name the labels of each window in the output, too")
-    parser.add_argument("--label-csv", metavar="CSV", help="names of the classes (index,mid,display_name)")
+    parser.add_argument("--windows", action="store_true", help="labels of each window in the output, too")
+    add_label_csv_option(parser, "names of the classes")
     add_trained_for_option(parser)
-    parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="windows at once (default: 16)")
+    add_amp_option(parser)
+    add_batch_size_option(parser, 16, "windows")
 
 
-def check_label_options(args):
+def check_label_options(args: argparse.Namespace) -> None:
+    """Raise a ``UserError`` for values of the options of ``add_label_options`` that are out of range."""
     check_least(args, top_k=1, batch_size=1)
     if not 0 <= args.overlap < 1:
         raise UserError(f"--overlap {args.overlap}: must be at least 0 and below 1")
 
 
-def _parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m pruneattn.predict",
-        description="Labels of sound files of any format and length. What is longer than the model's input is cut into "
-        "overlapping windows whose scores are averaged; what is shorter is padded as in training.",
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = CommandParser(
+        prog="pruneattn predict",
+        description="Label sound files of any format and length. A clip that is longer than the model's input is cut "
+        "into overlapping windows, and their scores are averaged. A shorter clip is padded as in training.",
     )
     add_label_options(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="write the labels to FILE.jsonl, to Parquet files in the folder FILE.parquet, or ('-') as JSON lines to "
-        "standard output, in place of the text; with FILE the same command goes on where it was stopped",
+    add_output_option(
+        parser,
+        "FILE",
+        "file for the labels instead of the text: FILE.jsonl, Parquet files in the folder FILE.parquet, or '-' for "
+        "JSON lines on standard output; the same command with the same FILE resumes a stopped run",
     )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that decode (default: 0, this)")
+    add_workers_option(parser)
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="PNG",
-        help="draw the spectrogram and what is kept of it after each pruning stage; of several clips into PNG-CLIP.png",
+        help="picture of the spectrogram and of the patches that each pruning block keeps; for several clips one "
+        "picture each, PNG-CLIP.png",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add_device_option(parser)
     args = parser.parse_args(argv)
     check_label_options(args)
     check_least(args, workers=0)
@@ -150,13 +169,13 @@ def _parse(argv):
 
         check_plot_path(args.plot)
         if not args.plot.absolute().parent.is_dir():
-            raise UserError(f"cannot write {args.plot}: there is no folder {args.plot.parent}")
+            raise UserError(f"cannot write {args.plot}: the folder {args.plot.parent} does not exist")
     if args.output not in (None, Path("-")):
         check_label_path(args.output)  # before the long work
     return args
 
 
-def _drawing(path, paths, labeller):
+def _drawing(path: Path | None, paths: Sequence[str], labeller: Labeller) -> Callable[[Clip], None] | None:
     """Function that draws a predicted clip into its file; None if ``path`` is None."""
     if path is None:
         return None
@@ -165,7 +184,7 @@ def _drawing(path, paths, labeller):
 
     names = picture_names(path, paths)
 
-    def draw(clip):
+    def draw(clip: Clip) -> None:
         save_figure(draw_clip(labeller.model, clip, labeller.device, labeller.amp), names[clip.path])
 
     return draw

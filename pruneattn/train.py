@@ -1,25 +1,29 @@
-"""``python -m pruneattn.train``: train a pruned AudioMAE or AST.
+"""``pruneattn train``: train a pruned AudioMAE or AST.
 
-Several processes, also on several machines that share --output, are started by torchrun, the same command on each::
+torchrun starts several processes, also on several machines that share the folder --output. Run the same command on each
+machine::
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 \\
         --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m pruneattn.train ... --resume
 
-When a process dies, torchrun starts all of them again, and --resume lets them go on from the last checkpoint, or begin
-where there is none yet; --save-minutes says how much work can be lost. ``--nnodes 1:2`` goes on with one machine when
-the other is lost. The clips of each optimiser step stay the same with any number of processes.
+When a process dies, torchrun restarts all processes. With --resume they resume from the last checkpoint, or start the
+run if there is none yet. --save-minutes limits how much work can be lost. With ``--nnodes 1:2`` the run continues on
+one machine when the other is lost. Each optimizer step uses the same clips with any number of processes.
 """
 
+from __future__ import annotations
+
 import signal
+from collections.abc import Sequence
 
 from .cli import run_command
 from .training.options import parse
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code: 0, or 128 + the number of the signal that stopped it."""
     options, recipe = parse(argv)
-    # After the options, so that --help and a wrong option answer at once.
+    # Imported after parsing, so that --help and invalid options answer quickly.
     from .runtime import distributed
     from .runtime.signals import StopRequest
     from .training.build import build_trainer
@@ -37,7 +41,7 @@ def main(argv=None):
                 trainer.log.close()
     except Stopped as stopped:
         name = signal.Signals(stopped.signum).name
-        say(f"stopped by {name}; {stopped}; go on with the same command and --resume")
+        say(f"stopped by {name}; {stopped}; to resume, run the same command with --resume")
         return 128 + stopped.signum
     except KeyboardInterrupt:
         say("stopped before the first step or by a second Ctrl-C; nothing new is saved")

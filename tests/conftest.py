@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-# Where there is no GPU, Triton's interpreter runs the Triton kernels on the CPU. It is chosen when Triton is imported.
+# Without a GPU, Triton's interpreter runs the Triton kernels on the CPU. Triton chooses it at import time.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def load(path):
-    """A Python file that is in no package, as a module."""
+    """Import a Python file that is in no package, as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -25,13 +25,13 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 
 def cuda_allocations():
-    """How often this process has asked for memory on a CUDA device."""
+    """Number of memory allocations of this process on a CUDA device."""
     return torch.cuda.memory_stats().get("allocation.all.allocated", 0) if torch.cuda.is_initialized() else 0
 
 
 @pytest.fixture(autouse=True)
 def marked(request):
-    """Says which tests use a CUDA device that ``-m device``, and so `make gpu`, leaves out."""
+    """Warns about tests that use a CUDA device without the mark ``device``, which `make gpu` would not run."""
     before = cuda_allocations()
     yield
     if cuda_allocations() > before and request.node.get_closest_marker("device") is None:
@@ -40,7 +40,7 @@ def marked(request):
 
 @pytest.fixture(scope="session")
 def real_audio():
-    """Folder with the real labelled audio (``esc10/``, ``speech_commands_ar/``); skips where there is none."""
+    """Folder with the real labeled audio (``esc10/``, ``speech_commands_ar/``); skips if there is none."""
     candidates = [os.environ.get("PRUNEATTN_DATA"), Path(__file__).parents[2] / "shared" / "data"]
     for folder in candidates:
         if folder and (Path(folder) / "esc10").is_dir():
@@ -56,7 +56,7 @@ def load_file():
 
 @pytest.fixture
 def use_isa():
-    """``with use_isa(name):`` the CPU's attention kernels use that instruction set; skips where there is none."""
+    """``with use_isa(name):`` makes the CPU's attention kernels use that instruction set; skips if the CPU lacks it."""
     compiled = pytest.importorskip("pruneattn._C", reason="pruneattn._C is not built: pip install -e .")
 
     @contextlib.contextmanager
@@ -82,7 +82,7 @@ def isa(request, use_isa):
 
 @pytest.fixture
 def make_model():
-    """Makes a small model with weights large enough that attention is far from uniform."""
+    """``make_model(family, ...)``: a small model with weights large enough that attention is far from uniform."""
 
     from pruneattn.models import create_model  # after TRITON_INTERPRET is set
 

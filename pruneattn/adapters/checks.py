@@ -1,54 +1,67 @@
-"""Whether a block is made of the parts that pruning knows, put together as it believes."""
+"""Checks that a block has the parts that pruning supports, and that it combines them as a ViT's block does."""
+
+from __future__ import annotations
 
 import copy
 import inspect
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.scores import make_pruning
-from .block import BlockPruning, start_pruning
+from .block import BlockPruning, BlockView, start_pruning
 
 
-def check_block(block, path, view, extra_tokens):
-    """Raise a UserError unless pruning understands the block, which stays as it is.
+def check_block(block: nn.Module, path: str, view: type[BlockView], extra_tokens: int) -> None:
+    """Check that pruning supports a block. The block is not changed.
 
-    Names and shapes are looked at first, for a message that says what is in the way. That they are put together in the
-    order of a ViT's block is seen by running a copy of the block, with random weights, beside its pruning form that
-    keeps every patch.
+    Names and shapes of the parts are checked first, for a message that names the problem. Then a copy of the block with
+    random weights is compared with its pruning form that keeps every patch.
+
+    Args:
+        block: the block.
+        path: its name in the model, for messages.
+        view: class of the view.
+        extra_tokens: number of tokens at the front that are not patches.
+
+    Raises:
+        UserError: pruning does not support the block.
     """
     view.check(block, path)
     names = list(inspect.signature(type(block).forward).parameters.values())[2:]  # after the block and its tokens
     unknown = [p.name for p in names if p.kind is not p.VAR_KEYWORD and p.name not in view.arguments]
     if unknown:
-        raise UserError(f"{path} takes {', '.join(unknown)} beside its tokens, which pruning cannot follow")
+        raise UserError(f"{path} takes {', '.join(unknown)} in addition to its tokens, which pruning does not support")
     try:
         error = _difference(block, path, view, extra_tokens)
     except UserError:
         raise
-    except Exception as failure:  # whatever a block of others may raise
-        raise UserError(f"{path}: a copy of it could not be run alone to see what it does: {failure}") from failure
-    # Rounding is far below this in every dtype, other arithmetic far above it.
+    except Exception as failure:  # a block of another library may raise anything
+        raise UserError(f"{path}: a copy of the block could not be run alone, to check it: {failure}") from failure
+    # Rounding errors are far below this in every dtype; other arithmetic is far above it.
     if not error < 0.03:
         raise UserError(
-            f"{path} has the parts of a ViT's block, but does something else with them (its output differs by "
-            f"{error:.0%} from that of attention and MLP, each after its norm and added to its input)"
+            f"{path} has the parts of a ViT's block, but combines them differently: its output differs by {error:.0%} "
+            "from that of attention and MLP, each after its norm and added to its input"
         )
 
 
 @torch.no_grad()
-def _difference(block, path, view, extra_tokens):
-    """Relative difference of what the block and its pruning form add to their input."""
+def _difference(block: nn.Module, path: str, view: type[BlockView], extra_tokens: int) -> float:
+    """Relative difference between the block and its pruning form, in the part that they add to their input."""
     block = copy.deepcopy(block).eval()
-    for module in block.modules():  # hooks are for the user's tokens, not for random ones
+    for module in block.modules():  # hooks expect the user's tokens, not random ones
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
     if any(parameter.is_meta for parameter in block.parameters()):
         block.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)  # leaves the global one alone
+    generator = torch.Generator().manual_seed(0)  # does not change the global one
 
-    def random(*shape):
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
     for parameter in filter(torch.is_floating_point, block.parameters()):
@@ -58,21 +71,31 @@ def _difference(block, path, view, extra_tokens):
     patches = 6
     x = random(2, extra_tokens + patches, view(block).dim).to(like)  # [B, N, C]
     expected = _tokens(block(x)) - x
-    start_pruning(block, BlockPruning(path, view, extra_tokens, None, 1.0))
+    pruned = start_pruning(block, BlockPruning(path, view, extra_tokens, make_pruning("cls"), 1.0))
     errors = []
-    for score in ("column_mean", "cls"):  # one projects all rows at once, the other part by part
-        block._pruneattn.pruning = make_pruning(score)
-        given = _tokens(block.forward_pruned(x, patches)) - x
+    for score in ("column_mean", "cls"):  # the first projects all rows at once, the second part by part
+        pruned._pruneattn.pruning = make_pruning(score)
+        given = _tokens(pruned.forward_pruned(x, patches)) - x
         errors.append(((given - expected).float().norm() / expected.float().norm()).item())
     return max(errors)
 
 
-def _tokens(output):
+def _tokens(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def expect_parts(module, path, required, optional=()):
-    """Raise unless a module has all required parts (modules, parameters, buffers) and none but these and optional."""
+def expect_parts(module: nn.Module, path: str, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """Check the names of a module's parts: submodules, parameters and buffers.
+
+    Args:
+        module: the module.
+        path: its name in the model, for messages.
+        required: names that must exist.
+        optional: further names that may exist.
+
+    Raises:
+        UserError: a required part is missing, or there is an unknown part.
+    """
     children = itertools.chain(module.named_children(), module._parameters.items(), module._buffers.items())
     found = [name for name, part in children if part is not None]
     missing = [name for name in required if name not in found]
@@ -82,20 +105,38 @@ def expect_parts(module, path, required, optional=()):
         there = ", ".join(found)
         raise UserError(f"{path} ({kind}) has no {missing[0]!r}: expected {', '.join(required)}, found {there}")
     if unknown:
-        raise UserError(f"{path} ({kind}) has {unknown[0]!r}, a part that pruning does not know what to do with")
+        raise UserError(f"{path} ({kind}) has {unknown[0]!r}, a part that pruning does not support")
 
 
-def expect_heads(module, path, name):
-    """The number of heads that a module says it has."""
+def expect_heads(module: nn.Module, path: str, name: str) -> int:
+    """Return a module's number of heads.
+
+    Args:
+        module: the module.
+        path: its name in the model, for messages.
+        name: the attribute with the number.
+
+    Raises:
+        UserError: the attribute is not a positive integer.
+    """
     heads = getattr(module, name, None)
     if not isinstance(heads, int) or heads < 1:
         raise UserError(f"{path}.{name}: expected the number of heads, found {heads!r}")
     return heads
 
 
-def expect_linear(module, path, inputs, outputs):
-    """Raise unless a module goes from so many channels to so many."""
+def expect_linear(module: nn.Module, path: str, inputs: int | None, outputs: int | None) -> None:
+    """Check that a module is a linear layer from ``inputs`` to ``outputs`` channels.
+
+    Args:
+        module: the module.
+        path: its name in the model, for messages.
+        inputs, outputs: the expected ``in_features`` and ``out_features``.
+
+    Raises:
+        UserError: it has other channels, or is not a linear layer.
+    """
     found = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if found != (inputs, outputs):
+    if found != (inputs, outputs) or None in found:
         given = f"{type(module).__name__} from {found[0]} to {found[1]}"
         raise UserError(f"{path}: expected a linear layer from {inputs} to {outputs} channels, found {given}")

@@ -1,28 +1,36 @@
-"""What pruning must know of a model beside its blocks."""
+"""The facts about a model, in addition to its blocks, that pruning needs."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from ..models.blocks import PRUNE_BLOCKS
+from .block import BlockView
+
 
 @dataclass
 class Trunk:
-    """The part of a model that has its blocks.
+    """The part of a model that contains its blocks.
 
     Attributes:
-        blocks: in the order in which they run.
-        path: their name in the model, for messages.
-        view: the class derived from :class:`~pruneattn.adapters.BlockView` that knows them.
-        extra_tokens: how many tokens at the front are not patches.
-        class_token: whether the first of these is a class token.
-        guard, unguard: functions that refuse, and allow again, what the model cannot do while it is pruned.
+        blocks: the blocks, in the order in which they run.
+        path: name of the blocks in the model, for messages.
+        view: the class derived from :class:`~pruneattn.adapters.BlockView` for these blocks.
+        extra_tokens: number of tokens at the front that are not patches.
+        class_token: whether the first extra token is a class token.
+        guard: function that rejects the calls that a pruned model does not support.
+        unguard: function that undoes ``guard``.
+        prune_blocks: blocks that prune by default, from 0.
     """
 
-    blocks: Sequence[nn.Module]
+    blocks: Sequence[nn.Module] | nn.ModuleList | nn.Sequential
     path: str
-    view: type
+    view: type[BlockView]
     extra_tokens: int
     class_token: bool
-    guard: Callable = lambda: None
-    unguard: Callable = lambda: None
+    guard: Callable[[], None] = lambda: None
+    unguard: Callable[[], None] = lambda: None
+    prune_blocks: Sequence[int] = PRUNE_BLOCKS

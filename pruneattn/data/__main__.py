@@ -1,38 +1,39 @@
-"""Commands for data: ``python -m pruneattn.data list | fetch | stats``."""
+"""``pruneattn data list | fetch | stats``: commands for datasets."""
+
+from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
-from ..cli import check_least, run_command
-from .catalog import DATASETS, SPLITS, load_dataset
+from ..cli import add_data_options, add_frames_option, check_least, run_command
+from .catalog import DATASETS, load_dataset
 from .fetch import fetch
 from .stats import dataset_stats
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m pruneattn.data", description="Get data sets and look at them.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def main(argv: Sequence[str] | None = None) -> int:
+    """List, download or measure datasets as the command line says; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="pruneattn data", description="List datasets, download them and compute their statistics."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    commands.add_parser("list", help="the data sets, the files each expects and how to get them")
+    commands.add_parser("list", help="the datasets, the files that each expects and how to get them")
 
-    get = commands.add_parser("fetch", help="download a data set that is free; run again, it goes on where it stopped")
-    get.add_argument("name", choices=("spc2", "esc50"))
-    get.add_argument("folder", metavar="DIR", help="folder for data sets: the files go to DIR/NAME")
+    get = commands.add_parser("fetch", help="download of a free dataset; running it again resumes the download")
+    get.add_argument("name", choices=("spc2", "esc50"), help="name of the dataset")
+    get.add_argument("folder", metavar="DIR", help="folder for datasets: the files go to DIR/NAME")
 
-    stats = commands.add_parser("stats", help="mean and standard deviation of a data set's log-mel filterbank")
-    stats.add_argument("--dataset", required=True, choices=DATASETS)
-    stats.add_argument("--data-dir", help="the data set's folder, or one that holds it (default: PRUNEATTN_DATA)")
-    stats.add_argument("--split", choices=SPLITS, default="train")
-    stats.add_argument("--fold", type=int, default=1, help="esc50: the fold to test on (default: 1)")
-    stats.add_argument("--manifest", help="manifest, as20k: AST-style JSON file")
-    stats.add_argument("--label-csv", help="manifest, as20k: CSV with index,mid,display_name")
-    stats.add_argument("--frames", type=int, help="cut clips to this many frames (default: the data set's)")
-    stats.add_argument("--workers", type=int, default=0, help="processes that decode (default: 0, this one)")
+    stats = commands.add_parser("stats", help="mean and standard deviation of a dataset's log-mel filterbank")
+    add_data_options(stats, split="train")
+    add_frames_option(stats, "frames of a clip that count, from its start (default: the dataset's)")
 
     args = parser.parse_args(argv)
     {"list": _list, "fetch": _fetch, "stats": _stats}[args.command](args)
+    return 0
 
 
-def _list(args):
+def _list(args: argparse.Namespace) -> None:
     for name, info in DATASETS.items():
         classes = f"{info.num_classes} classes" if info.num_classes else "any classes"
         print(f"{name}: {classes}, {info.frames} frames of 10 ms, {info.splits}")
@@ -41,12 +42,12 @@ def _list(args):
         print(f"    get it: {info.how_to_get}\n")
 
 
-def _fetch(args):
+def _fetch(args: argparse.Namespace) -> None:
     target = fetch(args.name, args.folder)
     print(f"{args.name} is complete in {target}; use it with --data-dir {args.folder} or PRUNEATTN_DATA={args.folder}")
 
 
-def _stats(args):
+def _stats(args: argparse.Namespace) -> None:
     check_least(args, frames=1, workers=0)
     dataset = load_dataset(
         args.dataset,

@@ -1,13 +1,22 @@
 """Pruned audio transformers by name."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
 from ..errors import UserError
 from .ast import AST
 from .audiomae import AudioMAE
+from .blocks import PRUNE_BLOCKS
+from .scores import Score
 from .vit import PrunedViT
 
 __all__ = ["AST", "AudioMAE", "PrunedViT", "create_model", "list_models"]
 
-_FAMILIES = {"audiomae": (AudioMAE, ("tiny", "small", "base", "large")), "ast": (AST, ("tiny", "small", "base"))}
+_FAMILIES: dict[str, tuple[type[PrunedViT], tuple[str, ...]]] = {
+    "audiomae": (AudioMAE, ("tiny", "small", "base", "large")),
+    "ast": (AST, ("tiny", "small", "base")),
+}
 _SIZES = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -16,13 +25,13 @@ _SIZES = {
 }
 
 
-def list_models():
-    """Names that :func:`create_model` knows."""
+def list_models() -> list[str]:
+    """Names that :func:`create_model` accepts."""
     return [f"{family}_{size}" for family, (_, sizes) in _FAMILIES.items() for size in sizes]
 
 
-def name_of_size(family, embed_dim, depth):
-    """Name of the model of that family, width and depth; None if none has a name."""
+def name_of_size(family: str, embed_dim: int, depth: int) -> str | None:
+    """Name of the model of this family, width and depth; None if no named model has them."""
     for size in _FAMILIES[family][1]:
         if (_SIZES[size]["embed_dim"], _SIZES[size]["depth"]) == (embed_dim, depth):
             return f"{family}_{size}"
@@ -30,35 +39,38 @@ def name_of_size(family, embed_dim, depth):
 
 
 def create_model(
-    name,
+    name: str,
     *,
-    num_classes=527,
-    frames=1024,
-    keep_rate=1.0,
-    prune_blocks=(3, 6, 9),
-    score=None,
-    drop_path=0.0,
-    embed_dim=None,
-    depth=None,
-    num_heads=None,
-):
-    """Make an AudioMAE or AST with token pruning and fresh weights.
+    num_classes: int = 527,
+    frames: int = 1024,
+    keep_rate: float | Sequence[float] = 1.0,
+    prune_blocks: Iterable[int] = PRUNE_BLOCKS,
+    score: Score | None = None,
+    drop_path: float = 0.0,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+) -> PrunedViT:
+    """Create an AudioMAE or AST with token pruning and fresh weights.
 
     Args:
-        name: one of :func:`list_models`, such as ``"audiomae_base"``.
-        num_classes: classes of the head.
+        name: one of :func:`list_models`, for example ``"audiomae_base"``.
+        num_classes: number of classes of the head.
         frames: frames of the spectrogram, a multiple of 16 (128, 512 and 1024 in the paper).
-        keep_rate: share of the patches that each pruning block keeps, in (0, 1]: one number or one per pruning block.
-            ``model.set_keep_rate`` changes it at any time.
-        prune_blocks: blocks, counted from 0, that drop patches after their attention.
-        score: ``"column_mean"``, ``"cls"``, ``"intensity"``, ``"variation"``, ``"random"``, a function
-            ``score(q, k, v, extra_tokens)`` of ``[B, H, N, D]`` each that returns ``[B, N - extra_tokens]``, the
-            higher the more worth keeping, or a :class:`~pruneattn.Pruning`. None: the paper's for that model.
-        drop_path: stochastic depth of the last block, growing linearly from 0 in the first.
+        keep_rate: fraction of the patches that each pruning block keeps, in (0, 1]: one number, or one per pruning
+            block. ``model.set_keep_rate`` changes it at any time.
+        prune_blocks: numbers of the blocks that drop patches after their attention, from 0, ascending.
+        score: ranks the patches: ``"column_mean"``, ``"cls"``, ``"intensity"``, ``"variation"``, ``"random"``; or a
+            function ``score(q, k, v, extra_tokens)`` of ``[B, H, N, D]`` each that returns ``[B, N - extra_tokens]``,
+            where the highest scores are kept; or a :class:`~pruneattn.Pruning`. None: the paper's score for the model.
+        drop_path: rate of stochastic depth in the last block; it grows linearly from 0 in the first block.
         embed_dim, depth, num_heads: override the named size.
 
+    Returns:
+        The model, a :class:`~pruneattn.models.PrunedViT`.
+
     Raises:
-        UserError: an argument cannot be used; the message names it.
+        UserError: an argument is invalid; the message names it.
     """
     if name not in list_models():
         raise UserError(f"model: {name!r} is not one of {', '.join(list_models())}")

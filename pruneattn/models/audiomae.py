@@ -1,42 +1,59 @@
-"""AudioMAE: time-major patches, one extra token, mean of the patches left as the clip's feature."""
+"""AudioMAE: time-major patches, one extra token; the clip's feature is the mean of the remaining patches."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from .vit import PrunedViT
 
 
 class AudioMAE(PrunedViT):
+    """Encoder of AudioMAE with a classifier. :func:`pruneattn.create_model` documents the arguments."""
+
     time_major = True
     num_extra_tokens = 1
     default_score = "column_mean"
 
-    def __init__(self, name, **arguments):
+    def __init__(self, name: str, **arguments: Any) -> None:
         super().__init__(name, **arguments)
         self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
         self.head = nn.Linear(self.embed_dim, self.num_classes)
         self.init_weights()
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         super().init_weights()
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
-        # Never trained. Pre-trained weights bring a table of their own, on another grid, which replaces this one.
+        # Never trained. Pre-trained weights replace it with their own table, which belongs to another grid.
         self.pos_embed.requires_grad_(False)
         with torch.no_grad():
             self.pos_embed[0, 0] = 0
             time, mel = self.patch_position(torch.arange(self.num_patches))
             self.pos_embed[0, 1:] = sincos_positions(time, mel, self.embed_dim)
 
-    def forward_head(self, x):
+    def forward_head(self, x: Tensor) -> Tensor:
         return self.head(self.fc_norm(x[:, self.num_extra_tokens :].mean(1)))
 
 
-def sincos_positions(time, mel, dim):
-    """Sine-cosine code ``[P, dim]`` of places ``(time, mel)`` ``[P]``: half the channels for each axis.
+def sincos_positions(time: Tensor, mel: Tensor, dim: int) -> Tensor:
+    """Sine-cosine position table.
 
-    Angles go from 1 down to 1/64 a patch, the extent of the largest grid, and the mean over the places is taken out:
-    what is the same everywhere tells no place, and drowns what the tokens of fresh weights say.
+    The frequencies fall from 1 to 1/64 radian per patch, where 64 is the longest side of a grid. The mean over the
+    positions is subtracted: it says nothing about position, and it would dominate the tokens of a model with fresh
+    weights.
+
+    Args:
+        time, mel: positions ``[P]``: time columns and mel rows.
+        dim: channels, a multiple of 4. Each axis gets half of them.
+
+    Returns:
+        float64 ``[P, dim]``.
+
+    Raises:
+        UserError: ``dim`` is not a multiple of 4.
     """
     if dim % 4:
         raise UserError(f"embed_dim: a sine-cosine position table needs a multiple of 4, got {dim}")

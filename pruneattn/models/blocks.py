@@ -1,32 +1,49 @@
 """The parts of the vision transformer, and the block that prunes."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Iterable, Sequence
 from numbers import Real
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ops
 from ..constants import PATCH
 from ..errors import UserError
+from .heads import MultiHead
+from .scores import Pruning
 
 MLP_RATIO = 4
+#: Blocks that prune by default, counted from 0: the paper's choice for 12 blocks.
+PRUNE_BLOCKS = (3, 6, 9)
 
 
-def kept_patches(patches, keep_rate):
-    """``ceil(keep_rate * patches)``, at least 1. A product that is whole but for float noise is not rounded up."""
+def kept_patches(patches: int, keep_rate: float) -> int:
+    """``ceil(keep_rate * patches)``, at least 1. Floating-point noise does not round a whole product up."""
     return max(1, math.ceil(keep_rate * patches - 1e-6))
 
 
-def spread_keep_rate(keep_rate, blocks):
-    """A keep-rate for each of so many pruning blocks: tuple of floats in (0, 1], from one number or one per block."""
+def spread_keep_rate(keep_rate: float | Sequence[float], blocks: int) -> tuple[float, ...]:
+    """Convert one keep-rate, or one per pruning block, to a tuple with one float in (0, 1] per pruning block.
+
+    Args:
+        keep_rate: a number or a sequence of numbers.
+        blocks: number of pruning blocks.
+
+    Raises:
+        UserError: a value is out of range, or the number of values does not match the number of blocks.
+    """
+    given: Any = keep_rate
     try:
-        rates = [keep_rate] * max(1, blocks) if isinstance(keep_rate, Real) else list(keep_rate)
+        rates = [given] * max(1, blocks) if isinstance(given, Real) else list(given)
     except TypeError as error:
         raise UserError(f"keep_rate: expected a number or one per pruning block, got {keep_rate!r}") from error
     for rate in rates:
-        if not isinstance(rate, Real) or not 0 < rate <= 1:
+        if not isinstance(rate, Real) or not 0 < float(rate) <= 1:
             raise UserError(f"keep_rate: must be above 0 and at most 1, got {rate!r}")
     if blocks == 0 and any(rate < 1 for rate in rates):
         raise UserError(f"keep_rate: {keep_rate} needs pruning blocks, and prune_blocks is empty")
@@ -35,43 +52,72 @@ def spread_keep_rate(keep_rate, blocks):
     return tuple(map(float, rates[:blocks]))
 
 
-def check_prune_blocks(name, prune_blocks, depth):
-    """Numbers of blocks, ascending, as a tuple; ``name`` is the argument's, for what is raised if they are none."""
+def check_prune_blocks(prune_blocks: Iterable[int], depth: int) -> tuple[int, ...]:
+    """Check the numbers of the blocks that prune, and return them as a tuple.
+
+    Args:
+        prune_blocks: numbers of blocks from 0, ascending.
+        depth: number of blocks of the model.
+
+    Raises:
+        UserError: the numbers are not of this form; the message names ``prune_blocks``.
+    """
     try:
         prune_blocks = tuple(prune_blocks)
     except TypeError as error:
-        raise UserError(f"{name}: expected numbers of blocks, such as (3, 6, 9), got {prune_blocks!r}") from error
+        raise UserError(f"prune_blocks: expected numbers of blocks, such as (3, 6, 9), got {prune_blocks!r}") from error
     if not all(isinstance(i, int) and 0 <= i < depth for i in prune_blocks):
-        raise UserError(f"{name}: {prune_blocks} must lie within depth {depth} (blocks 0 to {depth - 1})")
+        raise UserError(f"prune_blocks: {prune_blocks} must be within depth {depth} (blocks 0 to {depth - 1})")
     if list(prune_blocks) != sorted(set(prune_blocks)):
-        raise UserError(f"{name}: must ascend without repeats, got {prune_blocks}")
+        raise UserError(f"prune_blocks: must ascend without repeats, got {prune_blocks}")
     return prune_blocks
 
 
-def attention(q, k, v):
-    """Softmax attention ``[B, H, rows of q, D]`` by the fastest kernel, or plainly where that trains faster."""
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention ``[B, H, rows of q, D]`` by the fastest kernel, or by plain PyTorch if that trains faster."""
     if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # Forward and backward of PyTorch's fused kernel take 2 to 5 times as long there (257 and 65 tokens), and this
-        # keeps the softmax matrix for the backward pass, which ours would compute again.
+        # PyTorch's fused kernel takes 2 to 5 times as long here, forward and backward (257 and 65 tokens). Plain
+        # PyTorch keeps the softmax matrix for the backward pass, which our kernel would recompute.
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
     return ops.attention(q, k, v)
 
 
-class Linear(nn.Linear):
-    """A linear layer and what follows it in a block; a packed layer (``optimize.py``) does either in one step."""
+class LinearLayer(Protocol):
+    """Interface of a block's linear layers: :class:`Linear`, or the packed form of ``optimize.py``."""
 
-    def gelu(self, x):
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the layer's output."""
+        ...
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The layer's output plus ``residual``."""
+        ...
+
+
+class PartialProjection(Protocol):
+    """Interface of the projection to queries, keys and values: :class:`QKV`, or its packed form."""
+
+    def project(self, x: Tensor, parts: str) -> list[Tensor]:
+        """Packed projections ``[B, N, .. * C]``, in order, that together hold ``parts``, for example "qkv" or "kv"."""
+        ...
+
+
+class Linear(nn.Linear):
+    """A linear layer and the step after it. The packed layer of ``optimize.py`` fuses the two."""
+
+    def gelu(self, x: Tensor) -> Tensor:
         return F.gelu(self(x))
 
-    def add(self, x, residual):
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + self(x)
 
 
 class QKV(Linear):
     """The projection to queries, keys and values, or to some of them."""
 
-    def project(self, x, parts):
-        """List of packed projections ``[B, N, .. * C]`` that follow one another, of ``parts`` as in "qkv" or "kv"."""
+    def project(self, x: Tensor, parts: str) -> list[Tensor]:
         if parts == "qkv":
             return [self(x)]
         start, dim = "qkv".index(parts), self.in_features
@@ -80,72 +126,53 @@ class QKV(Linear):
 
 
 class DropPath(nn.Module):
-    """Leaves out the branch of a random share ``rate`` of the clips and scales the others up (stochastic depth)."""
+    """Stochastic depth: drops the branch for a random fraction ``rate`` of the clips and scales up the rest."""
 
-    def __init__(self, rate):
+    def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1.0 - self.rate
         return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
-
-
-class MultiHead:
-    """Rows cut into heads and put together again, around an attention ``kernel(q, k, v)`` of ``num_heads`` heads of
-    ``head_dim`` channels.
-    """
-
-    def split_heads(self, packed):
-        """``[B, N, parts * C]`` to one view ``[B, H, N, D]`` per part."""
-        heads = packed.unflatten(-1, (-1, self.num_heads, self.head_dim))  # [B, N, parts, H, D]
-        return heads.permute(2, 0, 3, 1, 4).unbind(0)
-
-    @staticmethod
-    def merge_heads(x):
-        """``[B, H, N, D]`` to ``[B, N, C]``: a view if the heads of a token lie together, as attention leaves them."""
-        return x.transpose(1, 2).flatten(2)
-
-    def attend(self, q, k, v):
-        """Attention output before the projection, ``[B, rows of q, C]``."""
-        return self.merge_heads(self.kernel(q, k, v))
 
 
 class Attention(MultiHead, nn.Module):
     """Multi-head self-attention whose parts can run on all rows or on some."""
 
-    def __init__(self, dim, num_heads):
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.kernel = attention
-        self.qkv = QKV(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv: PartialProjection = QKV(dim, 3 * dim)
+        self.proj: LinearLayer = Linear(dim, dim)
 
-    def project(self, x, parts):
-        """Some of ``"q"``, ``"k"``, ``"v"`` (neighbours) for the rows ``x`` alone, one view ``[B, H, N, D]`` each."""
+    def project(self, x: Tensor, parts: str) -> list[Tensor]:
         return [view for packed in self.qkv.project(x, parts) for view in self.split_heads(packed)]
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Attention output of all rows before the projection, ``[B, N, C]``."""
         return self.attend(*self.project(x, "qkv"))
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim):
+    """The two linear layers of a block's MLP; the block runs them."""
+
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, MLP_RATIO * dim)
-        self.fc2 = Linear(MLP_RATIO * dim, dim)
+        self.fc1: LinearLayer = Linear(dim, MLP_RATIO * dim)
+        self.fc2: LinearLayer = Linear(MLP_RATIO * dim, dim)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim, num_heads, drop_path):
+    def __init__(self, dim: int, num_heads: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
@@ -153,16 +180,17 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block on the tokens ``x`` ``[B, N, C]``."""
         return self.finish(x, self.attn(self.norm1(x)))
 
-    def finish(self, x, attended):
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The rest of the block for these rows: projection of the attention output, residual add, MLP."""
         x = self.add(x, self.attn.proj, attended)
         return self.add(x, self.mlp.fc2, self.mlp.fc1.gelu(self.norm2(x)))
 
-    def add(self, x, linear, y):
-        """``x + linear(y)``, a branch that stochastic depth may leave out."""
+    def add(self, x: Tensor, linear: LinearLayer, y: Tensor) -> Tensor:
+        """``x + linear(y)``, a branch that stochastic depth may drop."""
         if self.training and self.drop_path.rate > 0:
             return x + self.drop_path(linear(y))
         return linear.add(y, x)
@@ -171,19 +199,26 @@ class Block(nn.Module):
 class PruningBlock(Block):
     """A block that drops patches between its attention's residual add and its MLP."""
 
-    def __init__(self, dim, num_heads, drop_path, pruning, extra_tokens):
+    def __init__(self, dim: int, num_heads: int, drop_path: float, pruning: Pruning, extra_tokens: int) -> None:
         super().__init__(dim, num_heads, drop_path)
         self.pruning = pruning
         self.extra_tokens = extra_tokens
 
-    def forward(self, x, keep_rate, values=None, scored=False):
-        """Run the block on the tokens ``x`` ``[B, N, C]``, and keep this share of the patches, in (0, 1].
+    def forward(  # type: ignore[override]  # PrunedViT knows which blocks prune, and calls them with a keep-rate
+        self, x: Tensor, keep_rate: float, values: Tensor | None = None, scored: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Run the block, and keep the fraction ``keep_rate`` of the patches.
 
-        ``values`` ``[B, N - extra]`` are the patches' input statistics, for the scores that rank by these. With
-        ``scored`` the scores are computed even when every patch stays.
+        Args:
+            x: tokens ``[B, N, C]``.
+            keep_rate: in (0, 1].
+            values: input statistics of the patches ``[B, N - extra]``, for scores that rank by the input.
+            scored: compute the scores even if every patch is kept.
 
-        Returns the tokens left, the kept patches' places among those that came in (int64 ``[B, keep]``, ascending)
-        and the scores ``[B, N - extra]``; None for both where every patch stays and no scores were wanted.
+        Returns:
+            The kept tokens ``[B, extra + keep, C]``; the positions of the kept patches among the incoming ones (int64
+            ``[B, keep]``, ascending); and the scores ``[B, N - extra]``. The last two are None if every patch is kept
+            and ``scored`` is False.
         """
         patches = x.shape[1] - self.extra_tokens
         keep = kept_patches(patches, keep_rate)
@@ -196,10 +231,13 @@ class PruningBlock(Block):
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, dim):
+    """Linear embedding of the patches."""
+
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(1, dim, kernel_size=PATCH, stride=PATCH)
 
-    def forward(self, image):
-        image = image.to(self.proj.weight.dtype)  # [B, 1, height, width]
-        return self.proj(image).flatten(2).transpose(1, 2)  # [B, P, C]
+    def forward(self, image: Tensor) -> Tensor:
+        """Embed the patches of ``image`` ``[B, 1, height, width]`` as ``[B, P, C]``."""
+        image = image.to(self.proj.weight.dtype)
+        return self.proj(image).flatten(2).transpose(1, 2)

@@ -1,25 +1,39 @@
-"""The pruned vision transformer on spectrograms. AudioMAE and AST (the two files beside) are small variations of it."""
+"""The pruned vision transformer on spectrograms. ``audiomae.py`` and ``ast.py`` derive its two families."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ops
 from ..constants import MEL_BINS, PATCH
+from ..data.fbank import FeatureConfig
 from ..errors import UserError
 from .blocks import Block, PatchEmbed, PruningBlock, check_prune_blocks, spread_keep_rate
-from .description import Description
-from .scores import make_pruning
+from .description import Description, DescriptionField
+from .scores import Score, make_pruning
 
 
-def own_model(model, caller):
-    """The :class:`PrunedViT` that was given, also as ``torch.compile`` wraps it; ``caller`` names the function.
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, if ``torch.compile`` wraps it; else ``model``."""
+    return getattr(model, "_orig_mod", model)
+
+
+def own_model(model: nn.Module, caller: str) -> PrunedViT:
+    """Return a model of :func:`pruneattn.create_model`, without the wrapper of ``torch.compile``.
+
+    Args:
+        model: the model, wrapped or not.
+        caller: name of the function that needs it, for the message.
 
     Raises:
-        UserError: it is none.
+        UserError: it is another model.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     if not isinstance(model, PrunedViT):
         given = type(model).__name__
         raise UserError(f"{caller}: expected a model of pruneattn.create_model itself, got {given}")
@@ -29,134 +43,120 @@ def own_model(model, caller):
 class PrunedViT(nn.Module):
     """ViT/16 over a log-mel spectrogram with token pruning in some of its blocks.
 
-    Made by :func:`pruneattn.create_model`, which describes the arguments. A variation states its token order, extra
-    tokens and default score, makes its position table and owns its head.
+    :func:`pruneattn.create_model` creates one and documents the arguments. A family defines the token order, the extra
+    tokens, the default score, the initial position table and the head.
+
+    Attributes:
+        name: name of the model, for example "ast_base".
+        keep_rates: keep-rate of each pruning block.
+        description: features, labels and further values that belong to the weights. ``features``, ``labels``,
+            ``multilabel`` and ``extra`` of the model read and set its fields.
+        optimized: True after :func:`pruneattn.optimize_for_inference` packed the weights.
     """
 
-    time_major: bool  # order of the patch tokens: time column by time column, or mel row by mel row
+    time_major: bool  # token order: time column by time column (True), or mel row by mel row
     num_extra_tokens: int
     default_score: str
-    optimized = False  # whether optimize_for_inference packed the weights
+    head: nn.Linear
+    keep_rates: tuple[float, ...]
+    optimized: bool = False
+
+    features = DescriptionField[FeatureConfig | None](
+        "How waveforms become the input (``FeatureConfig``); None if unknown."
+    )
+    labels = DescriptionField[list[str] | None]("Name of each class, in the order of the logits; None if unknown.")
+    multilabel = DescriptionField[bool | None](
+        "True if a clip can have several classes (sigmoid), False if it has exactly one (softmax); None if unknown."
+    )
+    extra = DescriptionField[dict[str, Any]]("Further plain values that were saved with the weights.")
 
     def __init__(
         self,
-        name,
+        name: str,
         *,
-        embed_dim,
-        depth,
-        num_heads,
-        num_classes,
-        frames,
-        keep_rate,
-        prune_blocks,
-        score,
-        drop_path,
-    ):
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int,
+        frames: int,
+        keep_rate: float | Sequence[float],
+        prune_blocks: Iterable[int],
+        score: Score | None,
+        drop_path: float,
+    ) -> None:
         super().__init__()
         _check_arguments(embed_dim, depth, num_heads, num_classes, frames, drop_path)
-        prune_blocks = check_prune_blocks("prune_blocks", prune_blocks, depth)
         self.name = name
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.num_classes, self.frames = num_classes, frames
-        self.prune_blocks = prune_blocks
+        self.prune_blocks = check_prune_blocks(prune_blocks, depth)
         self.score = self.default_score if score is None else score
         self.drop_path = drop_path
         self.pruning = make_pruning(self.score)
-        #: Features, labels and further values that belong to the weights.
         self.description = Description()
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_extra_tokens + self.num_patches, embed_dim))
         self.patch_embed = PatchEmbed(embed_dim)
-        blocks = []
+        blocks: list[Block] = []
         for i in range(depth):
             rate = drop_path * i / max(1, depth - 1)
-            if i in prune_blocks:
+            if i in self.prune_blocks:
                 blocks.append(PruningBlock(embed_dim, num_heads, rate, self.pruning, self.num_extra_tokens))
             else:
                 blocks.append(Block(embed_dim, num_heads, rate))
         self.blocks = nn.ModuleList(blocks)
         self.set_keep_rate(keep_rate)
 
-    def init_weights(self):
+    def init_weights(self) -> None:
+        """Initialize all weights. Families call it after they have added theirs."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # a linear layer on the cells of a patch
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.get_parameter("bias"))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
 
-    # The description's values, also under the model itself ---------------------------------------------------------
+    # Patch positions ----------------------------------------------------------------------------------------------
 
     @property
-    def features(self):
-        """How waveforms become the input (``FeatureConfig``); None if unknown."""
-        return self.description.features
-
-    @features.setter
-    def features(self, value):
-        self.description.features = value
-
-    @property
-    def labels(self):
-        """Name of each class, in the order of the logits; None if unknown."""
-        return self.description.labels
-
-    @labels.setter
-    def labels(self, value):
-        self.description.labels = value
-
-    @property
-    def multilabel(self):
-        """Whether several classes can hold at once (sigmoid) or exactly one holds (softmax); None if unknown."""
-        return self.description.multilabel
-
-    @multilabel.setter
-    def multilabel(self, value):
-        self.description.multilabel = value
-
-    @property
-    def extra(self):
-        """Further plain values that were saved with the weights."""
-        return self.description.extra
-
-    @extra.setter
-    def extra(self, value):
-        self.description.extra = value
-
-    # Where a patch lies -----------------------------------------------------------------------------------------
-
-    @property
-    def grid(self):
+    def grid(self) -> tuple[int, int]:
         """Patches along time and along mel: ``(frames // 16, 8)``."""
         return self.frames // PATCH, MEL_BINS // PATCH
 
     @property
-    def num_patches(self):
+    def num_patches(self) -> int:
+        """Patches of the input."""
         columns, rows = self.grid
         return columns * rows
 
-    def patch_position(self, index):
-        """Place in the spectrogram of patch numbers (int64, any shape): ``(time column, mel row)``, same shape."""
+    def patch_position(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Convert patch numbers (int64, any shape) to positions ``(time column, mel row)``, each of the same shape."""
         columns, rows = self.grid
         if self.time_major:
             return index // rows, index % rows
         return index % columns, index // columns
 
-    def kept_grid(self, index):
-        """Where patch numbers (int64 ``[k]``) lie: bool ``[mel rows, time columns]``, row 0 the lowest."""
+    def kept_grid(self, index: Tensor) -> Tensor:
+        """Mask of patch numbers (int64 ``[k]``): bool ``[mel rows, time columns]``, where row 0 is the lowest."""
         time, mel = self.patch_position(index)
         grid = torch.zeros(self.grid[::-1], dtype=torch.bool, device=index.device)
         grid[mel, time] = True
         return grid
 
-    def patches_from_grid(self, grid):
-        """Patch numbers of places in the spectrogram, in this model's token order.
+    def patches_from_grid(self, grid: tuple[Tensor, Tensor] | list[Tensor] | Tensor) -> Tensor:
+        """Convert positions in the spectrogram to patch numbers in this model's token order.
 
-        ``grid`` is a pair ``(time column, mel row)`` of int64 tensors of one shape, giving numbers of that shape; or
-        a bool mask ``[columns, rows]`` or ``[B, columns, rows]`` (True: take the patch), giving ascending numbers
-        ``[k]`` or ``[B, k]``, where every clip must take the same count.
+        Args:
+            grid: a pair ``(time column, mel row)`` of int64 tensors of one shape; or a bool mask ``[columns, rows]`` or
+                ``[B, columns, rows]`` (True: use the patch) with the same number of patches in every clip.
+
+        Returns:
+            int64 of the shape of the pair's tensors; for a mask ``[k]`` or ``[B, k]``, ascending.
+
+        Raises:
+            ValueError: the mask has another shape or dtype, or its clips have different numbers of patches.
         """
         columns, rows = self.grid
         if isinstance(grid, (tuple, list)):
@@ -171,21 +171,33 @@ class PrunedViT(nn.Module):
         taken = taken.flatten(-2)  # [.., P]
         counts = set(taken.sum(-1).flatten().tolist())
         if len(counts) != 1:
-            raise ValueError(f"grid: every clip must take the same number of patches, got {sorted(counts)}")
+            raise ValueError(f"grid: every clip must have the same number of patches, got {sorted(counts)}")
         return taken.nonzero()[:, -1].reshape(*taken.shape[:-1], *counts)
 
-    # Keep rates and configuration -------------------------------------------------------------------------------
+    # Keep-rates and configuration ---------------------------------------------------------------------------------
 
-    def set_keep_rate(self, keep_rate):
-        """Share of the patches that each pruning block keeps, in (0, 1]: one number, or one per pruning block."""
-        #: Keep-rate of each pruning block.
+    def set_keep_rate(self, keep_rate: float | Sequence[float]) -> None:
+        """Set the fraction of the patches that each pruning block keeps.
+
+        Args:
+            keep_rate: in (0, 1]: one number, or one per pruning block.
+
+        Raises:
+            UserError: not a valid keep-rate.
+        """
         self.keep_rates = spread_keep_rate(keep_rate, len(self.prune_blocks))
 
     @property
-    def config(self):
-        """Plain values from which ``create_model(**config)`` makes this model again, without its weights."""
+    def config(self) -> dict[str, Any]:
+        """Plain values with which ``create_model(**config)`` creates this model again, without its weights.
+
+        Raises:
+            UserError: the score is not a name.
+        """
         if callable(self.score):
-            raise UserError("score: a model that ranks by a function of yours has no plain configuration to save")
+            raise UserError(
+                "score: a model with a custom score has no plain configuration to save: use a score by name"
+            )
         rates = self.keep_rates
         return {
             "name": self.name,
@@ -200,53 +212,58 @@ class PrunedViT(nn.Module):
             "num_heads": self.num_heads,
         }
 
-    def no_weight_decay(self):
-        """Names of the parameters that weight decay should leave alone, beside biases and norms."""
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay, in addition to biases and norms."""
         return {name for name in ("cls_token", "dist_token", "pos_embed") if hasattr(self, name)}
 
-    def layer_id(self, parameter_name):
-        """Depth of a parameter for layer-wise decay: 0 the embeddings, i + 1 block i, depth + 1 the head."""
+    def layer_id(self, parameter_name: str) -> int:
+        """Depth of a parameter for layer-wise decay: 0 for embeddings, i + 1 for block i, depth + 1 for the head."""
         if parameter_name.startswith("blocks."):
             return int(parameter_name.split(".")[1]) + 1
         embeddings = ("cls_token", "dist_token", "pos_embed", "patch_embed")
         return 0 if parameter_name.split(".")[0] in embeddings else len(self.blocks) + 1
 
-    # What the packed weights of optimize_for_inference rule out, refused here before any part of the model changes ---
+    # Restrictions of an optimized model ---------------------------------------------------------------------------
+    # These raise an error before any part of the model changes.
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedViT:
         if self.optimized:
-            raise UserError("a model that was optimized for inference cannot be moved or cast: do that before")
+            raise UserError("a model that was optimized for inference cannot be moved or cast: move or cast it first")
         return super()._apply(fn, recurse)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.optimized:
-            raise UserError("a model that was optimized for inference takes no new weights: load them before")
+            raise UserError("a model that was optimized for inference accepts no new weights: load them first")
         super()._load_from_state_dict(*args, **kwargs)
 
-    # Forward ----------------------------------------------------------------------------------------------------
+    # Forward pass -------------------------------------------------------------------------------------------------
 
-    def extra_tokens(self):
-        """The learned tokens in front of the patches, ``[1, extra, C]``."""
+    def extra_tokens(self) -> Tensor:
+        """The learned tokens before the patches, ``[1, extra, C]``."""
         return self.cls_token
 
-    def forward_head(self, x):
-        """Logits ``[B, num_classes]`` of the tokens that left the last block."""
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of the last block's output tokens."""
         raise NotImplementedError
 
-    def embed(self, fbank):
+    def embed(self, fbank: Tensor) -> Tensor:
         """Patch tokens with their positions, ``[B, P, C]``."""
         image = fbank if self.time_major else fbank.transpose(1, 2)
         return self.patch_embed(image.unsqueeze(1)) + self.pos_embed[:, self.num_extra_tokens :]
 
-    def prepend_extra_tokens(self, x):
+    def prepend_extra_tokens(self, x: Tensor) -> Tensor:
         """Patch tokens ``[B, P, C]`` with the extra tokens before them, ``[B, extra + P, C]``."""
         extra = self.extra_tokens() + self.pos_embed[:, : self.num_extra_tokens]
         return torch.cat([extra.expand(x.shape[0], -1, -1), x], dim=1)
 
-    def forward_features(self, fbank, patches=None, record=None):
+    def forward_features(
+        self, fbank: Tensor, patches: Tensor | None = None, record: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
         """Tokens after the last block, ``[B, extra + kept, C]``.
 
-        ``record``, if given, is a list that gets each pruning block's ``(index, scores)``; see :func:`trace`.
+        Args:
+            fbank, patches: see :meth:`forward`.
+            record: a list to which each pruning block's ``(index, scores)`` is appended; see :func:`trace`.
         """
         self._check_input(fbank, patches)
         x = self.embed(fbank)  # [B, P, C]
@@ -256,7 +273,7 @@ class PrunedViT(nn.Module):
             x = ops.gather_tokens(x, patches, 0)  # [B, P', C]
             values = values if values is None else values.gather(1, patches)
         x = self.prepend_extra_tokens(x)  # [B, N, C]
-        keep_rates = dict(zip(self.prune_blocks, self.keep_rates))
+        keep_rates = dict(zip(self.prune_blocks, self.keep_rates, strict=True))
         for i, block in enumerate(self.blocks):
             if i not in keep_rates:
                 x = block(x)
@@ -268,32 +285,43 @@ class PrunedViT(nn.Module):
                 record.append((index, scores))
         return x
 
-    def forward(self, fbank, patches=None):
-        """Logits ``[B, num_classes]`` of normalised log-mel spectrograms ``[B, frames, 128]``.
+    def forward(self, fbank: Tensor, patches: Tensor | None = None) -> Tensor:
+        """Compute the logits.
 
-        ``patches`` (int64 ``[B, P']``, ascending patch numbers) leaves all other patches out from the start: patch
-        masking in training, or padding known to be empty.
+        Args:
+            fbank: normalized log-mel spectrograms ``[B, frames, 128]``.
+            patches: int64 ``[B, P']``: numbers of the patches to start with, ascending; for example patch masking in
+                training, or padding that is known to be empty. None: all patches.
+
+        Returns:
+            ``[B, num_classes]``.
+
+        Raises:
+            ValueError: an input has another shape or dtype.
+            UserError: the model was optimized for inference and is called in autocast.
         """
         return self.forward_head(self.forward_features(fbank, patches))
 
-    def patch_values(self, fbank, statistic):
-        """A number for each input patch, float32 ``[B, P]`` in token order.
+    def patch_values(self, fbank: Tensor, statistic: Callable[[Tensor], Tensor]) -> Tensor:
+        """A statistic of each input patch, float32 ``[B, P]`` in token order.
 
-        ``statistic`` takes the patches' cells ``[B, P, 256]`` to ``[B, P]``, such as ``mean`` or
-        ``standard_deviation`` in ``pruneattn.models.scores``.
+        Args:
+            fbank: ``[B, frames, 128]``.
+            statistic: function of the patches' cells, ``[B, P, 256]`` to ``[B, P]``, for example ``mean`` or
+                ``standard_deviation`` of ``pruneattn.models.scores``.
         """
         columns, rows = self.grid
         cells = fbank.detach().unflatten(2, (rows, PATCH)).unflatten(1, (columns, PATCH))  # [B, columns, 16, rows, 16]
         cells = cells.transpose(2, 3) if self.time_major else cells.permute(0, 3, 1, 2, 4)
         return statistic(cells.reshape(fbank.shape[0], -1, PATCH**2)).float()
 
-    def _check_input(self, fbank, patches):
+    def _check_input(self, fbank: Tensor, patches: Tensor | None) -> None:
         if fbank.dim() != 3 or fbank.shape[1:] != (self.frames, MEL_BINS):
             raise ValueError(f"fbank: expected [B, {self.frames}, {MEL_BINS}], got {list(fbank.shape)}")
         if self.optimized and torch.is_autocast_enabled("cpu"):
             raise UserError(
-                f"autocast: the model was optimized for inference, its weights packed in {self.head.weight.dtype}; call it "
-                "outside, and give optimize_for_inference the dtype"
+                f"autocast: the model was optimized for inference, and its weights are packed in "
+                f"{self.head.weight.dtype}; call it outside autocast, and pass the dtype to optimize_for_inference"
             )
         if patches is None:
             return
@@ -303,7 +331,9 @@ class PrunedViT(nn.Module):
             )
 
 
-def _check_arguments(embed_dim, depth, num_heads, num_classes, frames, drop_path):
+def _check_arguments(
+    embed_dim: int, depth: int, num_heads: int, num_classes: int, frames: int, drop_path: float
+) -> None:
     counts = {
         "embed_dim": embed_dim,
         "depth": depth,

@@ -11,11 +11,11 @@ from pruneattn import ops
 
 @pytest.fixture(scope="session")
 def eager(load_file):
-    """The eager model beside this file."""
+    """The eager model next to this file."""
     return load_file(Path(__file__).with_name("eager.py"))
 
 
-def stir(model, seed=0):
+def randomize(model, seed=0):
     """Random weights large enough that attention is far from uniform; the model in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -30,12 +30,12 @@ def stir(model, seed=0):
 
 @pytest.fixture
 def random_weights():
-    return stir
+    return randomize
 
 
 @pytest.fixture
 def record_kept(monkeypatch):
-    """List that gets the kept patches of every pruning block that runs."""
+    """List to which the kept patches of every pruning block that runs are appended."""
     kept = []
 
     def recording(prune):
@@ -98,7 +98,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainViT(nn.Module):
-    """The least that has timm's names; takes tokens ``[B, N, C]``. It needs no library."""
+    """Minimal model with timm's names; takes tokens ``[B, N, C]``. It needs no library."""
 
     num_prefix_tokens = 1
 
@@ -116,13 +116,13 @@ class PlainViT(nn.Module):
 
 @pytest.fixture
 def plain():
-    """The classes above, to make models of and to spoil."""
+    """The classes above, to derive faulty models from."""
     return SimpleNamespace(Attention=PlainAttention, Block=PlainBlock, ViT=PlainViT)
 
 
 @pytest.fixture
 def plain_vit():
-    return stir(PlainViT())
+    return randomize(PlainViT())
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""A pruned ViT of others written straight down, to check the package against: every row is finished, the whole softmax
-matrix is there, patches go after the attention's residual add. Shares no code with the package; meant for float64.
+"""Direct implementation of a pruned ViT of another library, a reference for the package: every row is finished, the
+whole softmax matrix is computed, and patches are dropped after the attention's residual add. It shares no code with the
+package. Meant for float64.
 
 A model's weights come as a list of blocks, each a dictionary with the names below.
 """
@@ -37,7 +38,7 @@ ENCODER = {
 
 def blocks_of(model):
     """List of dictionaries of the parameters of a model's blocks, ``"q.weight"`` and so on; ``ls1`` and ``ls2`` have
-    1 where the model has no layer scale, ``q_norm.weight`` is absent where queries are not normalised.
+    1 where the model has no layer scale, ``q_norm.weight`` is absent where queries are not normalized.
     """
     parameters = dict(model.named_parameters())
     found = [re.match(r"(.*?(blocks|layers|layer))\.(\d+)\.", name) for name in parameters]
@@ -51,7 +52,7 @@ def blocks_of(model):
         for kind in ("weight", "bias"):
             block |= {f"{ours}.{kind}": own[f"{theirs}.{kind}"] for ours, theirs in names.items()}
             if names is TIMM:
-                for part, rows in zip("qkv", own[f"attn.qkv.{kind}"].chunk(3)):
+                for part, rows in zip("qkv", own[f"attn.qkv.{kind}"].chunk(3), strict=True):
                     block[f"{part}.{kind}"] = rows
                 for part in "qk":
                     if f"attn.{part}_norm.{kind}" in own:
@@ -80,7 +81,7 @@ def drop_path(x, rate):
 
 
 def best(scores, keep):
-    """Places of the ``keep`` best scores of each row, ascending; equal scores go to the lower place."""
+    """Positions of the ``keep`` best scores of each row, ascending; ties go to the lower position."""
     rows = []
     for row in scores.tolist():
         order = sorted(range(len(row)), key=lambda place: (-row[place], place))
@@ -89,7 +90,7 @@ def best(scores, keep):
 
 
 def take(x, index):
-    return torch.stack([row[places] for row, places in zip(x, index)])
+    return torch.stack([row[places] for row, places in zip(x, index, strict=True)])
 
 
 def run(x, blocks, *, heads, extra, score, rates, eps, attn_drop=0.0, drop=0.0, hidden_drop=0.0, drop_paths=None):

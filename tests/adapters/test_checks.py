@@ -1,4 +1,4 @@
-"""Blocks with something about them that pruning does not understand."""
+"""Blocks that pruning does not support."""
 
 import copy
 
@@ -10,8 +10,8 @@ import pruneattn
 
 
 @pytest.fixture
-def refuses(plain, random_weights):
-    """Asserts that a model with such blocks is refused with this message, and left as it was."""
+def rejects(plain, random_weights):
+    """Asserts that a model with these blocks is rejected with this message, and that it is not changed."""
 
     def check(block, message):
         model = random_weights(plain.ViT(block=block))
@@ -24,13 +24,13 @@ def refuses(plain, random_weights):
     return check
 
 
-def test_a_part_that_is_missing(plain, refuses):
+def test_a_part_that_is_missing(plain, rejects):
     class Block(plain.Block):
         def __init__(self, dim, heads):
             super().__init__(dim, heads)
             del self.attn.qkv
 
-    refuses(Block, r"blocks\[1\].attn \(PlainAttention\) has no 'qkv': expected qkv, proj, found proj")
+    rejects(Block, r"blocks\[1\].attn \(PlainAttention\) has no 'qkv': expected qkv, proj, found proj")
 
 
 def test_blocks_of_which_one_differs(plain, plain_vit):
@@ -38,11 +38,11 @@ def test_blocks_of_which_one_differs(plain, plain_vit):
     with pytest.raises(pruneattn.UserError, match=r"blocks\[3\] \(PlainBlock\) has 'norm3'"):
         pruneattn.prune(plain_vit, 0.5, (1, 3))
     assert type(plain_vit.blocks[1]) is plain.Block
-    pruneattn.prune(plain_vit, 0.5, (1, 2))  # that one prunes nothing and may be what it is
+    pruneattn.prune(plain_vit, 0.5, (1, 2))  # a block that does not prune may be of any kind
 
 
 @pytest.mark.parametrize("kind", ["module", "parameter", "buffer"])
-def test_a_part_too_many(plain, refuses, kind):
+def test_a_part_too_many(plain, rejects, kind):
     class Block(plain.Block):
         def __init__(self, dim, heads):
             super().__init__(dim, heads)
@@ -53,54 +53,54 @@ def test_a_part_too_many(plain, refuses, kind):
             else:
                 self.attn.register_buffer("position", torch.zeros(dim))
 
-    refuses(Block, r"blocks\[1\].attn \(PlainAttention\) has 'position', a part that pruning does not know")
+    rejects(Block, r"blocks\[1\].attn \(PlainAttention\) has 'position', a part that pruning does not support")
 
 
-def test_shapes(plain, refuses):
+def test_shapes(plain, rejects):
     def grouped(dim, heads):
         block = plain.Block(dim, heads)
         block.attn.qkv = nn.Linear(dim, dim + 2 * dim // heads)
         return block
 
-    refuses(grouped, r"blocks\[1\].attn.qkv: expected a linear layer from 24 to 72 channels, found .* from 24 to 40")
+    rejects(grouped, r"blocks\[1\].attn.qkv: expected a linear layer from 24 to 72 channels, found .* from 24 to 40")
 
     def more_heads(dim, heads):
         block = plain.Block(dim, heads)
         block.attn.num_heads = 5
         return block
 
-    refuses(more_heads, r"blocks\[1\].attn.num_heads: 5 does not divide the 24 channels")
+    rejects(more_heads, r"blocks\[1\].attn.num_heads: 5 does not divide the 24 channels")
 
     def no_heads(dim, heads):
         block = plain.Block(dim, heads)
         del block.attn.num_heads
         return block
 
-    refuses(no_heads, r"blocks\[1\].attn.num_heads: expected the number of heads, found None")
+    rejects(no_heads, r"blocks\[1\].attn.num_heads: expected the number of heads, found None")
 
     def no_linear(dim, heads):
         block = plain.Block(dim, heads)
         block.attn.proj = nn.Identity()
         return block
 
-    refuses(no_linear, r"blocks\[1\].attn.proj: expected a linear layer")
+    rejects(no_linear, r"blocks\[1\].attn.proj: expected a linear layer")
 
 
-def test_an_argument_that_is_not_known(plain, refuses):
+def test_an_argument_that_is_not_known(plain, rejects):
     class Block(plain.Block):
         def forward(self, x, rope=None):
             return super().forward(x)
 
-    refuses(Block, r"blocks\[1\] takes rope beside its tokens")
+    rejects(Block, r"blocks\[1\] takes rope in addition to its tokens")
 
 
-def test_a_forward_that_was_replaced(plain, refuses):
+def test_a_forward_that_was_replaced(plain, rejects):
     def block(dim, heads):
         block = plain.Block(dim, heads)
         block.forward = lambda x: x
         return block
 
-    refuses(block, r"blocks\[1\].forward was replaced on the object")
+    rejects(block, r"blocks\[1\].forward was replaced on the object")
 
 
 def test_a_forward_replaced_later_stops_unprune(plain_vit):
@@ -110,8 +110,8 @@ def test_a_forward_replaced_later_stops_unprune(plain_vit):
         pruneattn.unprune(plain_vit)
 
 
-def test_the_same_parts_put_together_otherwise(plain, refuses):
-    message = r"blocks\[1\] has the parts of a ViT's block, but does something else"
+def test_the_same_parts_combined_differently(plain, rejects):
+    message = r"blocks\[1\] has the parts of a ViT's block, but combines them differently"
 
     class NormAfter(plain.Block):
         def forward(self, x):
@@ -128,7 +128,7 @@ def test_the_same_parts_put_together_otherwise(plain, refuses):
             return x + self.mlp(self.norm2(x))
 
     for block in (NormAfter, Parallel, NoResidual):
-        refuses(block, message)
+        rejects(block, message)
 
     class OtherScale(plain.Block):
         def __init__(self, dim, heads):
@@ -152,17 +152,17 @@ def test_the_same_parts_put_together_otherwise(plain, refuses):
             self.attn = HeadsInsideAttention(dim, heads)
 
     class HeadsInsideAttention(plain.Attention):
-        def forward(self, x):  # query, key, value of a head lie together
+        def forward(self, x):  # query, key, value of a head are adjacent
             q, k, v = self.qkv(x).unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
             out = nn.functional.scaled_dot_product_attention(q, k, v)
             return self.proj(out.transpose(1, 2).flatten(2))
 
     for block in (OtherScale, Causal, HeadsInside):
-        refuses(block, message)
+        rejects(block, message)
 
 
-def test_weights_that_hide_the_difference_do_not(plain, random_weights):
-    """Zero at the start of training, as some models set the last layers of their branches."""
+def test_weights_that_hide_a_difference_are_not_used(plain, random_weights):
+    """Some models set the last layers of their branches to zero at the start of training."""
 
     class NormAfter(plain.Block):
         def forward(self, x):
@@ -172,16 +172,16 @@ def test_weights_that_hide_the_difference_do_not(plain, random_weights):
     model = plain.ViT(block=NormAfter)
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    with pytest.raises(pruneattn.UserError, match="does something else"):
+    with pytest.raises(pruneattn.UserError, match="combines them differently"):
         pruneattn.prune(model, 0.5, (1,))
 
 
-def test_a_block_that_cannot_be_run_alone(plain, refuses):
+def test_a_block_that_cannot_be_run_alone(plain, rejects):
     class Block(plain.Block):
         def forward(self, x):
             return super().forward(x.reshape(1, 3, 3, 24).flatten(1, 2))
 
-    refuses(Block, r"blocks\[1\]: a copy of it could not be run alone")
+    rejects(Block, r"blocks\[1\]: a copy of the block could not be run alone")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -56,7 +56,7 @@ def key_norms(q, k, v, extra_tokens):
 
 
 def output(model, tokens):
-    """What the model makes of the tokens that left the last block, in plain steps."""
+    """The model's output for the last block's tokens, in plain steps."""
     pooled = model.base_model.layernorm(tokens)[:, :2].mean(1)
     return model.classifier(pooled) if hasattr(model, "classifier") else pooled
 
@@ -66,7 +66,14 @@ def result(outputs):
 
 
 def settings(score, **more):
-    return {"heads": HEADS, "extra": 2, "score": score, "eps": 1e-6, "rates": dict(zip(BLOCKS, RATES)), **more}
+    return {
+        "heads": HEADS,
+        "extra": 2,
+        "score": score,
+        "eps": 1e-6,
+        "rates": dict(zip(BLOCKS, RATES, strict=True)),
+        **more,
+    }
 
 
 @pytest.mark.parametrize("head", [True, False])
@@ -74,7 +81,7 @@ def settings(score, **more):
 def test_equals_the_eager_model(make, eager, entering, record_kept, spectrograms, head, score):
     model = make(head)
     assert pruneattn.prune(model, RATES, BLOCKS, score) is model
-    record_kept.clear()  # of what prune tried
+    record_kept.clear()  # of the checks in prune
     with torch.no_grad():
         seen = entering(layers_of(model)[0], lambda: model(spectrograms, output_hidden_states=True))
         tokens, kept = eager.run(seen.tokens, eager.blocks_of(model), **settings(score or "cls"))
@@ -82,12 +89,14 @@ def test_equals_the_eager_model(make, eager, entering, record_kept, spectrograms
     assert [index.shape[1] for index in kept] == [6, 5]
     assert len(record_kept) == 2 and all(map(torch.equal, record_kept, kept))
     assert [state.shape[1] for state in seen.out.hidden_states] == SIZES
-    for state, expected in zip(seen.out.hidden_states[:-1], tokens):  # some versions normalise the last one
+    for state, expected in zip(
+        seen.out.hidden_states[:-1], tokens, strict=True
+    ):  # some versions normalize the last one
         torch.testing.assert_close(state, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("score", ["cls", "column_mean", key_norms])
-def test_training_draws_what_the_block_draws(make, eager, entering, spectrograms, score):
+def test_training_draws_the_same_random_numbers_as_the_block(make, eager, entering, spectrograms, score):
     model = make(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3).train()
     pruneattn.prune(model, RATES, BLOCKS, score)
     torch.manual_seed(3)
@@ -100,7 +109,7 @@ def test_training_draws_what_the_block_draws(make, eager, entering, spectrograms
 
 
 @pytest.mark.parametrize("score", ["cls", "column_mean"])
-def test_gradients_are_those_of_the_eager_model(make, eager, entering, gradients, spectrograms, score):
+def test_gradients_equal_those_of_the_eager_model(make, eager, entering, gradients, spectrograms, score):
     model = pruneattn.prune(make(), RATES, BLOCKS, score)
     layers = layers_of(model)
     given = gradients(layers, lambda: model(spectrograms).logits)
@@ -159,7 +168,7 @@ def test_hidden_states_recorded_before_do_not_undo_pruning(make, spectrograms):
         assert copy.deepcopy(model).base_model(spectrograms).last_hidden_state.shape[1] == expected[-1]
 
 
-def test_attentions_are_refused(make, spectrograms):
+def test_attentions_are_rejected(make, spectrograms):
     model = pruneattn.prune(make(), RATES, BLOCKS)
     with pytest.raises(pruneattn.UserError, match="output_attentions.*pruneattn.unprune"):
         model(spectrograms, output_attentions=True)
@@ -172,7 +181,7 @@ def test_attentions_are_refused(make, spectrograms):
     assert [weights.shape for weights in model(spectrograms).attentions] == [(2, HEADS, 14, 14)] * 4
 
 
-def test_masks_are_refused(make, spectrograms):
+def test_masks_are_rejected(make, spectrograms):
     model = make(False)
     name = mask_name(type(model).forward)
     pruneattn.prune(model, 0.5, BLOCKS)
@@ -186,8 +195,8 @@ def test_masks_are_refused(make, spectrograms):
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_masks_that_hide_nothing_are_left_out(make, spectrograms, by_name):
-    """transformers makes such masks itself, in torch.compile and for some attention backends."""
+def test_masks_that_hide_nothing_are_dropped(make, spectrograms, by_name):
+    """transformers creates such masks itself, in torch.compile and for some attention backends."""
     model = pruneattn.prune(make(), 0.5, (1,))
     name = mask_name(type(layers_of(model)[0]).forward)
     mask = torch.ones(1, HEADS, 14, 14, dtype=torch.float64)
@@ -196,14 +205,14 @@ def test_masks_that_hide_nothing_are_left_out(make, spectrograms, by_name):
         return (args[:1], kwargs | {name: mask}) if by_name else ((args[0], mask), kwargs)
 
     for layer in layers_of(model):
-        # Before the hooks of pruning, as what the model itself gives comes before any.
+        # Before the hooks of pruning: the model's own arguments exist before any hook runs.
         layer.register_forward_pre_hook(give_mask, prepend=True, with_kwargs=True)
     expected = pruneattn.prune(make(), 0.5, (1,))(spectrograms).logits
     torch.testing.assert_close(model(spectrograms).logits, expected)
 
 
 @pytest.mark.parametrize("score", ["cls", "column_mean"])
-def test_only_rows_that_stay_are_finished(make, spectrograms, score):
+def test_only_kept_rows_are_finished(make, spectrograms, score):
     model = pruneattn.prune(make(), 0.5, (1,), score)
     rows = []
     for name, module in layers_of(model)[1].named_modules():
@@ -281,7 +290,7 @@ def test_compiles_whole(make, spectrograms):
         torch.testing.assert_close(compiled(spectrograms).logits, model(spectrograms).logits)
 
 
-def test_refuses_other_models():
+def test_other_models_are_rejected():
     config = transformers.Wav2Vec2Config(
         hidden_size=16,
         num_hidden_layers=1,

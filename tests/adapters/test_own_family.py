@@ -1,4 +1,4 @@
-"""A family and a score of one's own: the example in python/prune_own_backbone.py beside plain arithmetic."""
+"""A custom family and a custom score: the example python/prune_own_backbone.py against plain arithmetic."""
 
 import copy
 from pathlib import Path
@@ -49,7 +49,7 @@ def eager(model, fbank, kind):
     """The pruned model by PyTorch's own layers and the whole softmax matrix."""
     x = model.patches(fbank[:, None]).flatten(2).transpose(1, 2)
     x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], 1) + model.positions
-    rates = dict(zip(BLOCKS, KEEP_RATES))
+    rates = dict(zip(BLOCKS, KEEP_RATES, strict=True))
     for number, layer in enumerate(model.encoder.layers):
         y = layer.norm1(x) if layer.norm_first else x
         out, weights = layer.self_attn(y, y, y, average_attn_weights=False)
@@ -60,7 +60,7 @@ def eager(model, fbank, kind):
             scores = scores_of(kind, weights, v.unflatten(-1, (HEADS, -1)).transpose(1, 2))
             rows = 1 + scores.topk(keep).indices.sort().values
             rows = torch.cat([torch.zeros_like(rows[:, :1]), rows], 1)
-            x = torch.stack([clip[index] for clip, index in zip(x, rows)])
+            x = torch.stack([clip[index] for clip, index in zip(x, rows, strict=True)])
         mlp = nn.Sequential(layer.linear1, nn.GELU(), layer.linear2)
         if layer.norm_first:
             x = x + mlp(layer.norm2(x))
@@ -96,14 +96,14 @@ def test_trains(example, make, fbank):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_masks_are_refused(make):
+def test_masks_are_rejected(make):
     model, tokens = pruneattn.prune(make(), 0.5, BLOCKS), torch.zeros(1, 33, DIM)
     for mask in ({"mask": torch.zeros(33, 33)}, {"src_key_padding_mask": torch.zeros(1, 33, dtype=torch.bool)}):
         with pytest.raises(UserError, match=r"encoder.layers\[1\]: a pruned model takes no attention mask"):
             model.encoder(tokens, **mask)
 
 
-def test_layers_that_are_not_understood(example, make):
+def test_unsupported_layers_are_rejected(example, make):
     model = make()
     model.encoder.layers[1].self_attn.batch_first = False
     with pytest.raises(UserError, match="make it with batch_first=True"):
@@ -114,7 +114,7 @@ def test_layers_that_are_not_understood(example, make):
         pruneattn.prune(model, 0.5, BLOCKS)
 
 
-def test_our_models_take_the_score_too(example):
+def test_own_models_take_the_score_too(example):
     torch.manual_seed(0)
     sizes = {"embed_dim": DIM, "depth": 4, "num_heads": HEADS, "num_classes": 5, "frames": 64, "prune_blocks": BLOCKS}
     model = pruneattn.create_model("ast_tiny", score=example.ValueScore(), keep_rate=0.5, **sizes).eval()
@@ -125,16 +125,16 @@ def test_our_models_take_the_score_too(example):
         expected = model(fbank)
         torch.testing.assert_close(pruneattn.optimize_for_inference(model)(fbank), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="no plain configuration"):
-        model.config
+        _ = model.config
 
     class Free(pruneattn.Pruning):
         pass
 
-    with pytest.raises(NotImplementedError, match="Free does not say what it costs"):
+    with pytest.raises(NotImplementedError, match="Free does not give its cost: implement attention_macs"):
         pruneattn.count_macs(pruneattn.create_model("ast_tiny", score=Free(), keep_rate=0.5, **sizes))
 
 
-def test_families_are_asked_in_order(plain_vit, make):
+def test_families_are_tried_in_order(plain_vit, make):
     asked = []
 
     @adapters.register_family

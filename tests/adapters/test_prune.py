@@ -1,6 +1,7 @@
-"""What holds for every family, on a model that needs no library."""
+"""Properties of every family, on a model that needs no library."""
 
 import copy
+import dataclasses
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import pruneattn
+from pruneattn import adapters
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def counts(model, tokens):
     return found
 
 
-def test_prunes_where_and_how_much_it_is_told(plain_vit, tokens):
+def test_prunes_the_given_blocks_at_the_given_rates(plain_vit, tokens):
     assert counts(pruneattn.prune(plain_vit, 0.5, (0, 2)), tokens) == [6, 6, 4, 4]  # 5 of 10, 3 of 5
     assert counts(pruneattn.prune(plain_vit, (0.7, 1, 0.3), (0, 2, 3)), tokens) == [8, 8, 8, 4]  # anew: 7, 7, ceil(2.1)
     pruneattn.set_keep_rate(plain_vit, (1, 0.55, 0.01))
@@ -38,6 +40,25 @@ def test_prunes_where_and_how_much_it_is_told(plain_vit, tokens):
 def test_defaults(plain, random_weights, tokens):
     model = pruneattn.prune(random_weights(plain.ViT(depth=12)))
     assert counts(model, tokens) == [11] * 3 + [8] * 3 + [6] * 3 + [5] * 3  # 7 of 10, ceil(4.9), ceil(3.5)
+
+
+def test_blocks_is_an_alias_of_prune_blocks(plain_vit, tokens):
+    for arguments in ({"prune_blocks": (0, 2)}, {"blocks": (0, 2)}, {"prune_blocks": None, "blocks": (0, 2)}):
+        pruneattn.prune(pruneattn.unprune(plain_vit), 0.5, **arguments)
+        assert counts(plain_vit, tokens) == [6, 6, 4, 4]
+
+
+def test_a_family_can_have_its_own_default_blocks(plain_vit, tokens):
+    def find(model):
+        if model is plain_vit:
+            return dataclasses.replace(adapters.timm.find(model), prune_blocks=(1,))
+
+    adapters.register_family(find)
+    try:
+        assert counts(pruneattn.prune(plain_vit, 0.5), tokens) == [11, 6, 6, 6]
+        assert counts(pruneattn.prune(plain_vit, 0.5, (2,)), tokens) == [11, 11, 6, 6]
+    finally:
+        adapters._families.remove(find)
 
 
 def test_the_score_decides(plain_vit, tokens):
@@ -56,7 +77,7 @@ def test_the_score_decides(plain_vit, tokens):
         torch.testing.assert_close(block(x), dense[:, rows])
 
 
-def test_equal_patches_go_to_the_lower_place(plain_vit, tokens):
+def test_ties_go_to_the_lower_position(plain_vit, tokens):
     equal = tokens[:, :1].expand(-1, 10, -1)
     pruneattn.prune(plain_vit, 0.5, (0,), lambda q, k, v, extra: k.new_zeros(2, 10))
     out = plain_vit(equal)
@@ -64,7 +85,7 @@ def test_equal_patches_go_to_the_lower_place(plain_vit, tokens):
     assert out.shape == (2, 6, 24)
 
 
-def test_where_nothing_can_be_dropped_the_block_is_untouched(plain_vit, tokens):
+def test_a_block_runs_unpruned_if_it_would_drop_no_patch(plain_vit, tokens):
     pruneattn.prune(plain_vit, 0.9, (1,))
     x = torch.randn(2, 6, 24)
     dense = copy.deepcopy(plain_vit)
@@ -73,7 +94,7 @@ def test_where_nothing_can_be_dropped_the_block_is_untouched(plain_vit, tokens):
         assert torch.equal(plain_vit.blocks[1](x[:, :few]), dense.blocks[1](x[:, :few]))
 
 
-def test_the_block_stays_the_object_and_the_kind_it_was(plain, plain_vit, tokens):
+def test_the_block_stays_the_same_object_and_class(plain, plain_vit, tokens):
     block = plain_vit.blocks[1]
     calls = []
     block.register_forward_hook(lambda *_: calls.append("block"))
@@ -99,7 +120,9 @@ def test_a_copy_is_another_model(plain_vit, tokens):
         for parameter in other.parameters():
             parameter.zero_()
     assert torch.equal(plain_vit(tokens), expected)
-    without_weights = torch.cat([torch.zeros(2, 1, 24), tokens[:, :2]], 1)  # all scores equal: the lower places stay
+    without_weights = torch.cat(
+        [torch.zeros(2, 1, 24), tokens[:, :2]], 1
+    )  # all scores are equal: the lower positions are kept
     assert torch.equal(other(tokens), without_weights)
 
 
@@ -119,11 +142,13 @@ def test_parameters_replaced_after_pruning_are_used(plain, plain_vit, random_wei
         ({"keep_rate": 1.5}, "keep_rate: .* got 1.5"),
         ({"keep_rate": "half"}, "keep_rate: .* got 'h'"),
         ({"keep_rate": (0.5, 0.7, 0.9)}, "keep_rate: 3 values for 2 pruning blocks"),
-        ({"blocks": (1, 4)}, r"blocks: \(1, 4\) must lie within depth 4"),
-        ({"blocks": (-1,)}, "blocks: .* must lie within depth 4"),
-        ({"blocks": (2, 1)}, r"blocks: must ascend without repeats, got \(2, 1\)"),
-        ({"blocks": (2, 2)}, "blocks: must ascend without repeats"),
-        ({"blocks": ()}, "needs pruning blocks"),
+        ({"prune_blocks": (1, 4)}, r"prune_blocks: \(1, 4\) must be within depth 4"),
+        ({"prune_blocks": (-1,)}, "prune_blocks: .* must be within depth 4"),
+        ({"prune_blocks": (2, 1)}, r"prune_blocks: must ascend without repeats, got \(2, 1\)"),
+        ({"prune_blocks": (2, 2)}, "prune_blocks: must ascend without repeats"),
+        ({"prune_blocks": ()}, "needs pruning blocks"),
+        ({"prune_blocks": None}, r"prune_blocks: \(3, 6, 9\) must be within depth 4"),
+        ({"blocks": (1, 3)}, "prune_blocks: given together with its alias blocks: give only prune_blocks"),
         ({"score": "intensity"}, "score: 'intensity' ranks by the spectrogram"),
         ({"score": "variation"}, "score: 'variation' ranks by the spectrogram"),
         ({"score": "random"}, "score: 'random' ranks by the spectrogram"),
@@ -131,18 +156,18 @@ def test_parameters_replaced_after_pruning_are_used(plain, plain_vit, random_wei
     ],
 )
 @pytest.mark.parametrize("pruned", [False, True])
-def test_arguments_that_cannot_be_used_change_nothing(plain_vit, tokens, arguments, message, pruned):
+def test_invalid_arguments_change_nothing(plain_vit, tokens, arguments, message, pruned):
     if pruned:
         pruneattn.prune(plain_vit, 0.5, (0,))
     before = counts(plain_vit, tokens)
     with pytest.raises(pruneattn.UserError, match=message):
-        pruneattn.prune(plain_vit, **{"keep_rate": 0.5, "blocks": (1, 2)} | arguments)
+        pruneattn.prune(plain_vit, **{"keep_rate": 0.5, "prune_blocks": (1, 2)} | arguments)
     assert counts(plain_vit, tokens) == before
 
 
 @pytest.mark.parametrize("undo, number", [(False, 1), (False, 2), (False, 3), (True, 2), (True, 3)])
 def test_a_replaced_forward_changes_nothing(plain_vit, tokens, undo, number):
-    """Of a block that is pruned, or is to be: none of the others is changed either."""
+    """The replaced forward of one block, pruned or to be pruned, leaves all blocks unchanged."""
     pruneattn.prune(plain_vit, 0.5, (0, 2, 3))
     block = plain_vit.blocks[number]
     block.forward = partial(type(block).forward, block)
@@ -159,7 +184,7 @@ def test_without_a_class_token(plain_vit, tokens):
     assert pruneattn.prune(plain_vit, 0.5, (1,)).blocks[1](tokens).shape == (2, 5, 24)
 
 
-def test_keep_rates_that_cannot_be_used_change_nothing(plain_vit, tokens):
+def test_invalid_keep_rates_change_nothing(plain_vit, tokens):
     pruneattn.prune(plain_vit, 0.5, (0, 1))
     for rate in (0, -1, 2, float("nan"), (0.5, 0), (0.5, 0.5, 0.5), "0.5"):
         with pytest.raises(pruneattn.UserError, match="keep_rate"):
@@ -174,18 +199,20 @@ def test_a_model_that_is_not_pruned(plain_vit, tokens):
     assert torch.equal(pruneattn.unprune(plain_vit)(tokens), expected)
 
 
-def test_our_own_models():
+def test_own_models_are_not_pruned_again():
     sizes = {"frames": 64, "embed_dim": 24, "num_heads": 3, "depth": 4, "num_classes": 5}
     model = pruneattn.create_model("ast_tiny", prune_blocks=(1, 2), **sizes)
     pruneattn.set_keep_rate(model, (0.5, 0.25))
     assert model.keep_rates == (0.5, 0.25)
-    with pytest.raises(pruneattn.UserError, match="prunes by itself: set_keep_rate"):
+    with pytest.raises(
+        pruneattn.UserError, match="already has pruning blocks: change its keep-rate with set_keep_rate"
+    ):
         pruneattn.prune(model)
     with pytest.raises(pruneattn.UserError, match=r"model.set_keep_rate\(1\)"):
         pruneattn.unprune(model)
 
 
-def test_a_decoder_wants_every_token(plain_vit, tokens):
+def test_models_with_a_decoder_are_rejected(plain_vit, tokens):
     plain_vit.decoder = nn.Linear(24, 24)
     with pytest.raises(pruneattn.UserError, match="PlainViT has a decoder, .* prune the encoder alone"):
         pruneattn.prune(plain_vit, 0.5, (1,))
@@ -193,7 +220,7 @@ def test_a_decoder_wants_every_token(plain_vit, tokens):
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, nn.Sequential, lambda model: None])
-def test_what_is_no_model_of_a_known_kind(plain_vit, wrap):
+def test_models_of_unknown_families_are_rejected(plain_vit, wrap):
     for function in (pruneattn.prune, pruneattn.unprune):
         with pytest.raises(pruneattn.UserError, match="no list of blocks that is known: .* not a wrapper"):
             function(wrap(plain_vit))

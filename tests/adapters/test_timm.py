@@ -56,11 +56,13 @@ def images(batch=2, seed=1):
 def test_equals_the_eager_model(make, eager, entering, record_kept, kind, score):
     model, x, (_, _, extra, default) = make(kind), images(), KINDS[kind]
     assert pruneattn.prune(model, RATES, BLOCKS, score) is model
-    record_kept.clear()  # of what prune tried
+    record_kept.clear()  # of the checks in prune
     with torch.no_grad():
         seen = entering(model.blocks[0], lambda: model(x))
         settings = {"heads": HEADS, "extra": extra, "score": score or default or "column_mean", "eps": 1e-6}
-        tokens, kept = eager.run(seen.tokens, eager.blocks_of(model), rates=dict(zip(BLOCKS, RATES)), **settings)
+        tokens, kept = eager.run(
+            seen.tokens, eager.blocks_of(model), rates=dict(zip(BLOCKS, RATES, strict=True)), **settings
+        )
         torch.testing.assert_close(seen.out, head(model, kind, tokens[-1]), rtol=1e-9, atol=1e-9)
         features = model.forward_features(x)
         assert torch.equal(model.forward_head(features), seen.out)
@@ -70,7 +72,7 @@ def test_equals_the_eager_model(make, eager, entering, record_kept, kind, score)
 
 
 @pytest.mark.parametrize("score", ["cls", "column_mean", key_norms])
-def test_training_draws_what_the_block_draws(make, eager, entering, score):
+def test_training_draws_the_same_random_numbers_as_the_block(make, eager, entering, score):
     rates = {"attn_drop": 0.3, "drop": 0.2, "hidden_drop": 0.2}
     model = make("registers", attn_drop_rate=0.3, proj_drop_rate=0.2, drop_path_rate=0.5).train()
     pruneattn.prune(model, RATES, BLOCKS, score)
@@ -82,12 +84,14 @@ def test_training_draws_what_the_block_draws(make, eager, entering, score):
         paths = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
         assert paths == pytest.approx([0, 0.5 / 3, 1 / 3, 0.5])
         settings = {"heads": HEADS, "extra": 4, "score": score, "eps": 1e-6, "drop_paths": paths, **rates}
-        tokens, _ = eager.run(seen.tokens, eager.blocks_of(model), rates=dict(zip(BLOCKS, RATES)), **settings)
+        tokens, _ = eager.run(
+            seen.tokens, eager.blocks_of(model), rates=dict(zip(BLOCKS, RATES, strict=True)), **settings
+        )
     torch.testing.assert_close(seen.out, head(model, "registers", tokens[-1]), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["distilled", "average"])
-def test_gradients_are_those_of_the_eager_model(make, eager, entering, gradients, kind):
+def test_gradients_equal_those_of_the_eager_model(make, eager, entering, gradients, kind):
     model, x, (_, _, extra, score) = make(kind), images(), KINDS[kind]
     pruneattn.prune(model, RATES, BLOCKS)
     given = gradients(model.blocks, lambda: model(x))
@@ -95,7 +99,7 @@ def test_gradients_are_those_of_the_eager_model(make, eager, entering, gradients
 
     def expected():
         settings = {"heads": HEADS, "extra": extra, "score": score, "eps": 1e-6}
-        run = eager.run(tokens, eager.blocks_of(model), rates=dict(zip(BLOCKS, RATES)), **settings)
+        run = eager.run(tokens, eager.blocks_of(model), rates=dict(zip(BLOCKS, RATES, strict=True)), **settings)
         return head(model, kind, run[0][-1])
 
     for name, gradient in gradients(model.blocks, expected).items():
@@ -122,7 +126,7 @@ def test_keep_rate_1_and_unprune_give_the_same_bits(make, kind):
     assert {type(block) for block in model.blocks} == {type(model.blocks[0])}
 
 
-def test_intermediate_layers_are_refused_until_unpruned(make):
+def test_intermediate_layers_are_rejected_until_unpruned(make):
     model, x = pruneattn.prune(make(), 0.5, BLOCKS), images()
     for method in (model.forward_intermediates, model.get_intermediate_layers):
         with pytest.raises(pruneattn.UserError, match="pruneattn.unprune"):
@@ -131,7 +135,7 @@ def test_intermediate_layers_are_refused_until_unpruned(make):
     assert model.forward_intermediates(x)[1][-1].shape == (2, DIM, 4, 4)
 
 
-def test_masks_are_refused(make):
+def test_masks_are_rejected(make):
     model, x = pruneattn.prune(make(), 0.5, BLOCKS), images()
     with pytest.raises(pruneattn.UserError, match=r"blocks\[1\].*attn_mask"):
         model(x, attn_mask=torch.ones(17, 17, dtype=torch.bool))
@@ -140,7 +144,7 @@ def test_masks_are_refused(make):
 
 
 @pytest.mark.parametrize("score", ["cls", "column_mean"])
-def test_only_rows_that_stay_are_finished(make, score):
+def test_only_kept_rows_are_finished(make, score):
     """Multiplications of a pruned block, counted by PyTorch, against the sum of its steps."""
     model = pruneattn.prune(make().float(), 0.5, (1,), score)
     tokens = torch.randn(1, 1 + PATCHES, DIM)
@@ -155,8 +159,8 @@ def test_only_rows_that_stay_are_finished(make, score):
     assert counter.get_total_flops() == 2 * (attention[score] + m * per_row + 2 * m * 4 * per_row)
 
 
-def test_a_layer_put_around_the_projection_counts(make):
-    """As libraries do that add low-rank weights to the layers of a model."""
+def test_a_layer_that_wraps_the_projection_is_called(make):
+    """Libraries that add low-rank weights to the layers of a model wrap layers in this way."""
 
     class Doubled(nn.Module):
         def __init__(self, linear):
@@ -186,7 +190,7 @@ def test_hooks_on_the_parts_are_called(make):
     for name, part in model.blocks[1].named_modules():
         part.register_forward_hook(lambda m, args, out, name=name: calls.append(name))
     torch.testing.assert_close(model(images()), expected)
-    skipped = {"attn", "attn.attn_drop"}  # attention itself is what changed
+    skipped = {"attn", "attn.attn_drop"}  # attention itself changed
     assert set(calls) == {name for name, _ in model.blocks[1].named_modules()} - skipped
 
 
@@ -254,7 +258,7 @@ def test_compiles_whole(make):
         ("resnet18", "ResNet has no list of blocks"),
     ],
 )
-def test_refuses_other_architectures(name, message):
+def test_other_architectures_are_rejected(name, message):
     with torch.device("meta"):
         model = timm.create_model(name, **({} if name.startswith(("swin", "resnet")) else {"depth": 1}))
     with pytest.raises(pruneattn.UserError, match=message):

@@ -1,5 +1,6 @@
-"""The paper's method written straight down, to check the package against: every row is finished, the whole softmax
-matrix is there, patches go after the attention's residual add. Shares no code with the package; meant for float64.
+"""Direct implementation of the paper's method, a reference for the package: every row is finished, the whole softmax
+matrix is computed, and patches are dropped after the attention's residual add. It shares no code with the package.
+Meant for float64.
 """
 
 import math
@@ -39,7 +40,7 @@ def cut_patches(fbank, time_major):
 
 
 def best(scores, keep):
-    """Places of the ``keep`` best scores of each row, ascending; equal scores go to the lower place."""
+    """Positions of the ``keep`` best scores of each row, ascending; ties go to the lower position."""
     rows = []
     for row in scores.tolist():
         order = sorted(range(len(row)), key=lambda place: (-row[place], place))
@@ -48,13 +49,13 @@ def best(scores, keep):
 
 
 def take(x, index):
-    return torch.stack([row[places] for row, places in zip(x, index)])
+    return torch.stack([row[places] for row, places in zip(x, index, strict=True)])
 
 
 def run(state, fbank, kind, *, heads, keep_rates, prune_blocks=(3, 6, 9), score=None, patches=None):
     """Logits, kept patch numbers per pruning block and scores per pruning block.
 
-    ``state``: name to tensor, as ``state_dict()`` gives; ``kind``: AUDIOMAE or AST.
+    ``state``: name to tensor, from ``state_dict()``; ``kind``: AUDIOMAE or AST.
     """
     extra, score = kind["extra"], score or kind["score"]
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
@@ -71,7 +72,7 @@ def run(state, fbank, kind, *, heads, keep_rates, prune_blocks=(3, 6, 9), score=
     x = torch.cat([tokens.expand(len(x), -1, -1), x], 1)
 
     kept, scores = [], []
-    rates = dict(zip(prune_blocks, keep_rates))
+    rates = dict(zip(prune_blocks, keep_rates, strict=True))
     for i in range(depth):
         y = layer_norm(x, state, f"blocks.{i}.norm1", 1e-6)
         q, k, v = linear(y, state, f"blocks.{i}.attn.qkv").chunk(3, -1)

@@ -1,4 +1,4 @@
-"""Files of `export_model` compute what the model does, where nothing of this package is."""
+"""Files of `export_model` compute the model's logits without this package."""
 
 import json
 import subprocess
@@ -54,13 +54,13 @@ def test_onnx(make_model, onnxruntime, tmp_path, family, score):
         logits, names, _ = run_onnx(onnxruntime, path, fbank)
         close(logits, model(fbank))
     assert names == ["fbank"] and logits.std() > 0.1
-    # Patches of equal score, as padding has them: the lower numbers stay.
+    # Patches of equal score, for example padding: the lower numbers are kept.
     fbank[:, 20:] = 0
     close(run_onnx(onnxruntime, path, fbank)[0], model(fbank))
 
 
 @torch.no_grad()
-def test_onnx_takes_sound_and_says_what_it_is(model, onnxruntime, tmp_path):
+def test_onnx_takes_waveforms_and_describes_itself(model, onnxruntime, tmp_path):
     path = tmp_path / "model.onnx"
     export_model(model, path, "onnx", waveform=True)
     samples = samples_for(128)
@@ -74,7 +74,7 @@ def test_onnx_takes_sound_and_says_what_it_is(model, onnxruntime, tmp_path):
 
 
 @torch.no_grad()
-def test_a_program_of_torch_needs_nothing_of_this_package(model, tmp_path):
+def test_a_torch_program_does_not_need_this_package(model, tmp_path):
     path = tmp_path / "model.pt2"
     export_model(model, path, "torch")
     files = {DESCRIPTION_FILE: ""}
@@ -82,7 +82,7 @@ def test_a_program_of_torch_needs_nothing_of_this_package(model, tmp_path):
     assert json.loads(files[DESCRIPTION_FILE])["labels"] == model.labels
     used = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in used if "pruneattn" in name]
-    assert not [name for name in used if "logsumexp" in name]  # which only a gradient needs
+    assert not [name for name in used if "logsumexp" in name]  # needed by gradients only
     fbank = torch.randn(4, 128, 128)
     close(program.module()(fbank), model(fbank))
     elsewhere = "import sys; sys.modules['pruneattn'] = None; import torch; torch.export.load(sys.argv[1])"
@@ -90,7 +90,7 @@ def test_a_program_of_torch_needs_nothing_of_this_package(model, tmp_path):
 
 
 @torch.no_grad()
-def test_kernels_stay_where_that_is_wanted(model, tmp_path):
+def test_kernels_are_kept_on_request(model, tmp_path):
     path = tmp_path / "model.pt2"
     assert export_model(model, path, "torch", kernels=True) == 0
     used = {str(node.target) for node in torch.export.load(path).graph.nodes}
@@ -100,7 +100,7 @@ def test_kernels_stay_where_that_is_wanted(model, tmp_path):
 
 
 class Pieces(torch.nn.Module):
-    """Every op that selects and does more."""
+    """Every op that fuses the selection with other work."""
 
     def forward(self, q, k, scores, x):
         return (
@@ -112,7 +112,7 @@ class Pieces(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_the_selection_stays_where_that_is_wanted():
+def test_the_selection_is_kept_on_request():
     q, k, scores, x = torch.randn(2, 3, 4), torch.randn(2, 3, 9, 4), torch.randn(2, 3, 8), torch.randn(2, 9, 5)
     program = torch.export.export(Pieces(), (q, k, scores, x))
     for keep_selection, expected in ((True, ["pruneattn.select_tokens.default"] * 4), (False, [])):
@@ -148,7 +148,7 @@ def test_half_precision(model, tmp_path, dtype):
 
 
 @torch.no_grad()
-def test_models_of_others(onnxruntime, tmp_path):
+def test_models_of_other_libraries(onnxruntime, tmp_path):
     timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=24, num_classes=7)
@@ -166,7 +166,7 @@ def test_models_of_others(onnxruntime, tmp_path):
         (vit, (3, 64, 64)),
         (transformers.ASTForAudioClassification(config), (128, 128)),
     ):
-        pruneattn.prune(model.eval(), keep_rate=0.5, blocks=(1,))
+        pruneattn.prune(model.eval(), keep_rate=0.5, prune_blocks=(1,))
         head = model.head if hasattr(model, "head") else model.classifier.dense
         torch.nn.init.normal_(head.weight)
         export_model(model, tmp_path / "theirs.onnx", "onnx", example=torch.zeros(1, *shape))
@@ -186,22 +186,26 @@ def test_models_of_others(onnxruntime, tmp_path):
         ("model.onnx", {"format": "tflite"}, "format: expected onnx, torch, aoti, got 'tflite'"),
         ("model.bin", {"format": "onnx"}, "must end in .onnx"),
         ("model.onnx", {"format": "aoti"}, "must end in .pt2"),
-        ("nowhere/model.pt2", {"format": "torch"}, "there is no folder"),
-        ("model.onnx", {"format": "onnx", "kernels": True}, "ONNX has no place for this package's operators"),
-        ("model.pt2", {"format": "torch", "example": torch.zeros(1, 3)}, "example: needed for a model that is not of"),
+        ("nowhere/model.pt2", {"format": "torch"}, "the folder .*nowhere does not exist"),
+        ("model.onnx", {"format": "onnx", "kernels": True}, "ONNX does not support this package's operators"),
+        (
+            "model.pt2",
+            {"format": "torch", "example": torch.zeros(1, 3)},
+            "example: required for a model that is not of",
+        ),
     ],
 )
-def test_what_cannot_be_used(model, tmp_path, name, arguments, message):
+def test_invalid_arguments_are_rejected(model, tmp_path, name, arguments, message):
     with pytest.raises(UserError, match=message):
         export_model(model, tmp_path / name, **arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_models_that_cannot_be_exported(model, tmp_path):
-    with pytest.raises(UserError, match="example: needed"):
+    with pytest.raises(UserError, match="example: required"):
         export_model(torch.nn.Linear(3, 3), tmp_path / "model.pt2", "torch")
     model.features = None
-    with pytest.raises(UserError, match="waveform: the model does not say how its input is made"):
+    with pytest.raises(UserError, match="waveform: the features of the model are unknown: set model.features"):
         export_model(model, tmp_path / "model.pt2", "torch", waveform=True)
     if torch.backends.mkldnn.is_available():
         pruneattn.optimize_for_inference(model)
@@ -220,8 +224,8 @@ def test_models_that_cannot_be_exported(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_cause_of_a_failure_is_told(model, tmp_path, monkeypatch):
-    """The exporters wrap it into advice, in colours."""
+def test_the_error_names_the_root_cause(model, tmp_path, monkeypatch):
+    """The exporters wrap it in advice, in colors."""
 
     def write(*_):
         try:
@@ -238,7 +242,9 @@ def test_without_onnx(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setitem(sys.modules, "onnx", type(sys)("onnx"))
     monkeypatch.setitem(sys.modules, "onnxscript", type(sys)("onnxscript"))
-    with pytest.raises(UserError, match=r"needs onnxruntime: pip install 'pruneattn\[export\]'"):
+    with pytest.raises(
+        UserError, match=r"needs onnxruntime, which is not installed: pip install 'pruneattn\[export\]'"
+    ):
         export_model(model, tmp_path / "model.onnx", "onnx")
 
 
@@ -254,7 +260,10 @@ def test_a_wrong_file_is_not_kept(model, tmp_path, monkeypatch):
     def write_damaged(program, file, *_):
         file.write_text("nothing")
 
-    messages = {write_another: "does not compute what the model does", write_damaged: "does not run by itself"}
+    messages = {
+        write_another: "does not compute the model's logits",
+        write_damaged: "does not run in a process of its own",
+    }
     for write, message in messages.items():
         monkeypatch.setitem(export._WRITERS, "torch", write)
         with pytest.raises(UserError, match=message):

@@ -17,9 +17,8 @@ def table_errors(name, frames):
     with torch.device("meta"):
         model = pruneattn.create_model(name, frames=frames)
     errors = []
-    for keep_rate, expected in zip(KEEP_RATES, TABLE_2[frames]):
-        model.set_keep_rate(keep_rate)
-        errors.append(abs(pruneattn.count_macs(model).paper / 1e9 - expected))
+    for keep_rate, expected in zip(KEEP_RATES, TABLE_2[frames], strict=True):
+        errors.append(abs(pruneattn.count_macs(model, keep_rate).paper / 1e9 - expected))
     return errors
 
 
@@ -41,7 +40,7 @@ def test_computed_is_what_runs(make_model, family, score, keep_rate):
 
     model = make_model(family, score=score, keep_rate=keep_rate)
     macs = pruneattn.count_macs(model)
-    # The plain way through SDPA is made of products that the counter knows on every device.
+    # The plain form of SDPA consists of products that the counter supports on every device.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.randn(3, 128, 128))
     assert counter.get_total_flops() == 2 * 3 * macs.computed
@@ -62,6 +61,39 @@ def test_computed_never_exceeds_the_paper_by_more_than_the_head(make_model):
         for score in ("column_mean", "cls", "intensity"):
             model = make_model(family, score=score)
             for keep_rate in KEEP_RATES:
-                model.set_keep_rate(keep_rate)
-                macs = pruneattn.count_macs(model)
+                macs = pruneattn.count_macs(model, keep_rate)
                 assert macs.computed <= macs.paper + 24 * 5
+
+
+@pytest.mark.parametrize("keep_rate", [1.0, 0.6, (0.5, 1.0, 0.01), [0.9, 0.8, 0.7]])
+def test_counting_at_a_keep_rate_is_counting_the_model_set_to_it(make_model, keep_rate):
+    model, at_that_rate = make_model("ast", keep_rate=0.5), make_model("ast", keep_rate=keep_rate)
+    assert pruneattn.count_macs(model, keep_rate) == pruneattn.count_macs(at_that_rate)
+    assert pruneattn.count_macs(model, keep_rate) != pruneattn.count_macs(model)
+
+
+def test_counting_at_a_keep_rate_does_not_change_the_model(make_model):
+    model = make_model("ast", keep_rate=(0.5, 0.6, 0.7))
+    before = {name: id(value) for name, value in vars(model).items()}
+    expected = pruneattn.count_macs(model)
+    pruneattn.count_macs(model, keep_rate=0.3)
+    assert {name: id(value) for name, value in vars(model).items()} == before
+    assert model.keep_rates == (0.5, 0.6, 0.7) and pruneattn.count_macs(model) == expected
+
+
+@pytest.mark.parametrize("keep_rate", [0, 1.5, float("nan"), "half", (0.5, 0.5), (0.5, 0.5, 0), object()])
+def test_a_wrong_keep_rate_is_rejected_as_by_set_keep_rate(make_model, keep_rate):
+    model = make_model("ast", keep_rate=0.5)
+    messages = []
+    for function in (model.set_keep_rate, lambda rate: pruneattn.count_macs(model, rate)):
+        with pytest.raises(pruneattn.UserError, match="^keep_rate: ") as error:
+            function(keep_rate)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and model.keep_rates == (0.5,) * 3
+
+
+def test_without_pruning_blocks_only_a_keep_rate_of_1_can_be_counted(make_model):
+    model = make_model("ast", prune_blocks=())
+    assert pruneattn.count_macs(model, 1.0) == pruneattn.count_macs(model)
+    with pytest.raises(pruneattn.UserError, match="keep_rate: 0.5 needs pruning blocks"):
+        pruneattn.count_macs(model, 0.5)

@@ -24,7 +24,7 @@ def packed(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("score", SCORES, ids=[*SCORES[:-1], "function"])
-def test_same_answer_at_any_keep_rate(make_model, family, score):
+def test_same_result_at_any_keep_rate(make_model, family, score):
     model, fbank = make_model(family, score=score), torch.randn(3, 128, 128)
     fast = optimize_for_inference(copy.deepcopy(model))
     assert len(packed(fast)) == (4 * 10 if score in ("column_mean", SCORES[-1]) else 4 * 10 + 3)
@@ -34,7 +34,7 @@ def test_same_answer_at_any_keep_rate(make_model, family, score):
         with torch.no_grad():
             torch.testing.assert_close(fast(fbank), model(fbank), rtol=1e-4, atol=1e-5)
         ours, expected = pruneattn.trace(fast, fbank), pruneattn.trace(model, fbank)
-        assert all(torch.equal(a, b) for a, b in zip(ours.kept, expected.kept))
+        assert all(torch.equal(a, b) for a, b in zip(ours.kept, expected.kept, strict=True))
         torch.testing.assert_close(ours.scores, expected.scores, rtol=1e-4, atol=1e-6)
 
 
@@ -102,33 +102,33 @@ def test_a_copy_has_its_own_keep_rate(make_model):
     assert fast.keep_rates == (1.0,) * 3 and other.blocks[0].mlp.fc1.packed is fast.blocks[0].mlp.fc1.packed
 
 
-def test_what_cannot_be_done_is_refused(make_model):
+def test_unsupported_uses_are_rejected(make_model):
     with pytest.raises(UserError, match="expected a model of pruneattn.create_model itself, got Linear"):
         optimize_for_inference(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
         optimize_for_inference(make_model("ast"), torch.float16)
     fast = optimize_for_inference(make_model("ast"))
     assert optimize_for_inference(fast) is fast and not fast.training
-    with pytest.raises(UserError, match="packed in torch.float32 already"):
+    with pytest.raises(UserError, match="already packed in torch.float32"):
         optimize_for_inference(fast, torch.bfloat16)
     with pytest.raises(UserError, match="has no gradients: load it again to train it"):
         fast(torch.randn(1, 128, 128, requires_grad=True))
     fbank = torch.randn(1, 128, 128)
     expected = fast(fbank)
-    with pytest.raises(UserError, match="cannot be moved or cast: do that before"):
+    with pytest.raises(UserError, match="cannot be moved or cast: move or cast it first"):
         fast.double()
     for holder in (fast, torch.nn.ModuleDict({"m": fast})):
         names = {name: torch.zeros_like(tensor) for name, tensor in holder.state_dict().items()}
-        with pytest.raises(UserError, match="takes no new weights: load them before"):
+        with pytest.raises(UserError, match="accepts no new weights: load them first"):
             holder.load_state_dict(names)
-    with pytest.raises(UserError, match="packed in torch.float32; call it outside"):
-        with torch.autocast("cpu", torch.bfloat16):
-            fast(fbank)
+    message = "packed in torch.float32; call it outside autocast"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match=message):
+        fast(fbank)
     assert torch.equal(fast(fbank), expected)
 
 
 class OwnPruning(pruneattn.Pruning):
-    """By the length of the values, with queries and keys of the kept rows or of all, as ``steps`` says."""
+    """By the norm of the values, with the projections in the order of ``steps``."""
 
     def __init__(self, parts, steps):
         self.parts, self.steps = parts, steps

@@ -1,4 +1,4 @@
-"""The package against the paper's method written straight down (eager.py), in float64."""
+"""The package against a direct implementation of the paper's method (eager.py), in float64."""
 
 import pytest
 import torch
@@ -34,9 +34,9 @@ def compare(eager, model, fbank, patches=None):
         torch.testing.assert_close(model(fbank, patches), logits, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(trace.logits, logits, rtol=1e-9, atol=1e-9)
     assert len(trace.kept) == len(kept) == len(model.prune_blocks)
-    for ours, theirs in zip(trace.kept, kept):
+    for ours, theirs in zip(trace.kept, kept, strict=True):
         assert torch.equal(ours, theirs)
-    for ours, theirs in zip(trace.scores, scores):
+    for ours, theirs in zip(trace.scores, scores, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-7)
     return trace
@@ -60,7 +60,7 @@ def test_same_as_the_paper_on_given_patches(eager, make_model, family, score):
     patches = torch.stack([torch.randperm(64)[:37].sort().values for _ in range(3)])
     trace = compare(eager, model, torch.randn(3, 128, 128, dtype=torch.float64), patches)
     assert trace.kept[0].shape == (3, 23)
-    assert all(set(kept.tolist()) <= set(given.tolist()) for kept, given in zip(trace.kept[2], patches))
+    assert all(set(kept.tolist()) <= set(given.tolist()) for kept, given in zip(trace.kept[2], patches, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,5 +85,5 @@ def test_same_gradients_as_the_paper(eager, make_model, family, score):
     ours = torch.autograd.grad(loss, [fbank, *(p for p in model.parameters() if p.requires_grad)])
     logits, _, _ = eager.run(state, fbank, kind, heads=3, keep_rates=(0.6, 0.6), prune_blocks=(1, 2), score=score)
     theirs = torch.autograd.grad((logits * weights).sum(), [fbank, *(state[name] for name in trained)])
-    for name, a, b in zip(["fbank", *trained], ours, theirs):
+    for name, a, b in zip(["fbank", *trained], ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")

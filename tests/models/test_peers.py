@@ -1,5 +1,5 @@
-"""Models against what others run, with the same weights: Hugging Face's AST and timm's vision transformer unpruned, and
-the paper's way in plain PyTorch at every keep-rate.
+"""Models against other implementations with the same weights: Hugging Face's AST and timm's vision transformer, and the
+paper's method in plain PyTorch at every keep-rate.
 """
 
 import pytest
@@ -32,7 +32,7 @@ def test_audiomae_is_timm_vit(make_model):
 
 @pytest.mark.parametrize("score", ["column_mean", "cls"])
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
-def test_theirs_pruned_are_ours(make_model, family, score):
+def test_their_pruned_models_compute_the_same(make_model, family, score):
     pytest.importorskip(*{"audiomae": ("timm",), "ast": ("transformers", "5")}[family])
     ours = make_model(family, keep_rate=0.6, score=score).double()
     theirs = {"audiomae": peers.timm_vit, "ast": peers.huggingface_ast}[family](ours)
@@ -45,7 +45,7 @@ def test_theirs_pruned_are_ours(make_model, family, score):
 @pytest.mark.parametrize("attention", [peers.PapersAttention, peers.SeparateScoreAttention])
 @pytest.mark.parametrize("keep_rate", [1.0, 0.7, 0.5])
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
-def test_the_papers_way(make_model, family, keep_rate, attention):
+def test_the_papers_method(make_model, family, keep_rate, attention):
     ours = make_model(family, keep_rate=keep_rate).double()
     theirs = peers.PapersViT(ours, keep_rate, attention)
     fbank = torch.randn(3, 128, 128, dtype=torch.float64)
@@ -54,15 +54,15 @@ def test_the_papers_way(make_model, family, keep_rate, attention):
         torch.testing.assert_close(theirs(fbank), trace.logits, rtol=1e-9, atol=1e-9)
         kept = theirs.kept(fbank)
     assert len(kept) == (3 if keep_rate < 1 else 0)
-    for their_patches, our_patches in zip(kept, trace.kept):
+    for their_patches, our_patches in zip(kept, trace.kept, strict=True):
         assert torch.equal(their_patches, our_patches)
     if kept:
         check_kept(kept, trace)
 
 
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
-def test_macs_of_the_papers_way(make_model, family):
-    """The paper's count and the head; a score of its own costs the scored queries times the keys."""
+def test_macs_of_the_papers_method(make_model, family):
+    """The paper's count plus the head. A separate score costs the scored queries times the keys."""
     ours = make_model(family, keep_rate=0.5)
     head = ours.head.weight.numel()
     assert peers.PapersViT(ours, 0.5).macs() == pruneattn.count_macs(ours).paper + head
@@ -70,10 +70,10 @@ def test_macs_of_the_papers_way(make_model, family):
     patches = [64, 32, 16]
     queries = [1] * 3 if family == "ast" else patches
     tokens = [ours.num_extra_tokens + count for count in patches]
-    assert extra == ours.embed_dim * sum(q * n for q, n in zip(queries, tokens))
+    assert extra == ours.embed_dim * sum(q * n for q, n in zip(queries, tokens, strict=True))
 
 
-def test_wrong_results_are_told(make_model):
+def test_wrong_results_are_detected(make_model):
     ours = make_model("audiomae", keep_rate=0.5).double()
     fbank = torch.randn(2, 128, 128, dtype=torch.float64)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_wrong_results_are_told(make_model):
         check_kept(kept, trace)
 
 
-def test_either_of_two_patches_of_one_score_may_stay():
+def test_either_of_two_tied_patches_may_be_kept():
     scores = [torch.tensor([[0.3, 0.1, 0.2, 0.2]])]
     ours = pruneattn.models.trace.Trace(torch.zeros(1, 5), [torch.tensor([[0, 2]])], scores)
     check_kept([torch.tensor([[0, 3]])], ours)

@@ -24,7 +24,7 @@ def test_padding_goes_first_from_the_far_end(make_model, family, score):
     model = make_model(family, score=score, prune_blocks=(3,), keep_rate=0.75)
     fbank = torch.full((1, 128, 128), -1.3)
     live = model.patches_from_grid((torch.arange(4), torch.tensor([6, 1, 5, 1])))
-    for time, mel in zip(*model.patch_position(live)):
+    for time, mel in zip(*model.patch_position(live), strict=True):
         fbank[0, 16 * time : 16 * time + 16, 16 * mel : 16 * mel + 16] = torch.randn(16, 16).abs()
     constant = sorted(set(range(64)) - set(live.tolist()))
     expected = sorted(live.tolist() + constant[:44])
@@ -43,16 +43,16 @@ def test_random_numbers_are_uniform_and_unrelated():
     cells = torch.randn(400, 64, 256)
     numbers = random_numbers(cells)
     assert numbers.dtype == torch.float32 and numbers.shape == (400, 64)
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     counts = torch.histc(numbers, 16, 0, 1)
     assert ((counts - 1600).square() / 1600).sum() < 37.7  # chi-squared, 15 degrees: above in 1 of 1000 draws
-    # Neighbouring patches, the same patch of neighbouring clips, and the level of a patch: no relation.
+    # No correlation with neighboring patches, with the same patch of neighboring clips, or with the level of the patch.
     flat = numbers - 0.5
     for other in (flat.roll(1, 1), flat.roll(1, 0), cells.mean(-1)):
         assert torch.corrcoef(torch.stack([flat.flatten(), other.flatten()]))[0, 1].abs() < 4 / 25600**0.5
 
 
-def test_random_numbers_belong_to_the_clip_and_the_place():
+def test_random_numbers_depend_on_the_clip_and_the_position():
     cells = torch.randn(5, 64, 256)
     numbers = random_numbers(cells)
     assert torch.equal(random_numbers(cells[3:]), numbers[3:])
@@ -66,8 +66,8 @@ def test_random_numbers_belong_to_the_clip_and_the_place():
 
 
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
-def test_random_ranking_knows_nothing_of_the_patch(make_model, family):
-    """A loud patch is kept as often as any other; the trace repeats itself."""
+def test_random_ranking_ignores_the_patch(make_model, family):
+    """A loud patch is kept as often as any other patch, and traces are reproducible."""
     model = make_model(family, score="random", keep_rate=0.5, depth=2, prune_blocks=(0,))
     fbank = torch.randn(600, 128, 128)
     fbank[:, 16:32, 32:48] += 10

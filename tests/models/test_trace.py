@@ -37,7 +37,7 @@ def test_kept_are_the_best_scores_of_those_left(make_model, family, score):
     model = make_model(family, score=score, keep_rate=(0.7, 1.0, 0.4))
     trace = pruneattn.trace(model, torch.randn(3, 128, 128))
     numbers = torch.arange(64).expand(3, -1)
-    for kept, scores in zip(trace.kept, trace.scores):
+    for kept, scores in zip(trace.kept, trace.scores, strict=True):
         assert kept.dtype == torch.int64 and scores.shape == numbers.shape
         best = scores.topk(kept.shape[1]).indices.sort().values
         assert torch.equal(kept, numbers.gather(1, best))
@@ -48,7 +48,7 @@ def test_kept_are_the_best_scores_of_those_left(make_model, family, score):
 @pytest.mark.parametrize("score", ["intensity", "variation", "random"])
 def test_input_scores_stay_with_their_patch(make_model, score):
     trace = pruneattn.trace(make_model("ast", score=score, keep_rate=0.5), torch.randn(2, 128, 128))
-    for kept, scores in zip(trace.kept, trace.scores[1:]):
+    for kept, scores in zip(trace.kept, trace.scores[1:], strict=True):
         assert torch.equal(scores, trace.scores[0].gather(1, kept))
 
 
@@ -67,5 +67,5 @@ def test_given_patches_keep_their_numbers(make_model):
     model = make_model("audiomae", score="intensity", keep_rate=0.001)
     patches = torch.tensor([[3, 20, 21, 60]])
     assert pruneattn.trace(model, hot_fbank(2, 5, frames=128), patches).kept[2].tolist() == [[21]]
-    # A hot patch that is left out is not there.
+    # A hot patch that is not among the given patches is never kept.
     assert pruneattn.trace(model, hot_fbank(4, 0, frames=128), patches).kept[2].tolist() == [[3]]

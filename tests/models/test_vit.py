@@ -44,7 +44,7 @@ def test_names_and_sizes():
         ({"frames": 0}, "frames: must be a whole number above 0"),
         ({"num_classes": 0}, "num_classes"),
         ({"num_heads": 5}, "num_heads: 5 does not divide embed_dim 192"),
-        ({"depth": 8}, r"prune_blocks: \(3, 6, 9\) must lie within depth 8"),
+        ({"depth": 8}, r"prune_blocks: \(3, 6, 9\) must be within depth 8"),
         ({"prune_blocks": (6, 3)}, "prune_blocks: must ascend"),
         ({"prune_blocks": (3, 3)}, "prune_blocks: must ascend"),
         ({"prune_blocks": (-1,)}, "prune_blocks"),
@@ -102,7 +102,7 @@ def test_fresh_weights(family):
         assert model.pos_embed.requires_grad and std["pos_embed"] == pytest.approx(0.02, rel=0.05)
 
 
-def test_sincos_positions_tell_places_apart():
+def test_sincos_positions_are_distinct():
     time, mel = torch.meshgrid(torch.arange(64), torch.arange(8), indexing="ij")
     table = sincos_positions(time.flatten(), mel.flatten(), 48)
     assert torch.equal(table[:, :24].view(64, 8, 24)[:, 0], table[:, :24].view(64, 8, 24)[:, 7])  # time alone
@@ -114,7 +114,7 @@ def test_sincos_positions_tell_places_apart():
 
 
 @pytest.mark.parametrize(("family", "transposed"), [("audiomae", False), ("ast", True)])
-def test_places_and_numbers(make_model, family, transposed):
+def test_positions_and_patch_numbers(make_model, family, transposed):
     model = make_model(family, frames=256)
     assert model.grid == (16, 8) and model.num_patches == 128
     table = torch.arange(128).view(8, 16).T if transposed else torch.arange(128).view(16, 8)
@@ -196,7 +196,7 @@ def test_extra_tokens_are_never_pruned(make_model, monkeypatch, family, score):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_dropped_row_is_projected(make_model, family):
-    """The widest product of a pruning block after its attention has the kept rows only."""
+    """The layers of a pruning block after its attention see the kept rows only."""
     model = make_model(family, keep_rate=0.5, prune_blocks=(3,))
     rows = []
     block = model.blocks[3]
@@ -248,7 +248,7 @@ def test_autocast(make_model, family, score, dtype):
         trace = pruneattn.trace(model, fbank)
     assert trace.logits.dtype == dtype and all(scores.dtype == torch.float32 for scores in trace.scores)
     if score in ("intensity", "variation", "random"):  # the input is not rounded
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(trace.kept, expected.kept))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(trace.kept, expected.kept, strict=True))
     same = (trace.kept[0].unsqueeze(2) == expected.kept[0].unsqueeze(1)).any(2).float().mean()
     assert same > 0.9
     trace.logits.float().sum().backward()
@@ -301,7 +301,7 @@ def compiled_one_by_one(model):
 @pytest.mark.parametrize("wrap", [checkpointed, compiled_one_by_one])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_may_be_wrapped(make_model, family, wrap):
-    """As for gradient checkpointing: the wrapped blocks prune, at the keep-rate of the moment."""
+    """Wrapped blocks, for example by gradient checkpointing, prune at the current keep-rate."""
     arguments = {"depth": 3, "prune_blocks": (0, 2), "keep_rate": 0.6}
     model, wrapped = make_model(family, **arguments), make_model(family, **arguments)
     wrap(wrapped)
@@ -316,8 +316,8 @@ def test_blocks_may_be_wrapped(make_model, family, wrap):
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_compiled_model_is_taken_as_the_model(make_model, tmp_path):
-    """It is not run compiled, and its weights keep their names."""
+def test_a_compiled_model_is_accepted_as_the_model(make_model, tmp_path):
+    """These functions run the model uncompiled, and its weights keep their names."""
     model, fbank = make_model("ast", keep_rate=0.6), torch.randn(2, 128, 128)
     compiled = torch.compile(model, backend="eager")
     assert pruneattn.count_macs(compiled) == pruneattn.count_macs(model)
@@ -342,7 +342,7 @@ def test_a_compiled_model_is_taken_as_the_model(make_model, tmp_path):
         (partial(pruneattn.save_pretrained, features=None, labels="", multilabel=False), ("model.safetensors",)),
     ],
 )
-def test_what_is_no_model_of_ours_is_named(make_model, tmp_path, monkeypatch, function, arguments):
+def test_other_models_are_rejected_by_name(make_model, tmp_path, monkeypatch, function, arguments):
     monkeypatch.chdir(tmp_path)
     for model, given in ((torch.nn.Linear(2, 2), "Linear"), (torch.nn.DataParallel(make_model("ast")), "DataParallel")):
         with pytest.raises(UserError, match=f"expected a model of pruneattn.create_model itself, got {given}"):

@@ -1,0 +1,100 @@
+"""The ``pruneattn`` command: ``pruneattn COMMAND ...`` runs the same code as ``python -m pruneattn.COMMAND ...``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from .cli import run_command
+from .constants import VERSION
+from .errors import UserError
+
+#: The line of each command in ``pruneattn --help``.
+COMMANDS = {
+    "train": "training of a model that prunes",
+    "evaluate": "accuracy, cost and speed of a checkpoint by keep-rate",
+    "predict": "labels of sound files of any length",
+    "export": "a checkpoint as a file for ONNX Runtime or PyTorch",
+    "convert": "a checkpoint in the layout of another project",
+    "data": "list, download and statistics of datasets",
+    "analyze": "a table or a figure of the paper, by name",
+    "backends": "the backends that each operator can use on this machine",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit with its exit code; errors become one line, as :func:`~pruneattn.cli.run_command` says.
+
+    Args:
+        argv: the words after ``pruneattn``; None: those of the command line.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    run_command(lambda: _run(words))
+
+
+def _run(words: list[str]) -> int | None:
+    command = next(iter(words), "")
+    if command and not command.startswith("-") and command not in COMMANDS:
+        raise UserError(_unknown(command))
+    _parser().parse_args(words[:1])  # exits for --help and --version, and if there is no command
+    return _entry_point(command)(words[1:])
+
+
+def _entry_point(command: str) -> Callable[[list[str]], int | None]:
+    """The function that runs a command. Only its module is imported, and only here, because most of them need torch."""
+    match command:
+        case "train":
+            from .train import main as run
+        case "evaluate":
+            from .evaluate import main as run
+        case "predict":
+            from .predict import main as run
+        case "export":
+            from .export import main as run
+        case "convert":
+            from .convert import main as run
+        case "data":
+            from .data.__main__ import main as run
+        case "analyze":
+            from .analysis.__main__ import main as run
+        case _:
+            return _backends
+    return run
+
+
+def _unknown(command: str) -> str:
+    near = difflib.get_close_matches(command.lower(), COMMANDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
+    return f"unknown command {command!r}: {hint}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pruneattn",
+        description="Token pruning for audio transformers.",
+        epilog="'pruneattn COMMAND --help' shows the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"pruneattn {VERSION}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def _backends(argv: list[str]) -> int:
+    argparse.ArgumentParser(
+        prog="pruneattn backends",
+        description="Show for each operator which backends have a kernel, which one is used, and why other backends "
+        "cannot be used on this machine.",
+    ).parse_args(argv)
+    from .ops.backend import backends
+
+    print(backends())
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Keep-rates of any model that prunes: of ``create_model``, or changed by ``prune``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import nn
+
+from ..errors import UserError
+from ..models.blocks import spread_keep_rate
+from ..models.vit import PrunedViT, unwrapped
+from .block import BlockPruning, PrunedBlock
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
+    """Set the keep-rate of a model of ``create_model``, or of a model that :func:`prune` changed.
+
+    Args:
+        model: the model, also wrapped by ``torch.compile``.
+        keep_rate: fraction of the patches that each pruning block keeps, in (0, 1]: one number, or one per pruning
+            block.
+
+    Raises:
+        UserError: not a valid keep-rate, or the model does not prune. The model is not changed.
+    """
+    own = unwrapped(model)
+    if isinstance(own, PrunedViT):
+        own.set_keep_rate(keep_rate)
+    else:
+        _set_rates(_prunings("set_keep_rate", model), keep_rate)
+
+
+@contextmanager
+def at_keep_rate(model: _Model, keep_rate: float | Sequence[float]) -> Iterator[_Model]:
+    """Context manager that runs a model at another keep-rate. On exit it restores the previous keep-rates, also after
+    an exception.
+
+    .. code-block:: python
+
+        with pruneattn.at_keep_rate(model, 0.5):
+            logits = model(fbank)
+
+    Args:
+        model: model of ``create_model``, or a model that :func:`prune` changed; also wrapped by ``torch.compile``.
+        keep_rate: fraction of the patches that each pruning block keeps, in (0, 1]: one number, or one per pruning
+            block.
+
+    Yields:
+        The model.
+
+    Raises:
+        UserError: not a valid keep-rate, or the model does not prune. The model is not changed.
+    """
+    own = unwrapped(model)
+    if isinstance(own, PrunedViT):
+        previous = own.keep_rates
+        own.set_keep_rate(keep_rate)
+        try:
+            yield model
+        finally:
+            own.keep_rates = previous
+        return
+    prunings = _prunings("at_keep_rate", model)
+    rates = [pruning.keep_rate for pruning in prunings]
+    _set_rates(prunings, keep_rate)
+    try:
+        yield model
+    finally:
+        # If the model was pruned anew in between, these no longer belong to it, and it keeps its new keep-rates.
+        _set_rates(prunings, rates)
+
+
+def pruned_blocks(model: nn.Module) -> list[PrunedBlock]:
+    """The blocks that :func:`prune` changed, in the order of the model's modules."""
+    return [module for module in model.modules() if isinstance(module, PrunedBlock)]
+
+
+def _prunings(caller: str, model: nn.Module) -> list[BlockPruning]:
+    prunings = [block._pruneattn for block in pruned_blocks(model)]
+    if not prunings:
+        raise UserError(f"{caller}: no block of this {type(model).__name__} prunes: call pruneattn.prune first")
+    return prunings
+
+
+def _set_rates(prunings: list[BlockPruning], keep_rate: float | Sequence[float]) -> None:
+    for pruning, rate in zip(prunings, spread_keep_rate(keep_rate, len(prunings)), strict=True):
+        pruning.keep_rate = rate
