@@ -1,4 +1,6 @@
-"""The clips of a corpus: found by name in folders and lists, decoded in order by any number of processes."""
+"""The clips of a corpus: found in folders and lists, and decoded in order by any number of processes."""
+
+from __future__ import annotations
 
 import multiprocessing
 import os
@@ -6,54 +8,58 @@ import signal
 import sys
 import threading
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..data import find_audio, load_audio
 from ..data.manifest import csv_table, here_or_below, list_folders, read_entries, read_text
 from ..errors import UserError
 from ..files import TEXT
 
-# Samples of decoded sound that may wait for the model, 17 minutes or 64 MB; but at least one clip for each process.
+# Decoded samples that may wait for the model, 17 minutes or 64 MB; but at least one clip for each process.
 _WAITING = 1 << 24
 
 
 class Decoded(NamedTuple):
-    """A clip on its way to the model."""
+    """A decoded clip, or the error for which it could not be decoded."""
 
     path: str
-    wave: np.ndarray | None  # float32 [L] at 16 kHz; not a tensor, which would go to another process by a file
-    error: str | None  # why there is none
+    wave: np.ndarray | None  # float32 [L] at 16 kHz; a tensor would be passed between processes through a file
+    error: str | None  # None if there is a wave
 
 
-def find_clips(inputs, data_dir=None):
-    """The clips that the command line names, each once, in the order given.
+def find_clips(
+    inputs: Iterable[str | os.PathLike], data_dir: str | os.PathLike | None = None
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Find clips in files, folders and lists: each clip once, in the given order.
 
     Args:
-        inputs: sound files; folders, which are searched for them; AST-style manifests (``.json``), whose labels may be
-            absent; lists of paths: ``.txt`` with one in each line, ``.csv`` with a column ``path``, or ``-`` for lines
-            on standard input.
-        data_dir: folder from which relative paths in a list count; else they count from the list's folder or that
-            folder's parent, or from here if they come on standard input.
+        inputs: audio files; folders, which are searched for audio files; AST-style manifests (``.json``), with or
+            without labels; lists of paths: ``.txt`` with one path in each line, ``.csv`` with a column ``path``, or
+            ``-`` for lines on standard input.
+        data_dir: folder to which relative paths in a list refer. Without it they refer to the folder of the list or its
+            parent, and those on standard input to the current folder.
 
     Returns:
-        ``(paths, failed)``: list of str, and list of ``(path, reason)`` of what holds or can be no clip.
+        ``(paths, failed)``: list of paths, and list of ``(path, reason)`` of inputs without usable clips.
     """
-    from ..data import find_audio
-
-    paths, failed = {}, []
+    paths: dict[str, None] = {}
+    failed: list[tuple[str, str]] = []
     for given in inputs:
         suffix = Path(given).suffix.lower()
         if os.path.isdir(given):
-            unreadable = []
+            unreadable: list[OSError] = []
             found = [str(path) for path in find_audio(given, onerror=unreadable.append)]
             failed += [(str(error.filename), f"cannot be read: {error.strerror}") for error in unreadable]
             if not found and not unreadable:
-                failed.append((str(given), "no sound files in this folder"))
+                failed.append((str(given), "this folder contains no audio files"))
         elif str(given) == "-":
             names = _lines(os.fsdecode(sys.stdin.buffer.read()))
             found = _located(names, [data_dir or "", ""], "standard input")
@@ -61,46 +67,45 @@ def find_clips(inputs, data_dir=None):
             file = here_or_below(data_dir, given)
             found = _located(_READERS[suffix](file), list_folders(file, data_dir), file)
         else:
-            found = [str(given)]  # decoding tells whether it is there and sound
+            found = [str(given)]  # decoding reports a missing or damaged file
         paths.update(dict.fromkeys(found))
     for path in list(paths):
         try:
             path.encode()
-        except UnicodeEncodeError:  # neither JSON nor Parquet could name it
-            failed.append((path.encode(**TEXT).decode(), "its name is not UTF-8: rename it"))
+        except UnicodeEncodeError:  # JSON and Parquet could not hold the name
+            failed.append((path.encode(**TEXT).decode(), "the file name is not UTF-8: rename the file"))
             del paths[path]
     return list(paths), failed
 
 
-def decode(path):
-    """Decode one clip; one that cannot be decoded comes back with its error."""
-    from ..data import load_audio
-
+def decode(path: str) -> Decoded:
+    """Decode one clip. One that cannot be decoded is returned with its error."""
     try:
         return Decoded(path, load_audio(path).numpy(), None)
     except (UserError, OSError) as error:
         return Decoded(path, None, str(error))
 
 
-def decode_clips(paths, workers, ahead):
+def decode_clips(paths: Iterable[str], workers: int, ahead: int) -> Iterator[Decoded]:
     """Decode clips in other processes, in order.
 
-    A process that a clip brings down, or that is killed, costs nothing: what was on its way is decoded again, each clip
-    in a process of its own, and only a clip that brings that down too comes back with an error.
+    If a process crashes or is killed, the clips that were in flight are decoded again, each in a process of its own.
+    Only a clip that crashes its own process is returned with an error.
 
     Args:
         paths: iterable of str.
-        workers: processes; 0 decodes in this one.
-        ahead: clips that may be on their way at once, so that the processes work while the model does.
+        workers: number of processes; 0 decodes in this one.
+        ahead: clips that may be in flight at once, so that the processes decode while the model runs.
 
     Yields:
-        ``Decoded``, the same with any number of workers.
+        ``Decoded``, the same for any number of workers.
     """
     if workers == 0:
         yield from map(decode, paths)
         return
     paths, pool = iter(paths), _pool(workers)
-    flying, longest = deque(), 0  # (path, future) in order; samples
+    flying: deque[tuple[str, Future[Decoded]]] = deque()  # in order
+    longest = 0  # samples
     try:
         while True:
             room = max(workers, min(ahead, _WAITING // longest)) if longest else workers
@@ -124,64 +129,72 @@ def decode_clips(paths, workers, ahead):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _decode_alone(path):
+def _decode_alone(path: str) -> Decoded:
     with _pool(1) as pool:
         try:
             return pool.submit(decode, path).result()
         except BrokenProcessPool:
-            return Decoded(path, None, "the process that decoded it crashed or was killed (not enough memory?)")
+            return Decoded(path, None, "its decoding process crashed or was killed, maybe for lack of memory")
 
 
-def _pool(workers):
-    # Forked from a server that has nothing but the decoder: this process may have threads and a GPU, which no fork
-    # survives, and files of its own, which no fork should keep open.
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Forked from a server that has loaded only the decoder. This process may have threads and a CUDA context, which do
+    # not survive a fork, and open files, which a fork would keep open.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     context.set_forkserver_preload(["pruneattn.data"])
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
 
-def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one stops the workers
     parent = multiprocessing.parent_process()
-    # Else the process would wait for work for ever when the main one is killed.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    assert parent is not None
+    # Without this thread the process would wait for work forever after the main one is killed.
+    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _manifest_paths(path):
+def _exit_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _manifest_paths(path: Path) -> list[str]:
     return [entry["wav"] for entry in read_entries(path, ("wav",))]
 
 
-def _text_paths(path):
+def _text_paths(path: Path) -> list[str]:
     return _lines(read_text(path, "list of clips"))
 
 
-def _csv_paths(path):
+def _csv_paths(path: Path) -> list[str]:
     columns, rows = csv_table(path, "list of clips")
     if "path" not in columns:
-        raise UserError(f"{path}, line 1: a CSV list of clips needs a column with the name path")
+        raise UserError(f"{path}, line 1: a CSV list of clips needs a column named path")
     return [row["path"] for _, row in rows if row.get("path", "").strip()]
 
 
-_READERS = {".json": _manifest_paths, ".txt": _text_paths, ".csv": _csv_paths}
+_READERS: dict[str, Callable[[Path], list[str]]] = {".json": _manifest_paths, ".txt": _text_paths, ".csv": _csv_paths}
 
 
-def _lines(text):
+def _lines(text: str) -> list[str]:
     return [line for line in (line.rstrip("\r") for line in text.split("\n")) if line.strip()]
 
 
-def _located(names, folders, where):
-    """Paths of the files with these names: in the first of the folders that has it, else in the first of all.
+def _located(names: Sequence[str], folders: Sequence[str | os.PathLike], where: str | os.PathLike) -> list[str]:
+    """Path of each file: in the first of the folders that contains it, else in the first folder.
 
-    ``where`` the names stand, for messages.
+    ``where`` names the list in messages.
     """
     if not names:
-        raise UserError(f"{where} names no clips; add the path of one")
+        raise UserError(f"{where} contains no paths of clips; add at least one")
     for number, name in enumerate(names, 1):
         if "\0" in name:
-            raise UserError(f"{where}: path {number} has a NUL byte; write it as UTF-8 text with one path in each line")
+            raise UserError(
+                f"{where}: path {number} contains a NUL byte; write the list as UTF-8 text with one path in each line"
+            )
 
-    def locate(name):
+    def locate(name: str) -> str:
         places = [str(Path(folder, name)) for folder in folders]
         return next(filter(os.path.isfile, places), places[0])
 

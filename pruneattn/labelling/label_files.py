@@ -1,48 +1,64 @@
-"""Files of labels that grow clip by clip, and that the same command goes on with wherever it was stopped."""
+"""Label files that grow clip by clip, so that the same command resumes where it was stopped."""
+
+from __future__ import annotations
 
 import json
 import os
 import re
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..files import atomic_write
 
-#: A Parquet file cannot be added to, so that rows wait in memory for one of their own: for so many sets of labels (a
-#: clip's, a window's), and for no longer than a kill may cost.
+if TYPE_CHECKING:
+    import pyarrow
+
+#: Nothing can be appended to a Parquet file, so rows are collected in memory and written as a new part: after this many
+#: sets of labels (of a clip or a window), or after this many seconds, the most work that a killed process can lose.
 PART_LABELS, PART_SECONDS = 20_000, 300
+
+#: A checkpoint may move (its SHA-256 is compared), and a label file outlives versions of the package.
+_MAY_DIFFER = ("checkpoint", "pruneattn")
 
 
 class LabelFile:
     """Labels of clips in ``NAME.jsonl`` or in the folder ``NAME.parquet``; a context manager.
 
-    Beside it lie ``PATH.about.json``, which says what the labels were made with, and ``PATH.failed.jsonl`` with
-    ``path`` and ``error`` of the clips that failed when they were last tried, if any.
+    Two files are written next to it: ``PATH.about.json`` describes the model and the options that made the labels, and
+    ``PATH.failed.jsonl`` has ``path`` and ``error`` of the clips that failed in the last run, if any did.
 
     Args:
-        path: ``NAME.jsonl`` (an object for each clip, in the file as soon as it is added) or ``NAME.parquet`` (a folder
-            of complete Parquet files, in which a clip is after ``PART_SECONDS`` at the latest). Its folder must exist.
-        about: dict of what decides over the labels. ``checkpoint`` is noted, but may be another when work goes on.
+        path: ``NAME.jsonl`` (one object for each clip, written as soon as it is added) or ``NAME.parquet`` (a folder
+            of complete Parquet files; a clip is written after ``PART_SECONDS`` at the latest). Its folder must exist.
+        about: dict of the values that determine the labels. ``checkpoint`` and ``pruneattn`` (the version) are
+            recorded, but they may differ when a file is continued.
         windows: whether rows have a ``windows`` column.
 
     Attributes:
-        done: set of the paths that were in it before.
-        failed: number of clips that failed since.
+        done: set of the paths that the file held when it was opened.
+        failed: number of clips that have failed since.
 
     Raises:
-        UserError: it cannot be written, another process writes it, it holds labels of something else, or is damaged.
+        UserError: the file cannot be written, is being written by another process, holds labels that were made with
+            other values of ``about``, or is damaged.
     """
 
-    ADVICE = "the same command goes on"  # when it was stopped
+    ADVICE = "run the same command again to resume"  # printed after a stop
 
-    def __init__(self, path, about, *, windows=False):
+    done: set[str]
+    _rows: JsonLines | ParquetParts
+    failed: int
+
+    def __init__(self, path: str | os.PathLike, about: Mapping[str, Any], *, windows: bool = False) -> None:
         path = Path(path)
         check_label_path(path)
         self.failed_path = path.with_name(f"{path.name}.failed.jsonl")
         about_path = path.with_name(f"{path.name}.about.json")
-        with ExitStack() as stack:  # what is undone when this, or the work, is over
+        with ExitStack() as stack:  # closes everything if the constructor fails, else in __exit__
             self._rows = JsonLines(path) if path.suffix == ".jsonl" else ParquetParts(path, windows)
             stack.callback(self._rows.close)
             stack.enter_context(_locked(path))
@@ -53,44 +69,47 @@ class LabelFile:
                 with atomic_write(about_path) as temporary:
                     temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             self.failed_path.unlink(missing_ok=True)
-            self.failed, self._failures = 0, None
+            self.failed = 0
+            self._failures: JsonLines | None = None
             self._stack = stack.pop_all()
 
-    def add(self, row):
-        """Add a clip: the dict that ``Labeller.row`` gives."""
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a clip as the dict that ``Labeller.row`` returns."""
         self._rows.add(row)
 
-    def fail(self, path, error):
-        """Note that a clip failed; it is tried again when the work goes on."""
+    def fail(self, path: str, error: str) -> None:
+        """Record that a clip failed. The next run tries it again."""
         if self._failures is None:
             self._failures = JsonLines(self.failed_path)
             self._stack.callback(self._failures.close)
         self._failures.add({"path": path, "error": error})
         self.failed += 1
 
-    def failures(self):
+    def failures(self) -> str:
+        """End of the sentence that counts the failed clips."""
         return f", listed in {self.failed_path}"
 
-    def __enter__(self):
+    def __enter__(self) -> LabelFile:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> bool | None:
         return self._stack.__exit__(*exception)
 
 
 class JsonLines:
-    """A file of JSON objects, one in each line, which only ever holds whole ones."""
+    """A file with one JSON object in each line, all of them complete."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path) -> None:
         try:
-            self.file = open(path, "ab", buffering=0)
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; give another --output") from error
         self.path = path
 
-    def paths(self):
-        """The ``path`` of every row; a last one that a kill tore is cut off."""
-        paths, end = set(), 0
+    def paths(self) -> set[str]:
+        """The ``path`` of every row. A last line that is incomplete, because the process was killed, is removed."""
+        paths: set[str] = set()
+        end = 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
@@ -99,75 +118,76 @@ class JsonLines:
                     paths.add(json.loads(line)["path"])
                 except (ValueError, KeyError, TypeError):
                     raise UserError(
-                        f"{self.path}, line {number}: not a clip's labels; remove the line, or give another --output"
+                        f"{self.path}, line {number}: not the labels of a clip; remove it, or give another --output"
                     ) from None
                 end += len(line)
         self.file.truncate(end)
         return paths
 
-    def add(self, row):
+    def add(self, row: Mapping[str, Any]) -> None:
         end = os.fstat(self.file.fileno()).st_size
         try:
             rest = json_line(row).encode()
-            while rest:  # a disk that is nearly full takes a part
+            while rest:  # a disk that is nearly full accepts only a part
                 rest = rest[self.file.write(rest) :]
         except OSError as error:
             with suppress(OSError):
                 self.file.truncate(end)
             raise _cannot_write(self.path, error) from error
 
-    def close(self):
+    def close(self) -> None:
         try:
             with self.file:
                 os.fsync(self.file.fileno())
-        except OSError as error:  # some file systems find out only now
+        except OSError as error:  # some file systems report errors only now
             raise _cannot_write(self.path, error) from error
 
 
 class ParquetParts:
-    """A folder of Parquet files ``part-00000.parquet``, ..., each written as a whole; readers take it for one table."""
+    """A folder of complete Parquet files ``part-00000.parquet``, ..., which readers open as one table."""
 
-    def __init__(self, folder, windows):
+    def __init__(self, folder: Path, windows: bool) -> None:
         self._schema = label_schema(windows)
         try:
             folder.mkdir(exist_ok=True)
         except FileExistsError:
-            raise UserError(f"cannot write {folder}: there is a file of that name; give another --output") from None
+            raise UserError(f"cannot write {folder}: it is a file, not a folder; give another --output") from None
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror}; give another --output") from error
         self.folder = folder
         self._parts = sorted(folder.glob("*.parquet"))
         numbers = [int(found[1]) for part in self._parts if (found := re.fullmatch(r"part-(\d+)", part.stem))]
         self._next = max(numbers, default=-1) + 1
-        self._rows, self._labels, self._since = [], 0, time.monotonic()
+        self._rows: list[Mapping[str, Any]] = []
+        self._labels, self._since = 0, time.monotonic()
 
-    def paths(self):
+    def paths(self) -> set[str]:
         """The ``path`` of every row."""
         import pyarrow
         from pyarrow import parquet
 
-        paths = set()
+        paths: set[str] = set()
         for part in self._parts:
             try:
                 paths.update(parquet.ParquetFile(part).read(columns=["path"])["path"].to_pylist())
             except (pyarrow.ArrowException, KeyError) as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(
-                    f"{part}: no labels can be read from it ({reason}); remove it, and its clips are predicted again"
+                    f"{part}: not a readable label file ({reason}); remove it, and its clips are labeled again"
                 ) from error
         return paths
 
-    def add(self, row):
+    def add(self, row: Mapping[str, Any]) -> None:
         self._rows.append(row)
         self._labels += 1 + len(row.get("windows", ()))
         if self._labels >= PART_LABELS or time.monotonic() - self._since > PART_SECONDS:
             self._write_part()
 
-    def close(self):
+    def close(self) -> None:
         if self._rows:
             self._write_part()
 
-    def _write_part(self):
+    def _write_part(self) -> None:
         import pyarrow
         from pyarrow import parquet
 
@@ -177,12 +197,12 @@ class ParquetParts:
         self._rows, self._labels, self._since, self._next = [], 0, time.monotonic(), self._next + 1
 
 
-def label_schema(windows):
-    """Arrow schema of the rows that ``Labeller.row`` gives."""
+def label_schema(windows: bool) -> pyarrow.Schema:
+    """Arrow schema of the rows that ``Labeller.row`` returns."""
     try:
         import pyarrow
     except ImportError:
-        raise UserError("Parquet needs pyarrow: pip install 'pruneattn[parquet]'") from None
+        raise UserError("pyarrow, which writes Parquet, is not installed: pip install 'pruneattn[parquet]'") from None
     best = [("labels", pyarrow.list_(pyarrow.string())), ("scores", pyarrow.list_(pyarrow.float32()))]
     columns = [("path", pyarrow.string()), ("seconds", pyarrow.float64()), *best]
     if windows:
@@ -191,48 +211,53 @@ def label_schema(windows):
     return pyarrow.schema(columns)
 
 
-def json_line(row):
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as one line of JSON."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def check_label_path(path):
-    """Refuse a name that no labels are written to, before the long work."""
+def check_label_path(path: Path) -> None:
+    """Raise a ``UserError`` if labels cannot be written to a file of this name. Call it before long work."""
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--output {path}: the name must end in .jsonl or .parquet")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.parent}")
+        raise UserError(f"--output {path}: the folder {path.parent} does not exist")
 
 
-def _check_same(path, about_path, about):
+def _check_same(path: Path, about_path: Path, about: Mapping[str, Any]) -> None:
     try:
         before = json.loads(about_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} holds labels, but {about_path} does not say of what; give another --output") from error
+        raise UserError(
+            f"{path} holds labels, but {about_path}, which describes them, cannot be read; give another --output"
+        ) from error
     found = [
         f"{name}: {before.get(name)} -> {about.get(name)}"
         for name in {**before, **about}
-        if name != "checkpoint" and before.get(name) != about.get(name)
+        if name not in _MAY_DIFFER and before.get(name) != about.get(name)
     ]
     if found:
         raise UserError(
-            f"{path} holds labels that were made otherwise ({'; '.join(found)}); give another --output, or remove it"
+            f"{path} holds labels that were made with other settings ({'; '.join(found)}); give another --output"
         )
 
 
 @contextmanager
-def _locked(path):
-    """Keep other processes from writing the same labels, where there are locks; a killed process holds none."""
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing the same labels. The lock ends with the process, also if that is killed."""
     try:
         import fcntl
     except ImportError:
         yield
         return
-    descriptor = os.open(path, os.O_RDONLY)  # also of a folder
+    descriptor = os.open(path, os.O_RDONLY)  # works for a folder, too
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{path}: another process is writing it; wait for that, or give another --output") from None
+            raise UserError(
+                f"{path}: another process is writing this file; wait until it ends, or give another --output"
+            ) from None
         except OSError:  # a file system without locks
             pass
         yield
@@ -240,7 +265,7 @@ def _locked(path):
         os.close(descriptor)
 
 
-def _cannot_write(path, error):
+def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"cannot write {path}: {error.strerror}. What is in it stays: free some space and run the same command again"
+        f"cannot write {path}: {error.strerror}. Its labels are kept: free some space and run the same command again"
     )

@@ -1,27 +1,36 @@
-"""Pictures of clips: the spectrogram, and what pruning keeps of it."""
+"""Plots of clips: the spectrogram, and the patches of it that pruning keeps."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..constants import HOP, SAMPLE_RATE, WINDOW
+from ..data import FeatureExtractor
+from ..data.fbank import samples_for
+from ..models import PrunedViT
+from ..models.trace import trace
 from ..plot import plot_kept_patches
 from ..runtime.inference import autocast
+from .windows import Clip
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @torch.inference_mode()
-def draw_clip(model, clip, device, amp="fp32"):
-    """Figure of the window in which the clip's label is clearest, and of the patches that each pruning stage keeps.
+def draw_clip(model: PrunedViT, clip: Clip, device: torch.device | str, amp: str = "fp32") -> Figure:
+    """Plot the window with the highest score of the clip's label, and the patches that each pruning block keeps.
 
     Args:
         model: opened checkpoint on ``device``, with ``features`` and ``labels``.
-        clip: predicted ``windows.Clip``.
+        clip: labeled ``windows.Clip``.
         amp: "fp32", "bf16" or "fp16".
     """
-    from ..constants import HOP, SAMPLE_RATE, WINDOW
-    from ..data import FeatureExtractor
-    from ..data.fbank import samples_for
-    from ..models.trace import trace
-
+    assert clip.wave is not None and model.labels is not None  # of a labeled clip and an opened checkpoint
     top = int(clip.mean_scores.argmax())
     best = max(range(len(clip.starts)), key=lambda i: float(clip.scores[i][top]))
     start = clip.starts[best]
@@ -35,7 +44,7 @@ def draw_clip(model, clip, device, amp="fp32"):
         counts.append(index.shape[1])
     rates = model.keep_rates
     if all(count == counts[0] for count in counts):
-        stages, pruning = [], "keep-rate 1, nothing is pruned (choose another with --keep-rate)"
+        stages, pruning = [], "keep-rate 1: no patch is pruned (--keep-rate sets another)"
     else:
         rate = f"{rates[0]:g}" if len(set(rates)) == 1 else ", ".join(f"{rate:g}" for rate in rates)
         pruning = f"keep-rate {rate}, patches {' → '.join(map(str, counts))}"
@@ -53,11 +62,12 @@ def draw_clip(model, clip, device, amp="fp32"):
     )
 
 
-def picture_names(path, clips):
-    """File of each clip's picture: ``path``, or for several clips ``PATH-CLIP.png``, numbered where these clash."""
+def picture_names(path: Path, clips: Sequence[str]) -> dict[str, Path]:
+    """File of each clip's plot: ``path``, or ``PATH-CLIP.png`` for several clips, with a number where names repeat."""
     if len(clips) == 1:
         return {clips[0]: path}
-    names, taken = {}, set()
+    names: dict[str, Path] = {}
+    taken: set[Path] = set()
     for clip in clips:
         stem = f"{path.stem}-{Path(clip).stem}"
         name, number = path.with_stem(stem), 2

@@ -1,30 +1,40 @@
-"""Labels of waveforms of any length: cut into overlapping windows, batched across clips, averaged per clip."""
+"""Labels of waveforms of any length: overlapping windows, batched across clips, averaged for each clip."""
+
+from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..constants import SAMPLE_RATE
+from ..data import FeatureExtractor
+from ..data.fbank import samples_for
+from ..models import PrunedViT
 from ..runtime.inference import autocast
 
 
 @dataclass
 class Clip:
-    """A clip and what the model says about it, or the ``error`` for which it says nothing."""
+    """A clip and the model's scores of its windows, or the ``error`` for which it has none."""
 
     path: str
-    wave: torch.Tensor | None = None  # float32 [L] at 16 kHz
-    starts: list = field(default_factory=list)  # first sample of each window
-    scores: list = field(default_factory=list)  # float32 [K] per window
+    wave: Tensor | None = None  # float32 [L] at 16 kHz
+    starts: list[int] = field(default_factory=list)  # first sample of each window
+    scores: list[Tensor] = field(default_factory=list)  # float32 [K] per window
     error: str | None = None
 
     @property
-    def mean_scores(self):
+    def mean_scores(self) -> Tensor:
+        """Mean of the windows' scores, float32 ``[K]``."""
         return torch.stack(self.scores).mean(0)  # [K]
 
 
-def window_starts(samples, window, overlap):
-    """First samples of the windows that cover a clip: one, or several of which neighbours share ``overlap`` or more.
+def window_starts(samples: int, window: int, overlap: float) -> list[int]:
+    """First samples of the windows that cover a clip. Adjacent windows share at least the fraction ``overlap``.
 
     The last window ends with the clip, so that no window of a long clip is padded.
     """
@@ -35,38 +45,47 @@ def window_starts(samples, window, overlap):
 
 
 class Labeller:
-    """Waveforms in, labels out: what ``python -m pruneattn.predict`` and a Ray actor do with decoded clips.
+    """Label decoded clips, as ``pruneattn predict`` and the Ray example do.
 
     Args:
-        model: opened checkpoint on ``device``, in eval mode, with ``features``, ``labels`` and ``multilabel``.
-        device: where to compute.
+        model: opened checkpoint on ``device``, in eval mode, with a complete ``description``.
+        device: device of the model.
         amp: "fp32", "bf16" or "fp16".
-        batch_size: windows at once.
-        overlap: share of a window that the next one repeats, in [0, 1).
-        top_k: labels in a row; all where the model has fewer.
-        windows: whether rows also hold the labels of each window.
+        batch_size: windows in a batch.
+        overlap: fraction of a window that the next one shares, in [0, 1).
+        top_k: number of labels in a row; all labels if the model has fewer.
+        windows: whether rows also have the labels of each window.
     """
 
-    def __init__(self, model, device, *, amp="fp32", batch_size=16, overlap=0.5, top_k=5, windows=False):
-        from ..data import FeatureExtractor
-        from ..data.fbank import samples_for
-
+    def __init__(
+        self,
+        model: PrunedViT,
+        device: torch.device | str,
+        *,
+        amp: str = "fp32",
+        batch_size: int = 16,
+        overlap: float = 0.5,
+        top_k: int = 5,
+        windows: bool = False,
+    ) -> None:
         self.model, self.device, self.amp, self.batch_size = model, device, amp, batch_size
         self.overlap, self.top_k, self.windows = overlap, min(top_k, model.num_classes), windows
         self.features = FeatureExtractor(model.features).to(device)
         self.window = samples_for(model.frames)  # samples
 
     @torch.inference_mode()
-    def clips(self, decoded):
-        """Predict clips, batching their windows across them.
+    def clips(self, decoded: Iterable[tuple[str, Any, str | None]]) -> Iterator[Clip]:
+        """Label clips, with the windows of several clips in one batch.
 
         Args:
-            decoded: iterable of ``(path, wave, error)``; wave: float32 array ``[L]`` at 16 kHz, None with an error.
+            decoded: iterable of ``(path, wave, error)``, where ``wave`` is a float32 array ``[L]`` at 16 kHz, or None
+                with an error.
 
         Yields:
-            ``Clip`` in the same order. Scores are softmax, or sigmoid if the model is multilabel.
+            ``Clip`` in the same order. Scores are sigmoids if the model is multilabel, else a softmax.
         """
-        waiting, pending = deque(), []  # clips without all their scores; windows that wait for a batch
+        waiting: deque[Clip] = deque()  # clips that lack scores
+        pending: list[tuple[Clip, int]] = []  # windows without a batch
         for path, wave, error in decoded:
             clip = Clip(path, error=error)
             waiting.append(clip)
@@ -81,20 +100,19 @@ class Labeller:
             self._run(pending)
         yield from self._complete(waiting)
 
-    def row(self, clip):
-        """A clip as plain values.
+    def row(self, clip: Clip) -> dict[str, Any]:
+        """A labeled clip as plain values.
 
         Returns:
-            dict of ``path``, ``seconds``, ``labels`` (best first) and their ``scores``; with ``windows`` also
-            ``windows``, a list of dicts of ``start``, ``end`` (seconds), ``labels`` and ``scores``. Of ``path`` and
-            ``error`` for a clip that has no labels.
+            dict with ``path``, ``seconds``, ``labels`` (best first) and their ``scores``; with ``windows`` also
+            ``windows``, a list of dicts with ``start``, ``end`` (seconds), ``labels`` and ``scores``. A clip without
+            labels has ``path`` and ``error`` only.
         """
-        from ..constants import SAMPLE_RATE
-
         if clip.error is not None:
             return {"path": clip.path, "error": clip.error}
+        assert clip.wave is not None
         samples = len(clip.wave)
-        row = {"path": clip.path, "seconds": samples / SAMPLE_RATE, **self._best(clip.mean_scores)}
+        row: dict[str, Any] = {"path": clip.path, "seconds": samples / SAMPLE_RATE, **self._best(clip.mean_scores)}
         if self.windows:
             row["windows"] = [
                 {
@@ -106,11 +124,11 @@ class Labeller:
             ]
         return row
 
-    def _run(self, pending):
-        """Score the first windows that wait, and take them off."""
+    def _run(self, pending: list[tuple[Clip, int]]) -> None:
+        """Score the first batch of windows, and remove them from the list."""
         batch = pending[: self.batch_size]
         del pending[: self.batch_size]
-        waves = [clip.wave[start : start + self.window] for clip, start in batch]
+        waves = [clip.wave[start : start + self.window] for clip, start in batch if clip.wave is not None]
         lengths = torch.tensor([len(wave) for wave in waves])
         padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)  # [B, L]
         fbank = self.features(padded.to(self.device), lengths)  # [B, frames, 128]
@@ -121,13 +139,14 @@ class Labeller:
             clip.scores.append(row)
 
     @staticmethod
-    def _complete(waiting):
+    def _complete(waiting: deque[Clip]) -> Iterator[Clip]:
         while waiting and len(waiting[0].scores) == len(waiting[0].starts):
             clip = waiting.popleft()
             if clip.error is None and not clip.mean_scores.isfinite().all():
-                clip.error = "the model's output is not finite (try --amp fp32)"
+                clip.error = "the model's output is not finite; try --amp fp32"
             yield clip
 
-    def _best(self, scores):
+    def _best(self, scores: Tensor) -> dict[str, list]:
+        assert self.model.labels is not None
         best = scores.topk(self.top_k)
         return {"labels": [self.model.labels[i] for i in best.indices.tolist()], "scores": best.values.tolist()}

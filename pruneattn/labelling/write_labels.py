@@ -1,31 +1,35 @@
-"""From rows to an output: progress, stopping in the middle, and what is said in the end."""
+"""Write labels to an output, with progress, a clean stop and a summary."""
+
+from __future__ import annotations
 
 import signal
 import sys
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from tqdm import tqdm
 
 from ..runtime.signals import StopRequest
-from .label_files import json_line
+from .label_files import LabelFile, json_line
 
 
-def write_labels(rows, total, output):
-    """Put labels into an output as they come, show progress, and say at the end how it went.
+def write_labels(rows: Iterable[Mapping[str, Any]], total: int, output: LabelFile | Terminal) -> int:
+    """Write labels to an output as they arrive, show progress, and print a summary.
 
     Ctrl-C and SIGTERM stop it between two clips.
 
     Args:
-        rows: iterable of the dicts that ``Labeller.row`` gives.
-        total: number of clips that will come.
-        output: ``LabelFile`` or ``Terminal``; closed in the end, whatever happens.
+        rows: iterable of the dicts that ``Labeller.row`` returns.
+        total: number of clips in ``rows``.
+        output: ``LabelFile`` or ``Terminal``; it is closed at the end, also after an error.
 
     Returns:
-        The exit code: 0, 1 if there is not one label, or 128 + the number of the signal that stopped it.
+        The exit code: 0; 1 if no clip has labels; 128 + the number of the signal that stopped it.
     """
     start, added, seconds = time.perf_counter(), 0, 0.0
     if output.done:
-        print(f"{len(output.done)} clips are labelled already, {total} to come", file=sys.stderr)
+        print(f"{len(output.done)} clips are labeled already, {total} remain", file=sys.stderr)
     bar = tqdm(total=total, desc="predict", unit="clip", disable=None if total > 1 else True, leave=False)
     with output, StopRequest() as stop, bar:
         for row in rows:
@@ -41,12 +45,14 @@ def write_labels(rows, total, output):
     took = time.perf_counter() - start
     if total > 1:
         print(
-            f"{added} clips with {seconds / 3600:.2f} hours of sound in {took:.0f} s: {added / took:.1f} clips/s, "
+            f"{added} clips with {seconds / 3600:.2f} hours of audio in {took:.0f} s: {added / took:.1f} clips/s, "
             f"{seconds / took:.0f} times real time",
             file=sys.stderr,
         )
     if output.failed:
-        print(f"{output.failed} of {added + output.failed} could not be predicted{output.failures()}", file=sys.stderr)
+        print(
+            f"{output.failed} of {added + output.failed} clips could not be labeled{output.failures()}", file=sys.stderr
+        )
     if stop.signum:
         print(f"stopped by {signal.Signals(stop.signum).name}; {output.ADVICE}", file=sys.stderr)
         return 128 + stop.signum
@@ -56,35 +62,40 @@ def write_labels(rows, total, output):
 class Terminal:
     """Labels on standard output, as text or as JSON lines."""
 
-    ADVICE = "to be able to go on, use --output FILE.jsonl"
-    done = frozenset()
+    ADVICE = "use --output FILE.jsonl to be able to resume"
+    done: frozenset[str] = frozenset()
 
-    def __init__(self, as_json):
-        self._as_json, self._failures = as_json, []
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        self._failures: list[str] = []
 
     @property
-    def failed(self):
+    def failed(self) -> int:
+        """Number of clips that have failed."""
         return len(self._failures)
 
-    def add(self, row):
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Print a clip as the dict that ``Labeller.row`` returns."""
         text = json_line(row) if self._as_json else label_text(row)
-        tqdm.write(text.removesuffix("\n"), file=sys.stdout)  # keeps clear of the progress bar
+        tqdm.write(text.removesuffix("\n"), file=sys.stdout)  # does not break the progress bar
 
-    def fail(self, path, error):
+    def fail(self, path: str, error: str) -> None:
+        """Record that a clip failed."""
         self._failures.append(error if path in error else f"{path}: {error}")
 
-    def failures(self):
+    def failures(self) -> str:
+        """The failed clips, one in each line, as the end of the sentence that counts them."""
         return "".join(f"\n  {line}" for line in self._failures).replace("\n", ":\n", 1)
 
-    def __enter__(self):
+    def __enter__(self) -> Terminal:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         sys.stdout.flush()
 
 
-def label_text(row):
-    """A row that has ``windows`` as lines for the terminal."""
+def label_text(row: Mapping[str, Any]) -> str:
+    """A row with ``windows`` as lines for the terminal."""
     windows = len(row["windows"])
     length = f"{row['seconds']:.2f} s" + (f", mean of {windows} windows" if windows > 1 else "")
     best = [f"  {score:.4f}  {label}" for label, score in zip(row["labels"], row["scores"])]

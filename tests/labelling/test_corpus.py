@@ -17,7 +17,7 @@ from pruneattn.labelling.corpus import decode_clips, find_clips
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """``audio/`` with clips of different lengths, ``lists/`` beside it, and work elsewhere."""
+    """``audio/`` with clips of different lengths, ``lists/`` next to it, and another current folder."""
     monkeypatch.delenv("PRUNEATTN_DATA", raising=False)
     for name in ("audio", "lists", "elsewhere"):
         (tmp_path / name).mkdir()
@@ -39,7 +39,7 @@ def test_files_and_folders_each_clip_once(tree):
     clips = clips_of(tree)
     paths, failed = find_clips([clips[3], tree / "audio", clips[0], tree / "gone.wav", tree / "lists"])
     assert paths == [clips[3], *clips[:3], *clips[4:], str(tree / "gone.wav")]
-    assert failed == [(str(tree / "lists"), "no sound files in this folder")]
+    assert failed == [(str(tree / "lists"), "this folder contains no audio files")]
 
 
 def test_a_folder_that_cannot_be_read_is_a_failure(tree, monkeypatch):
@@ -71,7 +71,7 @@ def test_lists(tree, name, text):
         assert find_clips([folder / name]) == ([clips[1], clips[0]], [])
 
 
-def test_where_relative_paths_count_from(tree):
+def test_folders_of_relative_paths(tree):
     other = tree / "other"
     (other / "audio").mkdir(parents=True)
     (other / "audio" / "1.wav").touch()
@@ -84,8 +84,8 @@ def test_where_relative_paths_count_from(tree):
         str(other / "audio" / "gone.wav"),
         absolute,
     ]
-    assert failed == []  # decoding says that it is not there
-    # The list itself may count from there, too.
+    assert failed == []  # decoding reports that it does not exist
+    # The path of the list may refer to that folder, too.
     (other / "b.txt").write_text("audio/1.wav")
     assert find_clips(["b.txt"], data_dir=other) == ([str(other / "audio" / "1.wav")], [])
 
@@ -97,13 +97,13 @@ def test_standard_input(tree, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are not bytes there")
-def test_a_name_that_is_no_text_is_a_failure(tree):
+def test_a_name_that_is_not_utf8_is_a_failure(tree):
     (tree / "audio" / os.fsdecode(b"\xff.wav")).touch()
     paths, ((name, reason),) = find_clips([tree / "audio"])
     assert paths == clips_of(tree) and name.endswith("\\udcff.wav") and "not UTF-8" in reason
 
 
-def test_a_manifest_may_name_what_no_file_can_have(tree):
+def test_a_name_that_no_file_can_have_is_a_failure(tree):
     (tree / "a.json").write_text('{"data": [{"wav": "\\ud800.wav"}, {"wav": "audio/0.wav"}]}')
     paths, ((name, reason),) = find_clips([tree / "a.json"])
     assert paths == clips_of(tree)[:1] and name.endswith("\\ud800.wav") and "not UTF-8" in reason
@@ -111,7 +111,7 @@ def test_a_manifest_may_name_what_no_file_can_have(tree):
 
 def test_nothing_on_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
-    with pytest.raises(UserError, match="standard input names no clips"):
+    with pytest.raises(UserError, match="standard input contains no paths of clips"):
         find_clips(["-"])
 
 
@@ -120,13 +120,17 @@ def test_nothing_on_standard_input(monkeypatch):
     [
         ("a.json", '{"data": [{"labels": "/m/x"}]}', 'entry 0 of "data" needs the texts "wav"; expected'),
         ("a.json", "{", "not JSON"),
-        ("a.csv", "file\nx.wav\n", "line 1: .*column with the name path"),
-        ("a.csv", "", "line 1: .*column with the name path"),
-        ("a.csv", "path\n", "a.csv names no clips"),
+        ("a.csv", "file\nx.wav\n", "line 1: .*column named path"),
+        ("a.csv", "", "line 1: .*column named path"),
+        ("a.csv", "path\n", "a.csv contains no paths of clips"),
         pytest.param("a.csv", 'path\n"' + 200_000 * "x", "line 2: not CSV .field larger .*left open", id="long"),
-        ("a.txt", "", "a.txt names no clips"),
-        ("a.txt", " \n\r\n", "a.txt names no clips"),
-        ("a.txt", "0.wav\0" + "1.wav\0", "a.txt: path 1 has a NUL byte; write it as UTF-8 text with one path in"),
+        ("a.txt", "", "a.txt contains no paths of clips"),
+        ("a.txt", " \n\r\n", "a.txt contains no paths of clips"),
+        (
+            "a.txt",
+            "0.wav\0" + "1.wav\0",
+            "a.txt: path 1 contains a NUL byte; write the list as UTF-8 text with one path in",
+        ),
         ("a.txt", "0.wav\n".encode("utf-16-le"), "NUL byte"),
         ("a.json", '{"data": [{"wav": "0\\u0000.wav"}]}', "NUL byte"),
         ("a.txt", b"\xff\xfe", "byte 0 is not UTF-8"),
@@ -147,16 +151,15 @@ def plain(decoded):
     return [(clip.path, None if clip.wave is None else clip.wave.tobytes(), clip.error) for clip in decoded]
 
 
-def test_any_number_of_workers_gives_the_same(tree):
+def test_results_do_not_depend_on_the_number_of_workers(tree):
     paths = [*clips_of(tree), str(tree / "gone.wav"), *clips_of(tree)]
     expected = plain(decode_clips(paths, 0, ahead=3))
     assert [path for path, _, _ in expected] == paths and expected[6][2].endswith("no such file")
     assert [len(wave) // 4 for _, wave, _ in expected[:6]] == [800 * (number + 1) for number in range(6)]
-    for workers in (1, 3):
-        assert plain(decode_clips(paths, workers, ahead=3)) == expected
+    assert plain(decode_clips(paths, 3, ahead=3)) == expected
 
 
-def test_no_more_clips_are_on_their_way_than_may_wait(tree, monkeypatch):
+def test_the_number_of_clips_in_flight_is_limited(tree, monkeypatch):
     def most_ahead(ahead):
         taken, most = [], 0
         source = (taken.append(path) or path for path in clips_of(tree) * 4)
@@ -166,12 +169,12 @@ def test_no_more_clips_are_on_their_way_than_may_wait(tree, monkeypatch):
 
     assert most_ahead(ahead=5) == 5
     monkeypatch.setattr(corpus, "_WAITING", 800 * 6 * 2)  # two of the longest clip
-    assert 1 <= most_ahead(ahead=50) < 20  # fewer and fewer as longer clips are met
+    assert 1 <= most_ahead(ahead=50) < 20  # fewer as clips get longer
     monkeypatch.setattr(corpus, "_WAITING", 10)
     assert most_ahead(ahead=50) == 1
 
 
-def test_killed_processes_cost_nothing(tree, monkeypatch):
+def test_clips_of_killed_processes_are_decoded_again(tree, monkeypatch):
     pools, make = {1: [], 2: []}, corpus._pool
     monkeypatch.setattr(corpus, "_pool", lambda workers: pools[workers].append(make(workers)) or pools[workers][-1])
     paths = clips_of(tree) * 5
@@ -188,15 +191,15 @@ def test_killed_processes_cost_nothing(tree, monkeypatch):
 
 DEADLY = """
 import os
-from pruneattn import corpus
+from pruneattn.labelling import corpus
 
 def decode(path, decode=corpus.decode):
     return os._exit(1) if path.endswith("3.wav") else decode(path)
 """
 
 
-def test_a_clip_that_kills_its_process_is_a_failure(tree, monkeypatch):
-    """libsndfile might, on a file that is made for it."""
+def test_a_clip_that_crashes_its_process_is_a_failure(tree, monkeypatch):
+    """As a malicious file could do with libsndfile."""
     (tree / "deadly.py").write_text(DEADLY)
     monkeypatch.syspath_prepend(tree)
     monkeypatch.setattr(corpus, "decode", importlib.import_module("deadly").decode)

@@ -44,7 +44,7 @@ def path(request, tmp_path):
     return tmp_path / f"out.{request.param}"
 
 
-def test_what_is_written_is_read_and_gone_on_with(path, tmp_path):
+def test_written_rows_are_read_back_and_continued(path, tmp_path):
     rows = [row_of(number) for number in range(5)]
     assert write(path, rows[:2]) == set()
     assert write(path, []) == {row["path"] for row in rows[:2]}
@@ -60,7 +60,7 @@ def test_windows(path):
     assert read(path) == rows
 
 
-def test_failures_are_those_of_the_last_try(path, tmp_path):
+def test_failures_are_those_of_the_last_run(path, tmp_path):
     failed = tmp_path / f"{path.name}.failed.jsonl"
     write(path, [row_of(1)], failed=["a.wav", "b.wav"])
     assert read(failed) == [{"path": "a.wav", "error": "bad"}, {"path": "b.wav", "error": "bad"}]
@@ -70,35 +70,36 @@ def test_failures_are_those_of_the_last_try(path, tmp_path):
     assert not failed.exists()
 
 
-def test_an_error_keeps_what_was_added(path):
+def test_an_error_keeps_the_rows_added_before(path):
     with pytest.raises(ZeroDivisionError), LabelFile(path, ABOUT) as output:
         output.add(row_of(1))
         1 / 0  # noqa: B018
     assert read(path) == [row_of(1)]
-    assert write(path, [row_of(2)]) == {row_of(1)["path"]}  # and nothing keeps it locked
+    assert write(path, [row_of(2)]) == {row_of(1)["path"]}  # and the file is not locked
 
 
-def test_other_labels_are_not_mixed_in(path, tmp_path):
+def test_labels_of_other_settings_are_rejected(path, tmp_path):
     write(path, [row_of(1)])
     write(path, [], about={**ABOUT, "checkpoint": "moved/a"})
-    for change in ({"sha256": "cd"}, {"keep_rates": [1.0, 1.0]}, {"top_k": 3}, {"pruneattn": "0.2.0"}):
+    write(path, [], about={**ABOUT, "pruneattn": "9.0.0"})
+    for change in ({"sha256": "cd"}, {"keep_rates": [1.0, 1.0]}, {"top_k": 3}, {"amp": "bf16"}):
         (name,) = change
-        with pytest.raises(UserError, match=f"made otherwise .{name}: .* -> .*another --output"):
+        with pytest.raises(UserError, match=f"made with other settings .{name}: .* -> .*another --output"):
             write(path, [row_of(2)], about={**ABOUT, **change})
     about = tmp_path / f"{path.name}.about.json"
     about.unlink()
-    with pytest.raises(UserError, match="does not say of what"):
+    with pytest.raises(UserError, match="which describes them, cannot be read"):
         write(path, [row_of(2)])
     assert read(path) == [row_of(1)] and not about.exists()
 
 
-def test_without_rows_anything_can_begin(path, tmp_path):
+def test_an_empty_file_accepts_any_settings(path, tmp_path):
     write(path, [])
     write(path, [row_of(1)], about={**ABOUT, "top_k": 9})
     assert json.loads((tmp_path / f"{path.name}.about.json").read_text())["top_k"] == 9
 
 
-def test_two_at_once_are_refused(path):
+def test_a_second_writer_is_rejected(path):
     pytest.importorskip("fcntl")
     with LabelFile(path, ABOUT) as output:
         output.add(row_of(1))
@@ -108,7 +109,7 @@ def test_two_at_once_are_refused(path):
     assert read(path) == [row_of(1), row_of(2)]
 
 
-def test_a_torn_line_is_cut_off(tmp_path):
+def test_an_incomplete_last_line_is_removed(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, [row_of(1), row_of(2)])
     whole = path.read_bytes()
@@ -119,12 +120,12 @@ def test_a_torn_line_is_cut_off(tmp_path):
         assert path.read_bytes() == whole
 
 
-def test_damage_elsewhere_is_named(tmp_path):
+def test_other_damage_raises(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, [row_of(1), row_of(2)])
     before = path.read_bytes().replace(b"{", b"", 1)
     path.write_bytes(before)
-    with pytest.raises(UserError, match="out.jsonl, line 1: not a clip's labels"):
+    with pytest.raises(UserError, match="out.jsonl, line 1: not the labels of a clip"):
         write(path, [row_of(3)])
     assert path.read_bytes() == before
 
@@ -132,7 +133,7 @@ def test_damage_elsewhere_is_named(tmp_path):
     pytest.importorskip("pyarrow")
     write(parquet, [row_of(1)])
     (parquet / "part-00000.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(UserError, match="part-00000.parquet: no labels can be read"):
+    with pytest.raises(UserError, match="part-00000.parquet: not a readable label file"):
         write(parquet, [row_of(2)])
 
 
@@ -141,9 +142,9 @@ def test_names_that_cannot_be_written(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     for name, message in [
         ("a.json", "must end in .jsonl or .parquet"),
-        ("no/a.jsonl", "there is no folder .*no"),
+        ("no/a.jsonl", "the folder .*no does not exist"),
         ("folder.jsonl", "cannot write .*Is a directory"),
-        ("file.parquet", "there is a file of that name"),
+        ("file.parquet", "it is a file, not a folder"),
     ]:
         if "parquet" in name:
             pytest.importorskip("pyarrow")
@@ -181,7 +182,7 @@ def test_without_pyarrow_parquet_names_the_extra(tmp_path, monkeypatch):
 FULL_DISK = """
 import os, resource, sys
 from pathlib import Path
-from pruneattn import label_files
+from pruneattn.labelling import label_files
 from pruneattn.errors import UserError
 
 path, limit = Path(sys.argv[1]), int(sys.argv[2])
@@ -189,7 +190,7 @@ label_files.PART_LABELS = 1
 try:
     with label_files.LabelFile(path, {}) as output:
         output.add({"path": "first", "seconds": 1.0, "labels": ["a"], "scores": [1.0]})
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # writes fail half way, as they do on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # writes fail part way, as on a full disk
         for number in range(1000):
             output.add({"path": f"{number:03d}", "seconds": 1.0, "labels": [os.urandom(2500).hex()], "scores": [1.0]})
 except UserError as error:
@@ -197,7 +198,7 @@ except UserError as error:
 """
 
 
-def test_a_full_disk_keeps_every_whole_row(path):
+def test_a_full_disk_keeps_complete_rows(path):
     pytest.importorskip("resource")
     command = [sys.executable, "-c", FULL_DISK, str(path), "12000" if path.suffix == ".jsonl" else "4000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
