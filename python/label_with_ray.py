@@ -25,7 +25,7 @@ TASK_CLIPS = 64  # clips that one task decodes, and decodes again if the task is
 
 
 def main(argv=None):
-    args = _parse(argv)
+    args = parse(argv)
     about = describe_labels(open_model(args), args)
     paths, failed = find_clips(args.clips, args.data_dir)
     output = LabelFile(args.output, about, windows=args.windows)
@@ -99,7 +99,7 @@ class LabelBatches:
         return pyarrow.Table.from_pylist(rows, schema=schema)
 
 
-def _parse(argv):
+def parse(argv):
     parser = CommandParser(
         prog="python python/label_with_ray.py",
         description=__doc__,

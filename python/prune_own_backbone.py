@@ -51,7 +51,7 @@ class EncoderLayerView(BlockView):
         expect_parts(block, path, parts)
         expect_parts(block.self_attn, f"{path}.self_attn", ("in_proj_weight", "out_proj"), ("in_proj_bias",))
         if not block.self_attn.batch_first:
-            raise UserError(f"{path}.self_attn: pruning needs tokens as [B, N, C]: use batch_first=True")
+            raise UserError(f"{path}.self_attn: pruning needs tokens as [B, N, C]: make it with batch_first=True")
 
     @property
     def dim(self):
