@@ -1,7 +1,7 @@
-"""The whole of pruneattn in a few minutes on two cores, on sounds that are made on the fly: ``make demo``.
+"""Training, evaluation and prediction in a few minutes on two cores, with synthetic sounds: ``make demo``.
 
-Trains a small AudioMAE on the synthetic dataset ``toy`` while its keep-rate shrinks from 1 to 0.7, evaluates it at
-keep-rates 1.0 to 0.4, predicts one clip and draws what pruning keeps of it. Everything lands in ``demo/``.
+The demo trains a small AudioMAE on the synthetic dataset ``toy`` while its keep-rate falls from 1 to 0.7, evaluates it
+at keep-rates 1.0 to 0.4, predicts one clip and draws the patches that pruning keeps of it. All files are in ``demo/``.
 """
 
 import json
@@ -19,7 +19,7 @@ from pruneattn.data import load_dataset
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"
 KEEP_RATE = 0.7
-NEEDED = 0.90  # test accuracy at KEEP_RATE below which the demo counts as failed
+NEEDED = 0.90  # lowest test accuracy at KEEP_RATE with which the demo succeeds
 
 MODEL = "--model audiomae --size tiny --depth 4 --prune-blocks 1 2 3"
 RECIPE = (
@@ -30,7 +30,7 @@ RECIPE = (
 
 def main():
     start = time.perf_counter()
-    # Only what an earlier demo made: a run that is there already would have to be resumed.
+    # Results of an earlier demo. Training does not overwrite a run.
     for name in ("run", "evaluation"):
         shutil.rmtree(DEMO / name, ignore_errors=True)
     DEMO.mkdir(exist_ok=True)
@@ -47,20 +47,20 @@ def main():
         f"\nDone in {time.perf_counter() - start:.0f} s. Test accuracy at keep-rate {KEEP_RATE}: "
         f"{accuracy[KEEP_RATE]:.1%}, unpruned {accuracy[1.0]:.1%}.\n"
         f"  demo/run/                  the trained model, its configuration and log\n"
-        f"  demo/evaluation/table.md   accuracy, work and speed by keep-rate; also table.csv, .json and tradeoff.png\n"
-        f"  demo/siren.png             what each pruning stage keeps of demo/siren.wav"
+        f"  demo/evaluation/table.md   accuracy, MACs and speed by keep-rate; also table.csv, .json and tradeoff.png\n"
+        f"  demo/siren.png             the patches that each pruning stage keeps of demo/siren.wav"
     )
     if not good:
-        print(f"That is below the {NEEDED:.0%} that was expected.", file=sys.stderr)
+        print(f"This is below the expected {NEEDED:.0%}.", file=sys.stderr)
     return 0 if good else 1
 
 
 def run(command, options):
-    """Run one of pruneattn's commands as a person would type it."""
-    print(f"\n$ python -m pruneattn.{command} {options}", flush=True)
-    done = subprocess.run([sys.executable, "-m", f"pruneattn.{command}", *options.split()], cwd=ROOT)
+    """Run a command of pruneattn like in a shell."""
+    print(f"\n$ pruneattn {command} {options}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "pruneattn", command, *options.split()], cwd=ROOT)
     if done.returncode:
-        sys.exit(f"pruneattn.{command} failed with exit code {done.returncode}")
+        sys.exit(f"pruneattn {command} failed with exit code {done.returncode}")
 
 
 def write_clip(path, label):

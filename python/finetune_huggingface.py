@@ -1,23 +1,22 @@
-"""Fine-tune Hugging Face's AST with token pruning, by the Trainer of transformers, on any data set of pruneattn.
+"""Fine-tune a Hugging Face AST with token pruning, with the Trainer of transformers, on any dataset of pruneattn.
 
     python python/finetune_huggingface.py --model MIT/ast-finetuned-audioset-10-10-0.4593 --dataset esc50 \
         --keep-rate 0.7 --output runs/hf-ast-0.7
 
-The keep-rate falls from 1 on a cosine, epoch by epoch, as in the paper. The best epoch at the final keep-rate is saved
-to --output with `save_pretrained`; there too lie its feature extractor, the Trainer's checkpoints, from which --resume
-goes on, and result.json. The files know nothing of pruning but what to call it with, so that they load anywhere:
+The keep-rate falls from 1 along a cosine, epoch by epoch, as in the paper. --output receives the best epoch at the
+final keep-rate in the layout of `save_pretrained`, its feature extractor, the Trainer's checkpoints for --resume, and
+result.json. The model loads without pruneattn. Its configuration holds the arguments of `prune`:
 
     model = transformers.ASTForAudioClassification.from_pretrained("runs/hf-ast-0.7")
     pruneattn.prune(model, **model.config.pruneattn)
 
-All spectrograms are computed once and kept in memory: 64 KB for each second of sound.
+All spectrograms are computed once and stay in memory: 51 KB for each second of sound.
 """
 
 import math
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +24,16 @@ from torch import nn
 from tqdm import tqdm
 
 import pruneattn
-from pruneattn.cli import check_least, run_command
+from pruneattn.cli import (
+    add_data_dir_option,
+    add_dataset_option,
+    add_frames_option,
+    add_label_csv_option,
+    add_output_option,
+    add_workers_option,
+    check_least,
+    run_command,
+)
 from pruneattn.data import DATASETS, FeatureConfig, FeatureExtractor, make_loader
 from pruneattn.data.augment import noise_and_shift
 from pruneattn.errors import UserError
@@ -52,18 +60,18 @@ except ImportError as error:
 
 
 class KeepRateSchedule(TrainerCallback):
-    """Sets the keep-rate at the beginning of every epoch, and says at its end what it was and how long it took."""
+    """Sets the keep-rate at the start of every epoch, and prints it with the duration at the end of the epoch."""
 
     def __init__(self, target, start, shrink_epochs):
         self.at = lambda epoch: keep_rate_at(epoch, target, start, shrink_epochs)
-        self.seconds = []  # of training, by epoch
+        self.seconds = []  # training time of each epoch
 
     def on_epoch_begin(self, args, state, control, model, **_):
         epoch = math.floor(state.epoch)
         self.rate = self.at(epoch)
         pruneattn.set_keep_rate(model, self.rate)
         if self.rate != self.at(epoch - 1):
-            state.best_metric = None  # what another keep-rate reached is nothing to beat
+            state.best_metric = None  # results at another keep-rate are not comparable
         self.started = time.perf_counter()
 
     def on_epoch_end(self, args, state, control, **_):
@@ -73,7 +81,7 @@ class KeepRateSchedule(TrainerCallback):
 
 
 class NoisyClips(torch.utils.data.Dataset):
-    """Clips to train on, each time with other noise and another shift in time, as in the paper's recipes for speech."""
+    """Training clips with new random noise and a new shift in time at each access, as in the paper's speech recipes."""
 
     def __init__(self, clips):
         self.clips = clips
@@ -87,10 +95,11 @@ class NoisyClips(torch.utils.data.Dataset):
 
 
 class PruningTrainer(Trainer):
-    """The Trainer, but what it loads it loads by `from_pretrained`.
+    """Trainer that loads checkpoints with `from_pretrained`.
 
-    Its own way looks for the names of the model in memory, while `save_pretrained` of transformers 5 wrote those of the
-    Hub: all blocks would keep the weights they had, with a warning (transformers issues 43701 and 48805).
+    The Trainer's own loading expects the parameter names of the model in memory, but `save_pretrained` of transformers
+    5 writes the names of the Hub. All blocks would keep their current weights, with a warning (transformers issues
+    43701 and 48805).
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -106,7 +115,7 @@ def main(argv=None):
     output = make_folder(args.output)
     last = last_checkpoint(output)
     if last and not args.resume:
-        raise UserError(f"--output {output} holds a run already: go on with it (--resume), or give another folder")
+        raise UserError(f"--output {output} already contains a run: resume it with --resume, or use another folder")
     set_seed(args.seed)
 
     config = open_config(args)
@@ -114,9 +123,10 @@ def main(argv=None):
     splits = open_splits(args, args)
     train_set = splits["train"]
     model = make_model(args, config, train_set)
+    pruneattn.prune(model, keep_rate=args.keep_rate, prune_blocks=args.prune_blocks, score=args.score)
+    # Saved with the configuration. Older versions of pruneattn read only the name blocks.
     pruning = {"keep_rate": args.keep_rate, "blocks": args.prune_blocks, "score": args.score}
-    pruneattn.prune(model, **pruning)
-    model.config.pruneattn = pruning  # saved with the rest of the configuration
+    model.config.pruneattn = pruning
     if last:
         check_same(model.config, last)
 
@@ -146,15 +156,16 @@ def main(argv=None):
 
 
 def last_checkpoint(output):
-    """The latest complete checkpoint in a folder, None if there is none. The Trainer writes its state last, so that a
-    checkpoint without it was cut short.
+    """The latest complete checkpoint in a folder; None if there is none.
+
+    The Trainer writes its state last, so a checkpoint without it is incomplete.
     """
     folders = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
     return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
 
 
 def open_config(args):
-    """Configuration of the checkpoint ``--model``, an AST of Hugging Face; None for a model from random weights."""
+    """Configuration of the checkpoint ``--model``, a Hugging Face AST; None for a model with random weights."""
     if args.model is None:
         return None
     try:
@@ -162,12 +173,12 @@ def open_config(args):
     except (OSError, ValueError) as error:
         raise UserError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
     if config.model_type != "audio-spectrogram-transformer" or config.num_mel_bins != 128:
-        raise UserError(f"--model {args.model}: not an AST for 128 mel bins, but {config.model_type}")
+        raise UserError(f"--model {args.model}: this is no AST for 128 mel bins, but {config.model_type}")
     return config
 
 
 def make_model(args, config, dataset):
-    """An AST with a head for the classes of the data set, for ``args.frames`` frames."""
+    """An AST for ``args.frames`` frames, with a head for the classes of the dataset."""
     task = {
         "id2label": dict(enumerate(dataset.labels)),
         "label2id": {label: number for number, label in enumerate(dataset.labels)},
@@ -180,12 +191,13 @@ def make_model(args, config, dataset):
     )
     missing = [name for name in report["missing_keys"] if not name.startswith("classifier.")]
     if missing:
-        raise UserError(f"--model {args.model} has no weights for {', '.join(sorted(missing)[:4])}: not an AST's file")
+        names = ", ".join(sorted(missing)[:4])
+        raise UserError(f"--model {args.model} has no weights for {names}: this is no complete AST")
     return shortened(model, args.frames)
 
 
 def fresh_model(args, task):
-    """A model of stride 16 with random weights, in the sizes of ``create_model``, which also checks them."""
+    """A model with stride 16 and random weights, in a size of ``create_model``, which also checks the options."""
     ours = pruneattn.create_model(
         f"ast_{args.size}",
         frames=args.frames,
@@ -205,7 +217,7 @@ def fresh_model(args, task):
         **task,
     )
     model = ASTForAudioClassification(config)
-    # The library's standard deviation of 0.02 suits a width of 768; a model of 64 hardly learns from it.
+    # transformers' standard deviation of 0.02 is for a width of 768; a model with width 64 hardly learns with it.
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -215,7 +227,7 @@ def fresh_model(args, task):
 
 
 def shortened(model, frames):
-    """The model for clips of fewer frames: the middle of its positions in time, as the official AST does it."""
+    """The model for clips with fewer frames. It keeps the middle of its positions in time, like the official AST."""
     config, embeddings = model.config, model.base_model.embeddings
     had, columns = (1 + (length - config.patch_size) // config.time_stride for length in (config.max_length, frames))
     if not 1 <= columns <= had:
@@ -229,16 +241,17 @@ def shortened(model, frames):
 
 
 def check_same(config, checkpoint):
-    """Raise a UserError unless a checkpoint of the Trainer is of this model, pruned as it is now."""
+    """Raise a UserError unless a checkpoint of the Trainer has this model and this pruning."""
     saved, given = ASTConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
-    names = "hidden_size num_hidden_layers num_attention_heads max_length time_stride pruneattn id2label".split()
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_length", "time_stride")
+    names += ("pruneattn", "id2label")
     found = [f"{name}: {saved.get(name)} -> {given[name]}" for name in names if saved.get(name) != given[name]]
     if found:
         raise UserError(f"{checkpoint} comes from another run. Saved -> given: {'; '.join(found)}")
 
 
 def make_features(args, dataset):
-    """Our filterbank, batch by batch, padded as ASTFeatureExtractor does, which gives the same, clip by clip."""
+    """The features of pruneattn, which equal those of ASTFeatureExtractor but are computed in batches."""
     info = DATASETS[args.dataset]
     mean, std = info.mean, info.std
     if args.dataset in ("manifest", "folder") and None in (args.mean, args.std):
@@ -252,7 +265,7 @@ def save_features(config, output):
 
 
 def spectrograms(dataset, features, workers, failed):
-    """The clips as the Trainer takes them; those that cannot be decoded are left out and added to ``failed``."""
+    """The clips in the Trainer's format. Clips that cannot be decoded are omitted and added to ``failed``."""
     items = []
     for batch in tqdm(make_loader(dataset, 64, train=False, workers=workers), desc="spectrograms", disable=None):
         failed.extend(batch.failed)
@@ -261,7 +274,7 @@ def spectrograms(dataset, features, workers, failed):
             pairs = zip(features(batch.waves, batch.lengths), labels)
             items += [{"input_values": fbank, "labels": label} for fbank, label in pairs]  # [frames, 128]; [] or [K]
     if not items:
-        raise UserError(f"none of the {len(dataset)} clips can be decoded; the first: {failed[-1][1]}")
+        raise UserError(f"none of the {len(dataset)} clips can be decoded; the last error is: {failed[-1][1]}")
     return items
 
 
@@ -310,52 +323,58 @@ def parse(argv):
 
     model = parser.add_argument_group("model")
     start = model.add_mutually_exclusive_group(required=True)
-    option(start, "model", "a pre-trained AST of Hugging Face: name on the Hub, or folder", metavar="NAME")
-    option(start, "size", "random weights in this size", choices=("tiny", "small", "base"))
+    option(start, "model", "pretrained Hugging Face AST: name on the Hub, or folder", metavar="NAME")
+    option(start, "size", "random weights, in this size", choices=("tiny", "small", "base"))
     for name, text in (("embed-dim", "width"), ("depth", "blocks"), ("num-heads", "attention heads")):
-        option(model, name, f"with --size: {text} (the size's)", type=int, metavar="N")
+        option(model, name, f"with --size: {text} (default: that of the size)", type=int, metavar="N")
 
     pruning = parser.add_argument_group("pruning")
-    option(pruning, "keep-rate", "share of patches that each pruning block keeps in the end", 0.7, type=float)
+    option(pruning, "keep-rate", "fraction of the patches that each pruning block keeps in the end", 0.7, type=float)
     pruning.add_argument(
-        "--prune-blocks", type=int, nargs="+", default=[3, 6, 9], metavar="N", help="from 0 (default: 3 6 9)"
+        "--prune-blocks",
+        type=int,
+        nargs="+",
+        default=[3, 6, 9],
+        metavar="N",
+        help="numbers of the pruning blocks, from 0 (default: 3 6 9)",
     )
-    option(pruning, "score", "what ranks the patches", "cls", choices=("cls", "column_mean"))
+    option(pruning, "score", "score that ranks the patches", "cls", choices=("cls", "column_mean"))
     option(pruning, "shrink-start", "epoch (from 0) in which pruning starts", 4, type=int, metavar="N")
     option(pruning, "shrink-epochs", "epochs over which the keep-rate falls from 1", 8, type=int, metavar="N")
 
     data = parser.add_argument_group("data")
-    option(data, "dataset", "what to train on", "manifest", choices=tuple(DATASETS))
-    option(data, "data-dir", "where it is (else the variable PRUNEATTN_DATA)", metavar="DIR")
-    option(data, "fold", "esc50: the fold that is held out", 1, type=int)
+    add_dataset_option(data, f"{', '.join(DATASETS)} (default: manifest)", default="manifest", choices=tuple(DATASETS))
+    add_data_dir_option(data, "folder of the data (default: the variable PRUNEATTN_DATA)")
+    option(data, "fold", "esc50: held-out fold", 1, type=int)
     for split in ("train", "val", "test"):
-        option(data, f"{split}-manifest", f"manifest: JSON file of the clips of {split}", metavar="FILE")
-    option(data, "label-csv", "manifest: CSV of labels (index,mid,display_name)", metavar="FILE")
-    option(data, "frames", "10 ms frames of a clip (the data set's, or the model's if fewer)", type=int, metavar="N")
-    option(data, "mean", "mean of the log-mel (the data set's; measured for manifest and folder)", type=float)
-    option(data, "std", "standard deviation of the log-mel (likewise)", type=float)
-    option(data, "workers", "processes that decode clips", 0, type=int, metavar="N")
+        option(data, f"{split}-manifest", f"manifest: JSON file of the {split} clips", metavar="FILE")
+    add_label_csv_option(data, "manifest: CSV of the labels")
+    add_frames_option(data, "10 ms frames of a clip (default: the dataset's, or the model's if fewer)")
+    option(data, "mean", "mean of the log-mel (default: the dataset's; measured for manifest and folder)", type=float)
+    option(data, "std", "standard deviation of the log-mel (default: like --mean)", type=float)
+    add_workers_option(data)
 
     run = parser.add_argument_group("run")
-    run.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run")
-    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if any")
+    add_output_option(run, "DIR", "folder of the run", required=True)
+    run.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --output, if any")
     option(run, "epochs", "passes over the training clips", 20, type=int, metavar="N")
-    option(run, "batch-size", "clips of a step, on each device", 32, type=int, metavar="N")
-    option(run, "lr", "peak learning rate, of a cosine; for random weights rather 1e-3", 1e-4, type=float)
-    option(run, "warmup-steps", "steps over which it rises", 100, type=int, metavar="N")
+    option(run, "batch-size", "clips per step and device", 32, type=int, metavar="N")
+    option(run, "lr", "peak of the cosine learning rate; use about 1e-3 for random weights", 1e-4, type=float)
+    option(run, "warmup-steps", "steps over which the learning rate rises", 100, type=int, metavar="N")
     option(run, "weight-decay", "weight decay of matrices", 0.01, type=float)
-    option(run, "noise", "noise on the spectrogram and a shift of up to 10 frames", True, action=BooleanOptionalAction)
+    option(run, "noise", "noise and a shift of up to 10 frames in training", True, action=BooleanOptionalAction)
     option(run, "amp", "precision of the model", "fp32", choices=("fp32", "bf16", "fp16"))
     option(run, "seed", "seed of everything random", 0, type=int)
     args = parser.parse_args(argv)
     check_least(args, shrink_start=0, shrink_epochs=0, epochs=1, batch_size=1, warmup_steps=0, workers=0)
     for name in ("embed_dim", "depth", "num_heads"):
         if args.model and getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is for --size: a pre-trained model has its own")
+            raise UserError(f"--{name.replace('_', '-')} is for --size: a pretrained model has its own")
     if args.keep_rate < 1 and args.shrink_start + args.shrink_epochs >= args.epochs:
         raise UserError(
             f"the keep-rate reaches {args.keep_rate} only in epoch {args.shrink_start + args.shrink_epochs} (from 0; "
-            f"--shrink-start plus --shrink-epochs), but there are {args.epochs}: give more --epochs or shrink earlier"
+            f"--shrink-start plus --shrink-epochs), but the run has {args.epochs} epochs: use more --epochs, or shrink "
+            "earlier"
         )
     return args
 

@@ -1,20 +1,19 @@
-"""Label a corpus on many machines: what `python -m pruneattn.predict --output` does, on Ray Data.
+"""Label a corpus on many machines with Ray Data. The files are those of `pruneattn predict --output`.
 
     python python/label_with_ray.py runs/audiomae_base_as20k clips.txt --output labels.parquet --gpus 1 --actors 8
 
-CPUs of the whole cluster decode, and actors with the model label what they decoded, on a GPU each or on CPUs. Clips and
-checkpoint must have the same path on every machine, and pruneattn be installed there. The labels come to this process
-(some hundred bytes a clip), which writes them as predict does: the same files, each clip once. Ray makes up for an actor,
-a decoding task or a machine that is lost; if this process ends, the same command goes on.
+Tasks on the CPUs of the whole cluster decode clips. Actors with the model label the decoded clips, each on a GPU or on
+CPUs. Clips and checkpoint must have the same path on every machine, and pruneattn must be installed there. This process
+receives the labels (a few hundred bytes per clip) and writes each clip once. Ray recovers from lost actors, tasks and
+machines. If this process ends, the same command resumes.
 """
 
 import argparse
 import math
-from pathlib import Path
 
 import numpy as np
 
-from pruneattn.cli import check_least, run_command
+from pruneattn.cli import CommandParser, add_output_option, check_least, run_command
 from pruneattn.errors import UserError
 from pruneattn.labelling.corpus import Decoded, decode, find_clips
 from pruneattn.labelling.label_files import LabelFile, check_label_path, label_schema
@@ -22,11 +21,11 @@ from pruneattn.labelling.write_labels import write_labels
 from pruneattn.predict import add_label_options, check_label_options, describe_labels, make_labeller, open_model
 from pruneattn.runtime import distributed
 
-TASK_CLIPS = 64  # decoded by one task, which is what is done again when it is lost
+TASK_CLIPS = 64  # clips that one task decodes, and decodes again if the task is lost
 
 
 def main(argv=None):
-    args = _parse(argv)
+    args = parse(argv)
     about = describe_labels(open_model(args), args)
     paths, failed = find_clips(args.clips, args.data_dir)
     output = LabelFile(args.output, about, windows=args.windows)
@@ -40,30 +39,30 @@ def main(argv=None):
 
 
 def label(args, paths):
-    """Rows of clips, as ``Labeller.row`` gives them, in the order in which they are done.
+    """Rows of ``Labeller.row``, in the order in which the clips are finished.
 
     Args:
         args: parsed options.
-        paths: list of str.
+        paths: list of paths of clips, as str.
     """
     try:
         import ray.data
     except ImportError:
-        raise UserError("labelling with Ray needs ray: pip install 'pruneattn[ray]'") from None
+        raise UserError("labeling with Ray needs ray, which is not installed: pip install 'pruneattn[ray]'") from None
     if not paths:
         return
-    ray.data.DataContext.get_current().enable_progress_bars = False  # there is one for the labels
+    ray.data.DataContext.get_current().enable_progress_bars = False  # write_labels has one
     blocks = min(10_000, math.ceil(len(paths) / TASK_CLIPS))
     clips = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=blocks)
-    # Ray would decode in the actors if it could have as many of these tasks at once as of them.
+    # With more tasks than actors at once, Ray does not fuse decoding into the actors.
     tasks = ray.data.TaskPoolStrategy(size=max(blocks, args.actors + 1))
     decoded = clips.map_batches(decode_batch, batch_size=args.batch_size, compute=tasks, num_cpus=1)
-    # An actor that is lost comes back and does again what it was doing: Ray Data's default.
+    # Ray Data restarts a lost actor and repeats its batch by default.
     labels = decoded.map_batches(
         LabelBatches,
         fn_constructor_args=(args,),
         batch_size=args.batch_size,
-        zero_copy_batch=False,  # torch takes no memory that cannot be written
+        zero_copy_batch=False,  # torch needs writable memory
         compute=ray.data.ActorPoolStrategy(size=args.actors),
         num_cpus=args.cpus,
         num_gpus=args.gpus,
@@ -74,7 +73,7 @@ def label(args, paths):
 
 
 def decode_batch(batch):
-    """Decode the clips of a batch: columns ``path``, ``wave`` (float32, empty where it cannot be had) and ``error``."""
+    """Decode a batch of clips: columns ``path``, ``wave`` (float32, empty if decoding failed) and ``error``."""
     clips = [decode(str(path)) for path in batch["path"]]
     waves = np.empty(len(clips), dtype=object)
     waves[:] = [np.zeros(0, np.float32) if clip.wave is None else clip.wave for clip in clips]
@@ -82,7 +81,7 @@ def decode_batch(batch):
 
 
 class LabelBatches:
-    """Actor that holds the model and labels decoded batches."""
+    """Actor with the model, which labels decoded batches."""
 
     def __init__(self, args):
         device = distributed.start("cuda" if args.gpus else "cpu")
@@ -100,25 +99,23 @@ class LabelBatches:
         return pyarrow.Table.from_pylist(rows, schema=schema)
 
 
-def _parse(argv):
-    parser = argparse.ArgumentParser(
+def parse(argv):
+    parser = CommandParser(
         prog="python python/label_with_ray.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_label_options(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="FILE.jsonl, or a folder FILE.parquet",
-    )
+    add_output_option(parser, "FILE", "FILE.jsonl, or Parquet files in the folder FILE.parquet", required=True)
     parser.add_argument("--actors", type=int, default=1, metavar="N", help="actors with the model (default: 1)")
     parser.add_argument(
-        "--gpus", type=float, default=0, metavar="G", help="GPUs of each, may be a fraction (default: 0, on CPUs)"
+        "--gpus",
+        type=float,
+        default=0,
+        metavar="G",
+        help="GPUs per actor, or a fraction of one (default: 0, CPUs only)",
     )
-    parser.add_argument("--cpus", type=float, default=1, metavar="C", help="CPUs of each, as threads (default: 1)")
+    parser.add_argument("--cpus", type=float, default=1, metavar="C", help="CPUs, and threads, per actor (default: 1)")
     args = parser.parse_args(argv)
     check_label_options(args)
     check_least(args, actors=1, gpus=0, cpus=0)

@@ -1,8 +1,8 @@
-"""Token pruning in a model of your own, here a stack of PyTorch's nn.TransformerEncoderLayer, with a score of your own.
+"""Token pruning in a custom model, a stack of PyTorch's nn.TransformerEncoderLayer, with a custom score.
 
     python python/prune_own_backbone.py --keep-rate 0.5
 
-`EncoderLayerView` says what a block is made of, `find` where a model has its blocks, `ValueScore` what ranks the patches.
+`EncoderLayerView` describes the parts of a block. `find` finds the blocks of a model. `ValueScore` ranks the patches.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pruneattn.runtime.timing import rounds_side_by_side
 
 
 class SpectrogramEncoder(nn.Module):
-    """Spectrograms ``[B, frames, 128]`` to logits ``[B, num_classes]`` by a class token and PyTorch's own encoder."""
+    """Logits ``[B, num_classes]`` of spectrograms ``[B, frames, 128]``, from a class token and PyTorch's encoder."""
 
     def __init__(self, dim=384, depth=12, heads=6, frames=1024, num_classes=50, norm_first=True):
         super().__init__()
@@ -41,7 +41,7 @@ class SpectrogramEncoder(nn.Module):
 
 
 class EncoderLayerView(BlockView):
-    """The parts of an nn.TransformerEncoderLayer, with the norms before (norm_first) or after attention and MLP."""
+    """The parts of an nn.TransformerEncoderLayer, with norms before (norm_first) or after attention and MLP."""
 
     arguments = ("src_mask", "src_key_padding_mask", "is_causal")
 
@@ -51,7 +51,7 @@ class EncoderLayerView(BlockView):
         expect_parts(block, path, parts)
         expect_parts(block.self_attn, f"{path}.self_attn", ("in_proj_weight", "out_proj"), ("in_proj_bias",))
         if not block.self_attn.batch_first:
-            raise UserError(f"{path}.self_attn: pruning needs tokens as [B, N, C], so make it with batch_first=True")
+            raise UserError(f"{path}.self_attn: pruning needs tokens as [B, N, C]: make it with batch_first=True")
 
     @property
     def dim(self):
@@ -96,9 +96,9 @@ def find(model):
 
 
 class ValueScore(pruneattn.Pruning):
-    """The class token's attention to a patch, times the length of what the patch would give: its value vectors.
+    """The class token's attention to a patch, times the norm of the patch's value vectors.
 
-    It reads one query and all keys and values, so that patches that are dropped need no query.
+    The score reads one query and all keys and values, so dropped patches need no query.
     """
 
     parts = ("q", "kv")
@@ -106,8 +106,8 @@ class ValueScore(pruneattn.Pruning):
     def __call__(self, attn, x, y, keep, extra, values):
         k, v = attn.project(y, "kv")  # [B, H, N, D] each
         (q_cls,) = attn.project(y[:, :1], "q")  # [B, H, 1, D]
-        lengths = v[:, :, extra:].float().norm(dim=-1).mean(1)  # [B, N - extra]
-        scores = (ops.cls_scores(q_cls.squeeze(2), k, extra) * lengths).detach()
+        norms = v[:, :, extra:].float().norm(dim=-1).mean(1)  # [B, N - extra]
+        scores = (ops.cls_scores(q_cls.squeeze(2), k, extra) * norms).detach()
         return self.select_then_query(attn, x, y, scores, k, v, keep, extra)
 
     def attention_macs(self, tokens, kept, dim):
@@ -116,10 +116,10 @@ class ValueScore(pruneattn.Pruning):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keep-rate", type=float, default=0.5, help="at blocks 3, 6 and 9 (default: 0.5)")
-    parser.add_argument("--frames", type=int, default=1024, help="of the spectrograms, 10 ms each (default: 1024)")
-    parser.add_argument("--batch-size", type=int, default=4, help="(default: 4)")
-    parser.add_argument("--rounds", type=int, default=9, help="of timing (default: 9)")
+    parser.add_argument("--keep-rate", type=float, default=0.5, help="keep-rate of blocks 3, 6 and 9 (default: 0.5)")
+    parser.add_argument("--frames", type=int, default=1024, help="frames of 10 ms (default: 1024)")
+    parser.add_argument("--batch-size", type=int, default=4, help="spectrograms per call (default: 4)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of timing (default: 9)")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def main(argv=None):
         variants[name] = torch.inference_mode()(lambda model=model: model(fbank))
     seconds = {name: median(rounds) for name, rounds in rounds_side_by_side(variants, "cpu", args.rounds).items()}
     rows = [{"score": name, "ms": 1000 * s, "saving": 1 - s / seconds["unpruned"]} for name, s in seconds.items()]
-    columns = [("score", "score", str), ("ms a call", "ms", "{:.0f}".format), ("saving", "saving", "{:.1%}".format)]
+    columns = [("score", "score", str), ("ms per call", "ms", "{:.0f}".format), ("saving", "saving", "{:.1%}".format)]
     print("\n".join(markdown_lines(columns, rows)))
 
 

@@ -1,5 +1,5 @@
-"""What the tables and figures of the paper are computed from; ``python/`` has the script of each.
+"""The paper's tables and figures by name: ``pruneattn analyze NAME``.
 
-One module per result computes it and draws it. ``command`` has what the scripts share (options, opening, saving),
-``patches`` the clips of a data set as patches, ``clusters`` the grouping of patches that several results build on.
+One module per result computes and draws it. ``clips.py`` iterates over the clips of a dataset. ``commands/`` contains
+the command line of each result.
 """

@@ -1,49 +1,64 @@
-"""Five groups of patches by intensity or variation (paper, Table III and Fig. 5), from a data set of any size."""
+"""Five groups of patches by intensity or variation (paper, Table III and Fig. 5), from a dataset of any size."""
+
+from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ..constants import PATCH
+from ..constants import HOP, MEL_BINS, PATCH, SAMPLE_RATE
+from ..data import FeatureConfig
+from ..data.clips import ClipDataset
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import write_json
 from ..models.scores import mean, standard_deviation
-from ..plot import INK, log_mel_colours, matplotlib_figure, spectrogram_axis
-from .command import example_indices, iterate_clips
+from ..models.vit import PrunedViT
+from ..plot import INK, log_mel_colors, matplotlib_figure, spectrogram_axis
+from ..report import Row
+from .clips import Analysis, describe_data, example_indices, features_of, iterate_clips
 
-#: What patches are grouped by, both on the normalised log-mel.
-STATISTICS = {"intensity": mean, "variation": standard_deviation}
-#: C1 to C5, dark to light: told apart in grey and by the colour-blind (after viridis).
-COLOURS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
-_STEP = 1e-4  # values closer than this count as one; a hundredth of what moves a boundary visibly
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Statistics that patches are grouped by, each of the normalized log-mel of a patch.
+STATISTICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"intensity": mean, "variation": standard_deviation}
+#: Colors of C1 to C5, from dark to light. They differ in gray, too, and for the color-blind (after viridis).
+COLORS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
+_MEANING = {"intensity": "mean", "variation": "standard deviation"}
+_STEP = 1e-4  # values that are closer than this count as one; a hundredth of a visible shift of a boundary
 
 
 class ValueCounts:
-    """Distribution of a stream of numbers in bounded memory: how many fell into each step of ``1e-4``, and their sum.
+    """Distribution of a stream of numbers in bounded memory: the count and the sum of the numbers in each step of 1e-4.
 
-    Memory is that of the range of the values over the step (some 10^5 numbers), whatever their count.
+    Memory grows with the range of the values (about 10^5 steps), not with their count.
     """
 
-    def __init__(self):
-        self._keys = np.empty(0, dtype=np.int64)
-        self.counts = np.empty(0, dtype=np.int64)
-        self._sums = np.empty(0)
+    def __init__(self) -> None:
+        self._keys: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.counts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._sums: NDArray[np.float64] = np.empty(0)
 
-    def add(self, values):
-        """Count a tensor or array of any shape; its numbers must be finite."""
-        values = np.asarray(torch.as_tensor(values).detach().double().cpu()).ravel()
-        keys = np.concatenate([self._keys, np.floor(values / _STEP).astype(np.int64)])
-        counts = np.concatenate([self.counts, np.ones(len(values), dtype=np.int64)])
-        sums = np.concatenate([self._sums, values])
+    def add(self, values: torch.Tensor | NDArray[np.floating]) -> None:
+        """Count the numbers of a tensor or an array of any shape. They must be finite."""
+        numbers = np.asarray(torch.as_tensor(values).detach().double().cpu()).ravel()
+        keys = np.concatenate([self._keys, np.floor(numbers / _STEP).astype(np.int64)])
+        counts = np.concatenate([self.counts, np.ones(len(numbers), dtype=np.int64)])
+        sums = np.concatenate([self._sums, numbers])
         self._keys, place = np.unique(keys, return_inverse=True)
         self.counts = np.bincount(place, counts).astype(np.int64)
-        self._sums = np.bincount(place, sums)
+        self._sums = np.bincount(place, sums).astype(np.float64)
 
     @property
-    def values(self):
-        """Mean of the numbers in each step that holds any, ascending, float64."""
+    def values(self) -> NDArray[np.float64]:
+        """Mean of the numbers in each step that contains any, ascending."""
         return self._sums / self.counts
 
 
@@ -53,143 +68,212 @@ class Clusters:
 
     Attributes:
         statistic: a key of ``STATISTICS``.
-        boundaries: the k - 1 values between neighbouring clusters; a value on a boundary belongs below it.
+        boundaries: the k - 1 values between adjacent clusters. A value on a boundary belongs to the lower cluster.
         centres: mean of each cluster.
-        shares: share of the patches in each.
-        mean, std: normalisation of the log-mel that the values are in: ``(x - mean) / (2 * std)``.
-        clips, patches: what they were found on.
-        data: the same in words.
+        shares: fraction of the patches in each cluster.
+        mean: mean in the normalization ``(x - mean) / (2 * std)`` of the log-mel that the values refer to.
+        std: standard deviation in this normalization.
+        clips: number of clips that the clusters were computed from.
+        patches: number of their patches.
+        data: the data in a few words.
     """
 
     statistic: str
-    boundaries: tuple
-    centres: tuple
-    shares: tuple
+    boundaries: tuple[float, ...]
+    centres: tuple[float, ...]
+    shares: tuple[float, ...]
     mean: float
     std: float
     clips: int
     patches: int
     data: str
 
-    def values(self, model, fbank):
+    def values(self, model: PrunedViT, fbank: torch.Tensor) -> torch.Tensor:
         """The statistic of each patch of ``[B, frames, 128]`` in the model's token order, float32 ``[B, P]``."""
         return model.patch_values(fbank, STATISTICS[self.statistic])
 
-    def assign(self, values):
+    def assign(self, values: torch.Tensor) -> torch.Tensor:
         """Cluster numbers, 0 for C1, of a tensor of values: int64 of the same shape."""
         return torch.bucketize(values, torch.tensor(self.boundaries, device=values.device))
 
-    def save(self, path):
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a JSON file for ``load_clusters``."""
+        write_json(path, asdict(self))
 
 
-def load_clusters(path, features):
-    """Read what ``Clusters.save`` wrote.
+def load_clusters(path: str | os.PathLike[str], features: FeatureConfig) -> Clusters:
+    """Read a file of ``Clusters.save``.
+
+    Args:
+        path: the file.
+        features: features of the model that the clusters are for.
 
     Raises:
-        UserError: there is no such file, it is something else, or it is in units of another normalisation than
-            ``features`` (``FeatureConfig``) has.
+        UserError: the file does not exist, has other content, or has clusters of another normalization than
+            ``features``.
     """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        clusters = Clusters(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+        clusters = Clusters(**values)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; python/clusters.py makes it") from None
+        raise UserError(f"{path} does not exist: create it with pruneattn analyze clusters") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a clusters.json of python/clusters.py ({error})") from None
+        raise UserError(f"{path} is not a clusters.json of pruneattn analyze clusters ({error})") from None
     if (clusters.mean, clusters.std) != (features.mean, features.std):
         raise UserError(
-            f"{path}: its clusters are in units of mean {clusters.mean:g} and std {clusters.std:g}, the checkpoint's "
-            f"input has {features.mean:g} and {features.std:g}; run python/clusters.py with this checkpoint"
+            f"{path}: the clusters are for an input with mean {clusters.mean:g} and std {clusters.std:g}, but the "
+            f"checkpoint's input has {features.mean:g} and {features.std:g}: run pruneattn analyze clusters with this "
+            "checkpoint"
         )
     return clusters
 
 
-def fit_clusters(counts, k=5, seed=0):
-    """1-D k-means of a distribution: ``(boundaries, centres, shares)``, by ascending value.
+def fit_clusters(
+    counts: ValueCounts, k: int = 5, seed: int = 0
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """k-means of a distribution in one dimension.
 
     Args:
-        counts: `ValueCounts`.
+        counts: the distribution.
         k: number of clusters.
-        seed: of the starting points, ten of which are tried.
+        seed: seed of the ten starting points; the best result is used.
+
+    Returns:
+        ``(boundaries, centers, shares)`` of the clusters by ascending value.
 
     Raises:
-        UserError: there are fewer different values than clusters.
+        UserError: there are fewer distinct values than clusters, or scikit-learn is not installed.
     """
     try:
         from sklearn.cluster import KMeans
     except ImportError as error:
-        raise UserError("clusters need scikit-learn: pip install 'pruneattn[analysis]'") from error
+        raise UserError(
+            "clusters need scikit-learn, which is not installed: pip install 'pruneattn[analysis]'"
+        ) from error
     values, weights = counts.values, counts.counts
     if len(values) < k:
-        raise UserError(f"{len(values)} different patch values do not make {k} clusters: use more clips")
+        raise UserError(f"{len(values)} distinct patch values are too few for {k} clusters: use more clips")
     fitted = KMeans(k, n_init=10, random_state=seed).fit(values[:, None], sample_weight=weights)
-    centres = np.sort(fitted.cluster_centers_[:, 0])
-    boundaries = (centres[1:] + centres[:-1]) / 2
+    centers = np.sort(fitted.cluster_centers_[:, 0])
+    boundaries = (centers[1:] + centers[:-1]) / 2
     shares = np.bincount(np.searchsorted(boundaries, values), weights, minlength=k) / weights.sum()
-    return tuple(boundaries.tolist()), tuple(centres.tolist()), tuple(shares.tolist())
+    return tuple(boundaries.tolist()), tuple(centers.tolist()), tuple(shares.tolist())
 
 
-def find_clusters(analysis, statistic, data, examples=3):
-    """Cluster all patches of a data set (padding included, as the paper does).
+class Example(NamedTuple):
+    """A clip to show."""
+
+    # Number in the dataset. The name hides the method of tuple.
+    index: int  # type: ignore[assignment]
+    fbank: torch.Tensor  # float32 [frames, 128], on the CPU
+    sounding: int  # number of frames that contain sound
+
+
+def find_clusters(analysis: Analysis, statistic: str, examples: int = 3) -> tuple[Clusters, ValueCounts, list[Example]]:
+    """Cluster all patches of a dataset, including padding like the paper.
 
     Args:
-        analysis: `Analysis`; of the model only the input's normalisation and shape matter.
+        analysis: model and dataset. Only the normalization and the shape of the model's input matter.
         statistic: a key of ``STATISTICS``.
-        data: the data in words.
-        examples: how many clips to show in the figure.
+        examples: number of clips to show in the figure.
 
     Returns:
-        ``(Clusters, ValueCounts, examples)``, the last a list of ``(index, fbank [frames, 128], sounding)``.
+        The clusters, the distribution of the statistic, and the clips to show.
     """
-    counts, shown, clips = ValueCounts(), [], 0
+    features = features_of(analysis.model)
+    counts, clips = ValueCounts(), 0
+    shown: list[Example] = []
     wanted = example_indices(analysis, examples)
     for batch in iterate_clips(analysis, "patch values"):
         counts.add(analysis.model.patch_values(batch.fbank, STATISTICS[statistic]))
         for row, index in enumerate(batch.index.tolist()):
             if index in wanted:
-                shown.append((index, batch.fbank[row].cpu(), int(batch.sounding[row])))
+                shown.append(Example(index, batch.fbank[row].cpu(), int(batch.sounding[row])))
         clips += len(batch.index)
-    boundaries, centres, shares = fit_clusters(counts)
-    features = analysis.model.features
+    boundaries, centers, shares = fit_clusters(counts)
     clusters = Clusters(
-        statistic, boundaries, centres, shares, features.mean, features.std, clips, int(counts.counts.sum()), data
+        statistic,
+        boundaries,
+        centers,
+        shares,
+        features.mean,
+        features.std,
+        clips,
+        int(counts.counts.sum()),
+        describe_data(analysis),
     )
     return clusters, counts, shown
 
 
-def cluster_rows(clusters):
-    """One dict per cluster: name, share, centre, range, and the patches and clips of the whole."""
+def cluster_rows(clusters: Clusters) -> list[Row]:
+    """One dict per cluster: its name, share, center and range, and the numbers of all patches and clips."""
     edges = (-np.inf, *clusters.boundaries, np.inf)
     return [
         {
             "cluster": f"C{i + 1}",
             "share": share,
-            "centre": centre,
+            "centre": center,
             "above": edges[i],
             "up_to": edges[i + 1],
             "patches": clusters.patches,
             "clips": clusters.clips,
         }
-        for i, (share, centre) in enumerate(zip(clusters.shares, clusters.centres))
+        for i, (share, center) in enumerate(zip(clusters.shares, clusters.centres, strict=True))
     ]
 
 
-def plot_clusters(model, dataset, clusters, counts, examples):
-    """Distribution of the statistic with its clusters, above example clips with each patch in its cluster's colour."""
+def plot_clusters(
+    model: PrunedViT, dataset: ClipDataset, clusters: Clusters, counts: ValueCounts, examples: Sequence[Example]
+) -> Figure:
+    """Draw the distribution of the statistic with its clusters, and example clips with each patch in its color.
+
+    Args:
+        model: model of the token order.
+        dataset: dataset of the examples, for their names.
+        clusters: the clusters.
+        counts: distribution of the statistic.
+        examples: clips to show.
+
+    Returns:
+        matplotlib ``Figure``.
+    """
     Figure = matplotlib_figure()
     columns = max(1, len(examples))
     figure = Figure(figsize=(10, 7.2), dpi=150, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.35))
-    axis = top.subplots()
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.35))[:, 0]
+    _draw_distribution(top.subplots(), clusters, counts)
+    axes = bottom.subplots(2, columns, sharey=True, squeeze=False)
+    for column, (index, fbank, sounding) in enumerate(examples):
+        frames, clip = len(fbank), dataset.clips[index]
+        label = ", ".join(dataset.labels[i] for i in clip.labels)
+        extent = (0, frames * HOP / SAMPLE_RATE, 0, MEL_BINS)
+        images = (log_mel_colors(np.asarray(fbank), sounding), _cluster_image(model, clusters, fbank))
+        for axis, image in zip(axes[:, column], images, strict=True):
+            axis.imshow(image, origin="lower", aspect="auto", interpolation="nearest", extent=extent)
+            spectrogram_axis(axis, frames)
+        axes[0, column].set_title(f"{label} ({clip.path.stem[:24]})", fontsize=8.5, loc="left", color=INK)
+        axes[1, column].set_xlabel("time (s)", fontsize=8)
+    for row in range(2):
+        axes[row, 0].set_ylabel("mel band (Hz)", fontsize=8)
+    figure.suptitle(
+        f"Patches by {clusters.statistic}: {clusters.data} ({clusters.patches} patches)",
+        fontsize=11,
+        fontweight="bold",
+        color=INK,
+    )
+    return figure
+
+
+def _draw_distribution(axis: Axes, clusters: Clusters, counts: ValueCounts) -> None:
     values, weights = counts.values, counts.counts
-    bins = np.linspace(*np.quantile(np.repeat(values, np.minimum(weights, 100)), [0, 0.999]), 121)
+    low, high = np.quantile(np.repeat(values, np.minimum(weights, 100)), [0, 0.999])
+    bins = np.linspace(low, high, 121)
     height, _ = np.histogram(values, bins, weights=100 * weights / weights.sum())
     middle = (bins[1:] + bins[:-1]) / 2
     number = np.searchsorted(clusters.boundaries, middle)
-    axis.bar(middle, height, width=bins[1] - bins[0], color=[COLOURS[i] for i in number])
+    axis.bar(middle, height, width=bins[1] - bins[0], color=[COLORS[i] for i in number])
     for boundary in clusters.boundaries:
         axis.axvline(boundary, color=INK, lw=0.8, ls=":")
     for i, share in enumerate(clusters.shares):
@@ -204,43 +288,18 @@ def plot_clusters(model, dataset, clusters, counts, examples):
                 fontsize=8.5,
                 color=INK,
             )
-    axis.set_xlabel(f"{clusters.statistic} of a patch ({_meaning(clusters.statistic)} of its normalised log-mel)")
+    axis.set_xlabel(f"{clusters.statistic} of a patch ({_MEANING[clusters.statistic]} of its normalized log-mel)")
     axis.set_ylabel("share of patches (%)")
     axis.spines[["top", "right"]].set_visible(False)
-    axes = bottom.subplots(2, columns, sharey=True, squeeze=False)
-    for column, (index, fbank, sounding) in enumerate(examples):
-        frames, clip = len(fbank), dataset.clips[index]
-        label = ", ".join(dataset.labels[i] for i in clip.labels)
-        extent = (0, frames / 100, 0, fbank.shape[1])
-        style = dict(origin="lower", aspect="auto", interpolation="nearest", extent=extent)
-        axes[0, column].imshow(log_mel_colours(np.asarray(fbank), sounding), **style)
-        axes[0, column].set_title(f"{label} ({clip.path.stem[:24]})", fontsize=8.5, loc="left", color=INK)
-        axes[1, column].imshow(_cluster_image(model, clusters, fbank), **style)
-        for row in range(2):
-            spectrogram_axis(axes[row, column], frames)
-        axes[1, column].set_xlabel("time (s)", fontsize=8)
-    for row in range(2):
-        axes[row, 0].set_ylabel("mel band (Hz)", fontsize=8)
-    figure.suptitle(
-        f"Patches by {clusters.statistic}: {clusters.data} ({clusters.patches} patches)",
-        fontsize=11,
-        fontweight="bold",
-        color=INK,
-    )
-    return figure
 
 
-def _meaning(statistic):
-    return {"intensity": "mean", "variation": "standard deviation"}[statistic]
-
-
-def _cluster_image(model, clusters, fbank):
-    """RGB ``[128, frames, 3]``: each patch in its cluster's colour."""
+def _cluster_image(model: PrunedViT, clusters: Clusters, fbank: torch.Tensor) -> NDArray[np.float64]:
+    """RGB ``[128, frames, 3]``: each patch in its cluster's color."""
     from matplotlib.colors import to_rgb
 
     number = clusters.assign(clusters.values(model, fbank[None].to(next(model.parameters()).device)))[0].cpu()
     time, mel = model.patch_position(torch.arange(model.num_patches))
     grid = np.empty(model.grid[::-1], dtype=int)
     grid[mel, time] = number
-    colours = np.array([to_rgb(colour) for colour in COLOURS])[grid]  # [8, columns, 3]
-    return colours.repeat(PATCH, 0).repeat(PATCH, 1)
+    colors = np.array([to_rgb(color) for color in COLORS])[grid]  # [8, columns, 3]
+    return colors.repeat(PATCH, 0).repeat(PATCH, 1)

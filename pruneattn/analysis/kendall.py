@@ -1,16 +1,25 @@
-"""Agreement of the attention score with a patch statistic, block by block (paper, Fig. 4)."""
+"""Agreement between the attention score and a patch statistic, for each block (paper, Fig. 4)."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..checkpoints.opening import reconfigured
 from ..models.trace import trace
+from ..models.vit import PrunedViT
 from ..plot import FAINT, INK, matplotlib_figure, plain_axis
-from .command import iterate_clips
+from ..report import Row
+from .clips import Analysis, iterate_clips
+from .clusters import Clusters
 from .means import Means
 
-#: The paper counts ties as agreement, ``(C + ties - D) / pairs``; tau-b leaves them out and divides by what is left.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: The paper counts ties as agreement, ``(C + ties - D) / pairs``. tau-b omits ties and divides by the remaining pairs.
 VARIANTS = ("paper", "tau_b")
 _PAIRS_AT_ONCE = 2**23  # bounds the working memory
 _STYLES = {"intensity": ("#0072b2", "o"), "variation": ("#d55e00", "s")}
@@ -20,19 +29,19 @@ class Kendall(NamedTuple):
     """Kendall's coefficients of each clip, float64 ``[B]``."""
 
     paper: torch.Tensor
-    tau_b: torch.Tensor  # NaN where one side is constant
-    tied: torch.Tensor  # share of the pairs that are tied: the paper's coefficient of rankings that are unrelated
+    tau_b: torch.Tensor  # NaN if one side is constant
+    tied: torch.Tensor  # fraction of the pairs that are tied: the paper's coefficient of unrelated rankings
 
 
-def kendall(x, y):
-    """Kendall's coefficient between the rows of ``x`` and of ``y``, exact, by looking at every pair.
+def kendall(x: torch.Tensor, y: torch.Tensor) -> Kendall:
+    """Kendall's coefficients between the rows of ``x`` and the rows of ``y``, exact, from all pairs.
+
+    With C concordant and D discordant pairs, ``paper`` is ``(C + ties - D) / pairs``, where a pair that is tied in x or
+    in y counts as a tie, and ``tau_b`` is ``(C - D) / sqrt((pairs - ties_x) (pairs - ties_y))``.
 
     Args:
-        x, y: ``[B, P]`` of any dtype on one device, P at least 2.
-
-    Returns:
-        `Kendall`. With C concordant and D discordant pairs, ``paper`` is ``(C + ties - D) / pairs``, where a pair that
-        is tied in x or in y counts as a tie, and ``tau_b`` is ``(C - D) / sqrt((pairs - ties_x) (pairs - ties_y))``.
+        x: ``[B, P]`` of any dtype, P at least 2.
+        y: the same shape on the same device.
     """
     patches = x.shape[1]
     pairs = patches * (patches - 1) / 2
@@ -49,27 +58,26 @@ def kendall(x, y):
     return Kendall((difference + ties) / pairs, tau_b, ties / pairs)
 
 
-def scoring_twin(model):
+def scoring_twin(model: PrunedViT) -> PrunedViT:
     """The same unpruned model with attention scores in every block, in eval mode on the same device.
 
-    A model that ranks by something else than attention gets its family's attention score.
+    If the model's score is not an attention score, the twin has the attention score of its family.
     """
     score = model.score if model.score in ("column_mean", "cls") else model.default_score
     return reconfigured(model, prune_blocks=tuple(range(len(model.blocks))), keep_rate=1.0, score=score)
 
 
-def measure_kendall(analysis, clusters):
-    """Mean coefficient over the clips of a data set, for every block of the unpruned model.
+def measure_kendall(analysis: Analysis, clusters: Sequence[Clusters]) -> list[Row]:
+    """Compute the mean coefficient over the clips of a dataset, for every block of the unpruned model.
 
     Args:
-        analysis: `Analysis`.
-        clusters: list of `Clusters`; each patch's value is the number of its cluster.
+        analysis: model and dataset.
+        clusters: clusters of each statistic. The value of a patch is the number of its cluster.
 
     Returns:
-        One dict per statistic, block (from 1) and variant: ``coefficient``, its standard error ``se`` over clips, how
-        many ``clips`` it is the mean of (one whose patches are all in one cluster has no tau-b), and ``unrelated``: what
-        the coefficient would be of rankings that have nothing to do with each other, in the paper's variant the share
-        of tied pairs.
+        One dict per statistic, block (from 1) and variant: ``coefficient``; its standard error ``se`` over clips; the
+        number of ``clips`` in the mean (a clip whose patches are all in one cluster has no tau-b); and ``unrelated``,
+        the coefficient of two unrelated rankings, which in the paper's variant is the fraction of tied pairs.
     """
     model = scoring_twin(analysis.model)
     depth = len(model.blocks)
@@ -101,10 +109,19 @@ def measure_kendall(analysis, clusters):
     return rows
 
 
-def plot_kendall(rows, title, prune_blocks=()):
-    """Coefficient by block: a colour per statistic, solid the paper's variant, dashed tau-b; pruning blocks shaded.
+def plot_kendall(rows: Sequence[Row], title: str, prune_blocks: Sequence[int] = ()) -> Figure:
+    """Draw the coefficient by block, with a color for each statistic.
 
-    Dotted: the paper's variant for unrelated rankings, which are at 0 in tau-b.
+    Solid lines show the paper's variant, dashed lines tau-b, and dotted lines the paper's variant for unrelated
+    rankings, whose tau-b is 0. Pruning blocks are shaded.
+
+    Args:
+        rows: rows of ``measure_kendall``.
+        title: title of the figure.
+        prune_blocks: numbers of the pruning blocks, from 0.
+
+    Returns:
+        matplotlib ``Figure``.
     """
     Figure = matplotlib_figure()
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
@@ -113,14 +130,14 @@ def plot_kendall(rows, title, prune_blocks=()):
         axis.axvspan(block + 0.6, block + 1.4, color="#eeeeee", lw=0, zorder=0)
     axis.axhline(0, color=FAINT, lw=0.8)
     for statistic in dict.fromkeys(row["statistic"] for row in rows):
-        colour, marker = _STYLES[statistic]
-        for variant, line, face, name in (("paper", "-", colour, "paper's"), ("tau_b", "--", "white", "tau-b")):
+        color, marker = _STYLES[statistic]
+        for variant, line, face, name in (("paper", "-", color, "paper's"), ("tau_b", "--", "white", "tau-b")):
             mine = [row for row in rows if row["statistic"] == statistic and row["variant"] == variant]
             axis.errorbar(
                 [row["block"] for row in mine],
                 [row["coefficient"] for row in mine],
                 [row["se"] for row in mine],
-                color=colour,
+                color=color,
                 ls=line,
                 marker=marker,
                 mfc=face,
@@ -130,7 +147,7 @@ def plot_kendall(rows, title, prune_blocks=()):
                 label=f"{statistic}, {name}",
             )
             if variant == "paper":
-                axis.plot([row["block"] for row in mine], [row["unrelated"] for row in mine], ":", color=colour, lw=1)
+                axis.plot([row["block"] for row in mine], [row["unrelated"] for row in mine], ":", color=color, lw=1)
     axis.set_xticks(sorted({row["block"] for row in rows}))
     shaded = "pruning blocks shaded; " if prune_blocks else ""
     axis.set_xlabel(f"block ({shaded}dotted: the paper's coefficient of unrelated rankings)")

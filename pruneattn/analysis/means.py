@@ -1,26 +1,29 @@
-"""Means over clips with their standard errors, from sums alone."""
+"""Means over clips with their standard errors, from running sums."""
+
+from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Hashable
+
+import torch
 
 
 class Means:
-    """Means of any number of quantities over the clips of a stream; memory is that of three sums for each."""
+    """Means of any number of quantities over a stream of clips, in the memory of three sums per quantity."""
 
-    def __init__(self):
-        self._sums = defaultdict(lambda: [0, 0.0, 0.0])  # count, sum, sum of squares
+    def __init__(self) -> None:
+        self._sums: defaultdict[Hashable, tuple[int, float, float]] = defaultdict(lambda: (0, 0.0, 0.0))
 
-    def add(self, values, key):
-        """Add one value per clip, a tensor ``[B]``, to the quantity ``key``; what is not finite is left out."""
+    def add(self, values: torch.Tensor, key: Hashable) -> None:
+        """Add one value per clip, a tensor ``[B]``, to the quantity ``key``. Values that are not finite are omitted."""
         values = values.detach().double().cpu()
         values = values[values.isfinite()]
-        sums = self._sums[key]
-        sums[0] += len(values)
-        sums[1] += float(values.sum())
-        sums[2] += float(values.square().sum())
+        count, total, squares = self._sums[key]
+        self._sums[key] = (count + len(values), total + float(values.sum()), squares + float(values.square().sum()))
 
-    def of(self, key):
-        """``(mean, standard error of the mean, clips)``; NaN for what the clips do not tell."""
+    def of(self, key: Hashable) -> tuple[float, float, int]:
+        """``(mean, standard error of the mean, clips)``; NaN if there are too few clips."""
         count, total, squares = self._sums[key]
         mean = total / count if count else math.nan
         variance = max(0.0, squares - count * mean**2) / (count - 1) if count > 1 else math.nan

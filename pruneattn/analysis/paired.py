@@ -1,23 +1,30 @@
-"""Whether a model is worse than another on the same clips: differences clip by clip, or class by class."""
+"""Paired comparison of two models on the same clips: differences clip by clip, or class by class."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..metrics import average_precision
 
 
-def metric_name(multilabel):
+def metric_name(multilabel: bool) -> str:
+    """Name of the metric: mAP if a clip can have several classes, else top-1."""
     return "mAP" if multilabel else "top-1"
 
 
-def unit_scores(logits, targets, multilabel):
-    """Numbers whose mean is the metric: 1 or 0 a clip (top-1), or the average precision of each class (mAP).
+def unit_scores(logits: NDArray[Any], targets: NDArray[Any], multilabel: bool) -> NDArray[np.float64]:
+    """Compute numbers whose mean is the metric: 1 or 0 for each clip (top-1), or the average precision of each class.
 
     Args:
-        logits, targets: arrays ``[N, K]``.
-        multilabel: whether a clip can have several classes, which makes the metric mAP.
+        logits: ``[N, K]``.
+        targets: ``[N, K]``.
+        multilabel: whether a clip can have several classes; the metric is then mAP.
 
     Returns:
-        float64 ``[N]`` or ``[K]``; NaN for a class without a positive clip.
+        float64 ``[N]``, or ``[K]`` if ``multilabel``; NaN for a class without a positive clip.
     """
     logits, targets = logits.astype(np.float64), targets > 0.5
     if multilabel:
@@ -25,10 +32,14 @@ def unit_scores(logits, targets, multilabel):
     return targets[np.arange(len(targets)), logits.argmax(1)].astype(np.float64)
 
 
-def paired_test(differences):
-    """Mean of paired differences, its standard error and the two-sided p-value of Student's t-test that it is 0.
+def paired_test(differences: NDArray[np.float64]) -> dict[str, float]:
+    """Student's t-test that the mean of paired differences is 0.
 
-    NaN (a class without a positive clip) is left out.
+    Args:
+        differences: ``[N]``; NaN (a class without a positive clip) is omitted.
+
+    Returns:
+        dict: ``difference``, the mean; ``difference_se``, its standard error; ``p``, the two-sided p-value.
     """
     from scipy.stats import ttest_1samp
 

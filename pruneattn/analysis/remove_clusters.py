@@ -1,35 +1,51 @@
-"""What the unpruned model does without the tokens of some clusters (paper, Table IV)."""
+"""Accuracy of the unpruned model without the tokens of some clusters (paper, Table IV)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
+from ..models.blocks import Block
+from ..models.vit import PrunedViT
 from ..plot import FAINT, INK, matplotlib_figure, plain_axis
-from .command import iterate_clips
+from ..report import Row
+from .clips import Analysis, iterate_clips
+from .clusters import Clusters
 from .paired import metric_name, paired_test, unit_scores
 
-#: What is removed: the two lowest or the two highest of the five clusters.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Numbers of the removed clusters: the two lowest or the two highest of the five.
 REMOVED = {"low": (0, 1), "high": (3, 4)}
 _STYLES = {"low": ("#0072b2", "o", "-"), "high": ("#d55e00", "s", "--")}
 
 
-def default_depths(depth):
-    """Six numbers of blocks, spread evenly from none to five sixths."""
+def default_depths(depth: int) -> list[int]:
+    """Six numbers of blocks, evenly spaced from 0 to five sixths of the depth."""
     return sorted({i * depth // 6 for i in range(6)})
 
 
-def check_depths(after_blocks, depth):
-    """Raise ``UserError`` for a depth at which removing tokens means nothing."""
+def check_depths(after_blocks: Iterable[int], depth: int) -> None:
+    """Raise ``UserError`` unless a block follows each removal."""
     for number in after_blocks:
         if not 0 <= number < depth:
             raise UserError(f"--after-block {number}: must be from 0 (before the first) to {depth - 1}")
 
 
-def run_block(block, x, present=None):
-    """A block without pruning on ``x`` ``[B, N, C]``; tokens that are not ``present`` (bool ``[B, N]``) are not seen.
+def _blocks(model: PrunedViT) -> list[Block]:
+    return cast("list[Block]", [*model.blocks])  # ModuleList has no type for its modules
 
-    Everything but attention acts row by row, so hiding a token as a key is the same as taking it out.
+
+def run_block(block: Block, x: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+    """Run a block without pruning on ``x`` ``[B, N, C]``; tokens that are not ``present`` (bool ``[B, N]``) are masked.
+
+    Everything except attention acts on each row separately, so masking a token as a key is the same as removing it.
     """
     y = block.norm1(x)
     if present is None:
@@ -39,71 +55,83 @@ def run_block(block, x, present=None):
     return block.finish(x, block.attn.merge_heads(attended))
 
 
-def finish_without(model, x, removed, after):
-    """Logits of a batch that loses some of its patches after ``after`` blocks.
+def finish_without(model: PrunedViT, x: torch.Tensor, removed: torch.Tensor, after: int) -> torch.Tensor:
+    """Logits of a batch when some patches are removed after ``after`` blocks.
 
     Args:
-        model: ``PrunedViT``; its keep-rates do not matter.
-        x: tokens after so many blocks, ``[B, extra + P, C]``.
-        removed: bool ``[B, P]``, with any number of patches per clip. A clip that loses all goes on with its extra
-            tokens alone; AudioMAE, whose feature is the mean of the patches left, takes 0 for it.
-        after: number of blocks done.
+        model: model; its keep-rates do not matter.
+        x: tokens after ``after`` blocks, ``[B, extra + P, C]``.
+        removed: bool ``[B, P]``, with any number of patches per clip. If a clip loses all patches, only its extra
+            tokens remain; AudioMAE, whose feature is the mean of the remaining patches, then uses 0.
+        after: number of blocks that have run.
 
     Returns:
         ``[B, num_classes]``.
     """
     extra, kept = model.num_extra_tokens, (~removed).sum(1)  # [B]
     longest = int(kept.max())
-    places = removed.byte().argsort(dim=1, stable=True)[:, :longest]  # [B, longest]: patches left, then padding
+    places = removed.byte().argsort(dim=1, stable=True)[:, :longest]  # [B, longest]: remaining patches, then padding
     patches = x[:, extra:].gather(1, places.unsqueeze(2).expand(-1, -1, x.shape[2]))
     x = torch.cat([x[:, :extra], patches], dim=1)  # [B, extra + longest, C]
     present = torch.arange(longest, device=x.device) < kept.unsqueeze(1)  # [B, longest]
     seen = F.pad(present, (extra, 0), value=True)
-    for block in model.blocks[after:]:
+    for block in _blocks(model)[after:]:
         x = run_block(block, x, seen)
-    # The heads read the extra tokens or the mean over the patches: one patch token that is this mean serves both.
+    # A head reads the extra tokens or the mean over the patches. One patch token that is this mean serves both.
     total = (x[:, extra:] * present.unsqueeze(2)).sum(1, keepdim=True)  # [B, 1, C]
     mean = total / kept.clamp(min=1).view(-1, 1, 1)
     return model.forward_head(torch.cat([x[:, :extra], mean], dim=1))
 
 
 @torch.inference_mode()
-def logits_without(model, fbank, clusters, after_blocks):
-    """Logits of a batch, unpruned and without clusters at every depth; the blocks before run once for all of them.
+def logits_without(
+    model: PrunedViT, fbank: torch.Tensor, clusters: Clusters, after_blocks: Collection[int]
+) -> tuple[torch.Tensor, dict[tuple[int, str], torch.Tensor], dict[str, torch.Tensor]]:
+    """Logits of a batch, unpruned and without clusters at every depth. The blocks before a removal run only once.
 
     Args:
-        model: ``PrunedViT`` in eval mode.
+        model: model in eval mode.
         fbank: ``[B, frames, 128]``.
-        clusters: `Clusters`.
-        after_blocks: ascending numbers of blocks.
+        clusters: clusters by any statistic.
+        after_blocks: numbers of blocks before a removal.
 
     Returns:
-        ``(unpruned [B, K], {(after, name): [B, K]}, {name: share of the patches removed [B]})``.
+        ``(unpruned [B, K], {(after, name): [B, K]}, {name: fraction of the patches removed [B]})``.
     """
     numbers = clusters.assign(clusters.values(model, fbank))  # [B, P]
     removed = {name: torch.isin(numbers, numbers.new_tensor(which)) for name, which in REMOVED.items()}
     x = model.prepend_extra_tokens(model.embed(fbank))  # [B, N, C]
     logits = {}
-    for done in range(len(model.blocks)):
+    for done, block in enumerate(_blocks(model)):
         if done in after_blocks:
             for name, which in removed.items():
                 logits[done, name] = finish_without(model, x, which, done)
-        x = run_block(model.blocks[done], x)
+        x = run_block(block, x)
     return model.forward_head(x), logits, {name: which.float().mean(1) for name, which in removed.items()}
 
 
-def measure_removal(analysis, clusters, after_blocks):
-    """The metric without low or high clusters, against the unpruned model on the same clips.
+def measure_removal(analysis: Analysis, clusters: Clusters, after_blocks: Collection[int]) -> list[Row]:
+    """Compute the metric without low or high clusters, and compare it with the unpruned model on the same clips.
 
-    Every clip's logits are kept to the end, 4 bytes for each class and cell of the table, since mAP needs them all.
+    The logits of all clips stay in memory, 4 bytes for each class and cell of the table, because mAP needs all of them.
+
+    Args:
+        analysis: model and dataset.
+        clusters: clusters by any statistic.
+        after_blocks: numbers of blocks before a removal.
 
     Returns:
         One dict per depth and kind of removal: ``metric``, ``unpruned``, their ``difference`` with its standard error
-        and p-value (paired t-test over clips, over classes for mAP), ``tokens_removed`` (mean share of the patches),
-        ``clips`` and ``clips_without_tokens``, which lost every patch and count all the same.
+        and p-value (paired t-test over clips, over classes for mAP), ``tokens_removed`` (mean fraction of the patches),
+        ``clips``, and ``clips_without_tokens``, the number of clips that lost every patch. These are counted in the
+        metric, too.
     """
     model = analysis.model
-    dense, found, shares, targets = [], {}, {name: [] for name in REMOVED}, []
+    multilabel = bool(model.multilabel)
+    dense: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+    found: dict[tuple[int, str], list[torch.Tensor]] = {}
+    removed_shares: dict[str, list[torch.Tensor]] = {name: [] for name in REMOVED}
     for batch in iterate_clips(analysis, "remove clusters"):
         unpruned, logits, removed = logits_without(model, batch.fbank, clusters, after_blocks)
         dense.append(unpruned.cpu())
@@ -111,42 +139,51 @@ def measure_removal(analysis, clusters, after_blocks):
         for cell, values in logits.items():
             found.setdefault(cell, []).append(values.cpu())
         for name, share in removed.items():
-            shares[name].append(share.cpu())
-    targets, shares = torch.cat(targets).numpy(), {name: torch.cat(parts) for name, parts in shares.items()}
-    unpruned = unit_scores(torch.cat(dense).numpy(), targets, model.multilabel)
+            removed_shares[name].append(share.cpu())
+    all_targets = torch.cat(targets).numpy()
+    shares = {name: torch.cat(parts) for name, parts in removed_shares.items()}
+    reference = unit_scores(torch.cat(dense).numpy(), all_targets, multilabel)
     rows = []
     for (after, name), parts in found.items():
-        units = unit_scores(torch.cat(parts).numpy(), targets, model.multilabel)
+        units = unit_scores(torch.cat(parts).numpy(), all_targets, multilabel)
         rows.append(
             {
                 "after_block": after,
                 "removed": name,
-                "metric_name": metric_name(model.multilabel),
+                "metric_name": metric_name(multilabel),
                 "metric": float(np.nanmean(units)),
-                "unpruned": float(np.nanmean(unpruned)),
-                **paired_test(units - unpruned),
+                "unpruned": float(np.nanmean(reference)),
+                **paired_test(units - reference),
                 "tokens_removed": float(shares[name].mean()),
-                "clips": len(targets),
+                "clips": len(all_targets),
                 "clips_without_tokens": int((shares[name] == 1).sum()),
             }
         )
     return rows
 
 
-def plot_removal(rows, title):
-    """Metric by depth of removal, a line for the low and one for the high clusters, beside the unpruned model."""
+def plot_removal(rows: Sequence[Row], title: str) -> Figure:
+    """Draw the metric by depth of removal: a line for the low clusters, one for the high clusters, one for unpruned.
+
+    Args:
+        rows: rows of ``measure_removal``.
+        title: title of the figure.
+
+    Returns:
+        matplotlib ``Figure``.
+    """
     Figure = matplotlib_figure()
     figure = Figure(figsize=(6.2, 4.2), dpi=150, layout="constrained")
     axis = figure.subplots()
     axis.axhline(100 * rows[0]["unpruned"], color=FAINT, lw=1, ls=":", label="nothing removed")
-    for name, (colour, marker, line) in _STYLES.items():
+    for name, (color, marker, line) in _STYLES.items():
         mine = [row for row in rows if row["removed"] == name]
         which = " and ".join(f"C{i + 1}" for i in REMOVED[name])
         axis.errorbar(
             [row["after_block"] for row in mine],
             [100 * row["metric"] for row in mine],
             [100 * row["difference_se"] for row in mine],
-            color=colour,
+            color=color,
             marker=marker,
             ls=line,
             ms=5,

@@ -1,36 +1,64 @@
-"""The metric by keep-rate and ranking (paper, Table I): which cells to train, and what they say against unpruned."""
+"""Accuracy by keep-rate and ranking of the patches (paper, Table I): the training runs, and their comparison."""
+
+from __future__ import annotations
 
 import json
 import shutil
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .. import train
 from ..checkpoints.pretrained import load_pretrained
 from ..data import FeatureExtractor, make_loader
 from ..errors import UserError
 from ..files import atomic_write, write_json
 from ..models.macs import count_macs
 from ..plot import FAINT, INK, matplotlib_figure, plain_axis
+from ..report import Row
 from ..runtime import distributed
 from ..runtime.inference import optimized, predict_dataset
+from ..runtime.signals import StopRequest
 from ..training import state
-from ..training.build import open_split
-from ..training.options import describe, differences, parse
+from ..training.build import build_trainer, open_split
+from ..training.options import LAST, Options, describe, differences, parse
+from ..training.recipes import Recipe
+from .clips import features_of
 from .paired import metric_name, paired_test, unit_scores
 
-#: Name of a ranking -> the option that trains with it; attention is the model's own score.
-RANKINGS = {"attention": []} | {name: ["--score", name] for name in ("intensity", "variation", "random")}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Options of training for each ranking. Attention is the model's own score.
+RANKINGS: dict[str, list[str]] = {
+    "attention": [],
+    **{name: ["--score", name] for name in ("intensity", "variation", "random")},
+}
 UNPRUNED = "unpruned"
 _OWN_OPTIONS = ("--output", "--seed", "--keep-rate", "--score", "--resume", "--branch-from")
 _OF_A_CELL = ("seed", "keep_rate", "score")  # may differ within a table
-_STYLES = {  # Okabe-Ito colours, each with a marker of its own
+_STYLES = {  # Okabe-Ito colors, each with its own marker
     "attention": ("#0072b2", "o"),
     "intensity": ("#d55e00", "s"),
     "variation": ("#009e73", "^"),
     "random": ("#555555", "D"),
 }
+_COLUMNS = (
+    "metric_name",
+    "metric",
+    "metric_sd",
+    "difference",
+    "difference_se",
+    "difference_sd",
+    "p",
+    "units",
+    "gmacs_paper",
+)
+
+#: Arrays of a cell's predictions by name: logits, targets, index, multilabel, macs.
+Predictions = dict[str, NDArray[Any]]
 
 
 class Cell(NamedTuple):
@@ -41,129 +69,133 @@ class Cell(NamedTuple):
     seed: int
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """Name of the run's folder."""
         ranking = self.ranking if self.ranking == UNPRUNED else f"{self.ranking}-{self.keep_rate:g}"
         return f"{ranking}-seed{self.seed}"
 
 
-def make_cells(rankings, keep_rates, seeds):
-    """All cells of a table, in the order in which to train them: the unpruned runs first, from which others branch."""
+def make_cells(rankings: Sequence[str], keep_rates: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
+    """All cells of a table in the order of training: first the unpruned runs, from which the others branch."""
     for rate in keep_rates:
         if not 0 < rate < 1:
-            raise UserError(f"--keep-rates {rate:g}: must be above 0 and below 1; unpruned is trained in any case")
+            raise UserError(f"--keep-rates {rate:g}: must be above 0 and below 1; the unpruned model is always trained")
     pruned = [Cell(ranking, rate, seed) for seed in seeds for rate in keep_rates for ranking in rankings]
     return [Cell(UNPRUNED, 1.0, seed) for seed in seeds] + pruned
 
 
 class Table:
-    """A folder with one training run per cell and its predictions, shared by any number of processes.
+    """A folder with one training run per cell and its predictions. Several processes can share it.
 
     Args:
-        output: folder, made if need be.
-        cells: list of `Cell`.
-        options: options of ``pruneattn.train`` that all cells have, as a list of words.
+        output: folder, which must exist.
+        cells: cells of the table.
+        options: options of ``pruneattn train`` that all cells have, as words of a command line.
 
     Raises:
-        UserError: the options are not train's, set what belongs to a cell, or are not those that the folder's runs
-            were trained with.
+        UserError: training rejects the options, they set a value that belongs to a cell, or they differ from the
+            options of earlier runs in the folder.
     """
 
-    def __init__(self, output, cells, options):
+    def __init__(self, output: Path, cells: Sequence[Cell], options: Sequence[str]) -> None:
         taken = [option for option in _OWN_OPTIONS if any(word.split("=")[0] == option for word in options)]
         if taken:
-            raise UserError(f"{taken[0]}: every cell of the table has its own; leave it out after --")
-        self.output, self.cells, self.options = output, cells, list(options)
-        self.settings = {cell: parse(self._command(cell)) for cell in cells}  # wrong options end here, not in an hour
+            raise UserError(f"{taken[0]}: every cell of the table has its own value; remove the option after --")
+        self.output, self.cells, self.options = output, list(cells), list(options)
+        self.settings = {cell: parse(self._command(cell)) for cell in cells}  # rejects options before any training
         self._check_options(output / "options.json")
 
-    def _check_options(self, path):
-        """Runs of different options must not stand in one table."""
+    def _check_options(self, path: Path) -> None:
+        """Reject a folder with runs of other options, which must not share a table."""
         ours = describe(*self.settings[self.cells[0]])
         if path.exists():
             changed = differences(json.loads(path.read_text(encoding="utf-8")), ours, ignore=_OF_A_CELL)
             if changed:
                 raise UserError(
-                    f"{path}: this table was begun with other options ({'; '.join(changed)}): "
-                    "give the same, or another --output"
+                    f"{path}: this table was started with other options ({'; '.join(changed)}): use the same options, "
+                    "or another --output"
                 )
         else:
             write_json(path, ours)
 
-    def predictions(self, cell):
-        """File with the cell's predictions on the test clips; once it is there, the cell is done."""
+    def predictions(self, cell: Cell) -> Path:
+        """File with the predictions of a cell for the test clips. The cell is done if it exists."""
         return self.output / cell.name / "predictions.npz"
 
-    def missing(self):
+    def missing(self) -> list[Cell]:
+        """The cells that are not done."""
         return [cell for cell in self.cells if not self.predictions(cell).exists()]
 
-    def train_next(self):
-        """Train one cell that nobody is at work on.
+    def train_next(self) -> Literal["trained", "wait", "done"]:
+        """Train one cell that no other process is training.
 
         Returns:
-            ``"trained"``; ``"wait"``: others are at work on all that could be done now; ``"done"``: nothing is left;
-            or train's exit code, an int, where it was stopped by a signal.
+            ``"trained"``; ``"wait"`` if other processes are training all cells that can be trained now; ``"done"`` if
+            no cell is missing.
+
+        Raises:
+            Stopped: a signal stopped the training. A later call resumes it.
+            UserError: training fails, or the checkpoint to branch from was deleted.
         """
         from filelock import FileLock, Timeout
 
         missing = self.missing()
         for cell in missing:
             try:
-                with FileLock(self.output / f".{cell.name}.lock", timeout=0):  # let go of even by a kill
+                with FileLock(self.output / f".{cell.name}.lock", timeout=0):  # released even if the process is killed
                     if self.predictions(cell).exists():
                         continue
                     trunk = self._trunk(cell)
                     if trunk and not trunk.exists():
                         if (trunk.parent / state.RESULT).exists():
                             raise UserError(
-                                f"{trunk} is gone, from which {cell.name} would branch: delete the folder "
-                                f"{trunk.parent} to have it trained again"
+                                f"{trunk} does not exist, and {cell.name} branches from it: delete the folder "
+                                f"{trunk.parent}, and it will be trained again"
                             )
-                        continue  # the unpruned run of this seed is not that far
-                    code = self._train(cell)
-                    if code:
-                        return code
+                        continue  # the unpruned run of this seed has not reached this point
+                    self._train(cell)
                     self._predict(cell)
                     return "trained"
             except Timeout:
                 continue
         return "wait" if missing else "done"
 
-    def _train(self, cell):
+    def _train(self, cell: Cell) -> None:
         folder = self.output / cell.name
         if (folder / state.RESULT).exists():
-            return 0
+            return
         command = self._command(cell)
-        if (folder / state.LAST).exists():
+        if (folder / LAST).exists():
             command.append("--resume")
         else:
-            shutil.rmtree(folder, ignore_errors=True)  # stopped before there was anything to go on from
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that stopped before its first checkpoint
             if trunk := self._trunk(cell):
                 command += ["--branch-from", str(trunk)]
         left = len(self.missing())
         print(f"\n{cell.name} ({len(self.cells) - left} of {len(self.cells)} cells are done)", flush=True)
-        return train.main(command)
+        run_training(*parse(command))
 
-    def _command(self, cell):
+    def _command(self, cell: Cell) -> list[str]:
         ranking = RANKINGS.get(cell.ranking, [])
         own = ["--output", str(self.output / cell.name), "--seed", str(cell.seed), "--keep-rate", str(cell.keep_rate)]
         return [*self.options, *ranking, *own]
 
-    def _trunk(self, cell):
-        """What the unpruned run of the same seed saves before pruning would begin; None where nothing is in common."""
+    def _trunk(self, cell: Cell) -> Path | None:
+        """State of the unpruned run of the same seed before pruning starts; None if the runs share no epoch."""
         _, recipe = self.settings[cell]
         if cell.ranking == UNPRUNED or recipe.shrink_start == 0:
             return None
         return self.output / Cell(UNPRUNED, 1.0, cell.seed).name / state.TRUNK
 
-    def _predict(self, cell):
-        """Save logits and targets of the test clips (of the validation clips, where there are no others)."""
+    def _predict(self, cell: Cell) -> None:
+        """Save logits and targets of the test clips, or of the validation clips if there are no test clips."""
         options, recipe = self.settings[cell]
         device = distributed.start(options.device)
         try:
             model = load_pretrained(self.output / cell.name)
-            test_set = open_split(options, recipe, "test", model.multilabel)
-            dataset = test_set or open_split(options, recipe, "val", model.multilabel)
-            features = FeatureExtractor(model.features).to(device)
+            multilabel = bool(model.multilabel)
+            dataset = open_split(options, recipe, "test", multilabel) or open_split(options, recipe, "val", multilabel)
+            features = FeatureExtractor(features_of(model)).to(device)
             loader = make_loader(dataset, recipe.batch_size, train=False, workers=options.workers)
             model.set_keep_rate(recipe.keep_rates)
             macs = count_macs(model).paper
@@ -173,21 +205,21 @@ class Table:
             distributed.finish()
         arrays = {name: getattr(found, name).numpy() for name in ("logits", "targets", "index")}
         with atomic_write(self.predictions(cell)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays, multilabel=model.multilabel, macs=macs)
+            np.savez(file, **arrays, multilabel=np.asarray(multilabel), macs=np.asarray(macs))
 
-    def rows(self):
-        """What is known so far, a dict per ranking and keep-rate; see `compare`."""
+    def rows(self) -> list[Row]:
+        """One dict per ranking and keep-rate from the cells that are done; see `compare`."""
         unpruned = {cell.seed: self._load(cell) for cell in self.cells if cell.ranking == UNPRUNED}
         rows = [{"ranking": UNPRUNED, "keep_rate": 1.0, **compare(list(unpruned.items()), {}, "unpruned")}]
-        groups = {}
+        groups: dict[tuple[str, float], list[tuple[int, Predictions | None]]] = {}
         for cell in self.cells:
             if cell.ranking != UNPRUNED:
-                groups.setdefault(cell[:2], []).append((cell.seed, self._load(cell)))
+                groups.setdefault((cell.ranking, cell.keep_rate), []).append((cell.seed, self._load(cell)))
         for (ranking, rate), runs in groups.items():
             rows.append({"ranking": ranking, "keep_rate": rate, **compare(runs, unpruned, f"{ranking} at {rate:g}")})
         return rows
 
-    def _load(self, cell):
+    def _load(self, cell: Cell) -> Predictions | None:
         path = self.predictions(cell)
         if not path.exists():
             return None
@@ -195,64 +227,75 @@ class Table:
             return {name: saved[name] for name in saved.files}
 
 
-def compare(runs, unpruned, name):
+def run_training(options: Options, recipe: Recipe) -> None:
+    """Train a model from beginning to end.
+
+    Raises:
+        Stopped: a signal stopped the training, whose state is saved.
+    """
+    stop = StopRequest()
+    try:
+        trainer = build_trainer(options, recipe, stop)
+        with stop:
+            try:
+                trainer.run()
+                trainer.report()
+            finally:
+                trainer.log.close()
+    finally:
+        distributed.finish()
+
+
+def compare(
+    runs: Iterable[tuple[int, Predictions | None]], unpruned: Mapping[int, Predictions | None], name: str
+) -> Row:
     """Metric of the runs of one cell, and its paired difference to the unpruned runs of the same seeds.
 
     Args:
-        runs: list of ``(seed, predictions)``; None for what is not trained yet.
-        unpruned: dict of seed to predictions, None likewise.
-        name: of the cell, for messages.
+        runs: ``(seed, predictions)`` of each run; None if it is not trained yet.
+        unpruned: predictions of the unpruned run of each seed; None if it is not trained yet.
+        name: name of the cell, for messages.
 
     Returns:
-        dict: ``seeds`` (runs done), ``metric_name``, ``metric`` (mean), ``metric_sd`` (over seeds), ``difference`` to
-        unpruned with ``difference_se`` and ``p`` of a paired t-test, in which the unit is a test clip (a class for
+        dict: ``seeds`` (finished runs), ``metric_name``, ``metric`` (mean), ``metric_sd`` (over seeds), ``difference``
+        to unpruned with ``difference_se`` and ``p`` of a paired t-test, in which the unit is a test clip (a class for
         mAP) whose difference is averaged over the seeds, ``difference_sd`` (over seeds), ``units`` and
-        ``gmacs_paper``. None for what cannot be told yet.
+        ``gmacs_paper``. Unknown values are None.
 
     Raises:
         UserError: two runs were tested on different clips.
     """
     done = {seed: predictions for seed, predictions in runs if predictions is not None}
-    row = dict.fromkeys(
-        (
-            "metric_name",
-            "metric",
-            "metric_sd",
-            "difference",
-            "difference_se",
-            "difference_sd",
-            "p",
-            "units",
-            "gmacs_paper",
-        )
-    )
+    row: Row = dict.fromkeys(_COLUMNS)
     if done:
         scores = {seed: _unit_scores(predictions) for seed, predictions in done.items()}
-        each = [np.nanmean(one) for one in scores.values()]
+        each = [float(np.nanmean(one)) for one in scores.values()]
         first = next(iter(done.values()))
         row |= {"metric": float(np.mean(each)), "metric_sd": _sd(each), "gmacs_paper": float(first["macs"]) / 1e9}
-        row["metric_name"] = metric_name(first["multilabel"])
+        row["metric_name"] = metric_name(bool(first["multilabel"]))
         row["units"] = int(np.isfinite(next(iter(scores.values()))).sum())
-        pairs = [(scores[seed], unpruned[seed]) for seed in done if unpruned.get(seed) is not None]
+        pairs = {seed: theirs for seed in done if (theirs := unpruned.get(seed)) is not None}
+        for seed, theirs in pairs.items():
+            if not np.array_equal(done[seed]["index"], theirs["index"]):
+                raise UserError(f"{name}, seed {seed}: tested on other clips than the unpruned run: train it again")
         if pairs:
-            for seed in done:
-                if unpruned.get(seed) is not None and not np.array_equal(done[seed]["index"], unpruned[seed]["index"]):
-                    raise UserError(f"{name}, seed {seed}: tested on other clips than unpruned; train it again")
-            by_seed = np.stack([ours - _unit_scores(theirs) for ours, theirs in pairs])  # [seeds, units]
+            by_seed = np.stack(
+                [scores[seed] - _unit_scores(theirs) for seed, theirs in pairs.items()]
+            )  # [seeds, units]
             row |= paired_test(by_seed.mean(0)) | {"difference_sd": _sd(np.nanmean(by_seed, axis=1))}
     return {"seeds": len(done), **row}
 
 
-def _unit_scores(predictions):
-    return unit_scores(predictions["logits"], predictions["targets"], predictions["multilabel"])
+def _unit_scores(predictions: Predictions) -> NDArray[np.float64]:
+    return unit_scores(predictions["logits"], predictions["targets"], bool(predictions["multilabel"]))
 
 
-def _sd(values):
+def _sd(values: Sequence[float] | NDArray[np.float64]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def table_lines(rows, rankings):
-    """The table as the paper lays it out: a line per keep-rate, a column per ranking, in percent."""
+def table_lines(rows: Sequence[Row], rankings: Sequence[str]) -> list[str]:
+    """The table in the paper's layout, as Markdown: a line per keep-rate, a column per ranking, in percent."""
     lines = ["| keep-rate | GMACs | " + " | ".join(rankings) + " |", "|---" * (2 + len(rankings)) + "|"]
     unpruned = rows[0]
     cells = [_cell(unpruned)] + [""] * (len(rankings) - 1)
@@ -265,11 +308,11 @@ def table_lines(rows, rankings):
     return lines
 
 
-def _gmacs(row):
+def _gmacs(row: Row) -> str:
     return "-" if row["gmacs_paper"] is None else f"{row['gmacs_paper']:.3g}"
 
 
-def _cell(row):
+def _cell(row: Row) -> str:
     if row["metric"] is None:
         return "-"
     text = f"{100 * row['metric']:.2f}"
@@ -279,8 +322,8 @@ def _cell(row):
     return text
 
 
-def plot_table1(rows, rankings, title):
-    """Metric by keep-rate, a line per ranking with the standard error of its difference to unpruned."""
+def plot_table1(rows: Sequence[Row], rankings: Sequence[str], title: str) -> Figure:
+    """Draw the metric by keep-rate: a line per ranking, with the standard error of its difference to unpruned."""
     Figure = matplotlib_figure()
     figure = Figure(figsize=(6.2, 4.2), dpi=150, layout="constrained")
     axis = figure.subplots()
@@ -290,13 +333,13 @@ def plot_table1(rows, rankings, title):
     for number, ranking in enumerate(rankings):
         mine = [row for row in rows if row["ranking"] == ranking and row["metric"] is not None]
         mine.sort(key=lambda row: row["keep_rate"])
-        colour, marker = _STYLES[ranking]
-        shift = 0.004 * (number - (len(rankings) - 1) / 2)  # error bars side by side
+        color, marker = _STYLES[ranking]
+        shift = 0.004 * (number - (len(rankings) - 1) / 2)  # so that error bars do not overlap
         axis.errorbar(
             [row["keep_rate"] + shift for row in mine],
             [100 * row["metric"] for row in mine],
             [100 * (row["difference_se"] or 0) for row in mine],
-            color=colour,
+            color=color,
             marker=marker,
             ms=5,
             lw=1.4,

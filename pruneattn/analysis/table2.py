@@ -1,28 +1,37 @@
-"""Multiply-accumulates of one clip by patches and keep-rate (paper, Table II), and the time that goes with them."""
+"""Multiply-accumulates and time of one clip by number of patches and keep-rate (paper, Table II)."""
+
+from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..constants import VERSION
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import write_json
 from ..models import create_model
 from ..models.macs import count_macs
 from ..ops.backend import ENVIRONMENT, ISA_ENVIRONMENT
 from ..plot import FAINT, INK, matplotlib_figure, plain_axis
-from ..report import gmacs_text, markdown_lines
+from ..report import Column, Row, gmacs_text, markdown_lines
 from ..runtime.timing import Speed, measure_speed
 
-#: The paper's Table II: GMACs of one clip, frames -> keep-rate -> number as printed. It is of ViT-B with one CLS token.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: The paper's Table II for ViT-B with one CLS token: frames -> keep-rate -> printed GMACs of one clip.
 PRINTED_GMACS = {
     128: {1.0: 5.6, 0.9: 4.9, 0.8: 4.3, 0.7: 3.7, 0.6: 3.3, 0.5: 2.8, 0.4: 2.5},
     512: {1.0: 23.1, 0.9: 20.0, 0.8: 17.3, 0.7: 15.0, 0.6: 13.1, 0.5: 11.4, 0.4: 10.0},
     1024: {1.0: 48.6, 0.9: 41.8, 0.8: 36.0, 0.7: 31.1, 0.6: 27.1, 0.5: 23.7, 0.4: 20.8},
 }
 _PRINTED_MODELS = ("audiomae_base", "ast_base")
-_STYLES = (  # Okabe-Ito colours, each with a marker of its own
+_STYLES = (  # Okabe-Ito colors, each with its own marker
     ("#0072b2", "o"),
     ("#d55e00", "s"),
     ("#009e73", "^"),
@@ -32,30 +41,30 @@ _STYLES = (  # Okabe-Ito colours, each with a marker of its own
 )
 
 
-def count_rows(name, frames, keep_rates):
-    """What a model is said to cost: one dict per keep-rate.
+def count_rows(name: str, frames: int, keep_rates: Iterable[float]) -> list[Row]:
+    """Count the multiply-accumulates of a model.
 
     Args:
-        name: of a model, see ``list_models``.
-        frames: of its input.
+        name: name of a model, see ``list_models``.
+        frames: frames of its input.
         keep_rates: numbers in (0, 1], the same in all pruning blocks.
 
     Returns:
-        list of dicts: ``gmacs_printed`` (the paper's Table II; None where it has no such cell), ``gmacs_paper`` (our
-        count as the paper counts), ``difference`` of the two, ``gmacs_computed`` (what is really computed, with a head
-        of 527 classes), ``theory`` (share of the unpruned work that is saved, by the paper's count).
+        One dict per keep-rate: ``gmacs_printed`` (the paper's Table II; None if the table does not have this cell),
+        ``gmacs_paper`` (the paper's count), ``difference`` of the two, ``gmacs_computed`` (the computed matrix
+        products, with a head of 527 classes), ``theory`` (fraction of the unpruned work that is saved, by the paper's
+        count).
 
     Raises:
-        UserError: there is no such model, or it cannot have these frames or keep-rates.
+        UserError: there is no such model, or frames or keep-rates are invalid.
     """
-    with torch.device("meta"):  # no weights are needed
+    with torch.device("meta"):  # without memory for weights
         model = create_model(name, frames=frames)
-    dense = count_macs(model).paper
+    dense = count_macs(model, 1.0).paper
     printed = PRINTED_GMACS.get(frames, {}) if name in _PRINTED_MODELS else {}
     rows = []
     for keep_rate in keep_rates:
-        model.set_keep_rate(keep_rate)
-        macs = count_macs(model)
+        macs = count_macs(model, keep_rate)
         cell = printed.get(keep_rate)
         rows.append(
             {
@@ -73,8 +82,8 @@ def count_rows(name, frames, keep_rates):
     return rows
 
 
-def speed_rows(rows, speed, options):
-    """The rows of ``count_rows`` with what was measured (`Speed`, see there) and how (``time_cell``)."""
+def speed_rows(rows: Iterable[Row], speed: Speed, options: Mapping[str, Any]) -> list[Row]:
+    """Add the measured speed and the ``cell_options`` of its measurement to the rows of ``count_rows``."""
     how = {name: value for name, value in options.items() if name not in ("model", "frames", "keep_rates")}
     return [
         {
@@ -88,8 +97,18 @@ def speed_rows(rows, speed, options):
     ]
 
 
-def cell_options(name, frames, keep_rates, device_name, *, batch_size, amp, rounds, compiled):
-    """All that the time of a model depends on, as plain values."""
+def cell_options(
+    name: str,
+    frames: int,
+    keep_rates: Iterable[float],
+    device_name: str,
+    *,
+    batch_size: int,
+    amp: str,
+    rounds: int,
+    compiled: bool,
+) -> dict[str, Any]:
+    """Everything that the time of a model depends on, as plain values."""
     return {
         "model": name,
         "frames": frames,
@@ -106,25 +125,26 @@ def cell_options(name, frames, keep_rates, device_name, *, batch_size, amp, roun
     }
 
 
-def time_cell(options, device):
-    """Measure what ``cell_options`` describes, with fresh weights and noise for clips: `Speed`."""
+def time_cell(options: Mapping[str, Any], device: torch.device) -> Speed:
+    """Measure the model of ``cell_options``, with random weights and random clips."""
     model = create_model(options["model"], frames=options["frames"]).to(device).eval()
     how = {name: options[name] for name in ("batch_size", "amp", "rounds", "compiled")}
     return measure_speed(model, options["keep_rates"], device, **how)
 
 
 class Timings:
-    """Measured times in a JSON file, by what they depend on: a stopped run loses nothing, a longer table adds to it.
+    """Measured times in a JSON file, by their ``cell_options``: a stopped run resumes, and a longer table extends it.
 
     Args:
-        path: file, made by the first ``add``.
+        path: file, which the first ``add`` creates.
 
     Raises:
-        UserError: there is a file, and it is something else.
+        UserError: the file exists and has other content.
     """
 
-    def __init__(self, path):
-        self.path, self._entries = path, []
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: list[tuple[dict[str, Any], Speed]] = []
         if not path.exists():
             return
         try:
@@ -133,24 +153,23 @@ class Timings:
                 self._entries.append((entry["options"], Speed(seconds)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"{path}: not the times that python/table2.py keeps ({error}); delete it or give another --output"
+                f"{path} is not a timings.json of pruneattn analyze table2 ({error}): delete it, or use another "
+                "--output"
             ) from None
 
-    def find(self, options):
-        """The `Speed` measured with these ``cell_options``, or None."""
+    def find(self, options: Mapping[str, Any]) -> Speed | None:
+        """Speed that was measured with these ``cell_options``; None if there is none."""
         return next((speed for known, speed in self._entries if known == options), None)
 
-    def add(self, options, speed):
-        """Keep a `Speed`; it is on the disk when this returns."""
+    def add(self, options: dict[str, Any], speed: Speed) -> None:
+        """Add a speed, and write the file."""
         self._entries.append((options, speed))
-        content = [{"options": options, "seconds": speed.seconds} for options, speed in self._entries]
-        with atomic_write(self.path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_json(self.path, [{"options": options, "seconds": speed.seconds} for options, speed in self._entries])
 
 
-def table_lines(rows):
+def table_lines(rows: Sequence[Row]) -> list[str]:
     """The rows as a Markdown table, a list of lines."""
-    columns = [
+    columns: list[Column] = [
         ("model", "model", str),
         ("patches", "patches", str),
         ("keep-rate", "keep_rate", "{:g}".format),
@@ -168,15 +187,15 @@ def table_lines(rows):
         ]
     columns.append(("theory", "theory", "{:.1%}".format))
     if "saving" in rows[0]:
-        columns.append(("realised", "realised", "{:.0%}".format))
+        columns.append(("realized", "realised", "{:.0%}".format))
     return markdown_lines(columns, rows)
 
 
-def plot_table2(rows):
-    """One row of panels a model: GMACs by keep-rate, and where time was measured, its saving against that of the MACs.
+def plot_table2(rows: Sequence[Row]) -> Figure:
+    """Draw a row of panels for each model: GMACs by keep-rate, and if time was measured, saved time over saved MACs.
 
     Args:
-        rows: of ``count_rows`` or ``speed_rows``.
+        rows: rows of ``count_rows`` or ``speed_rows``.
 
     Returns:
         matplotlib ``Figure``.
@@ -198,45 +217,45 @@ def plot_table2(rows):
         axes[line, 0].set_title(model, loc="left", fontsize=10, fontweight="bold", color=INK)
         axes[line, 0].set_ylabel("GMACs of one clip")
         if timed:
-            axes[line, 1].set_ylabel("time saved, measured (%)")
+            axes[line, 1].set_ylabel("saved time, measured (%)")
             most = 100 * max(row["theory"] for row in rows)
-            axes[line, 1].plot([0, most], [0, most], ":", color=INK, lw=1, label="if time followed the count")
+            axes[line, 1].plot([0, most], [0, most], ":", color=INK, lw=1, label="if time followed the MACs")
             _mark_keep_rates(axes[line, 1], curve)
     axes[-1, 0].set_xlabel("keep-rate of each pruning block")
     axes[0, 0].set_ylim(bottom=0)
     if timed:
-        axes[-1, 1].set_xlabel("work saved, by the paper's count (%)")
+        axes[-1, 1].set_xlabel("saved MACs, by the paper's count (%)")
     for axis in axes.flat:
         plain_axis(axis)
     _draw_legends(axes[0], styles, any(row["gmacs_printed"] is not None for row in rows))
-    title = "Work and time of one clip by keep-rate" if timed else "Work of one clip by keep-rate"
+    title = "MACs and time of one clip by keep-rate" if timed else "MACs of one clip by keep-rate"
     figure.suptitle(title, fontsize=11, fontweight="bold", x=0.02, ha="left", color=INK)
     if timed:
         figure.supxlabel(_describe_timing(rows[0]), fontsize=8, color=FAINT)
     return figure
 
 
-def _draw_counts(axis, curve, colour, marker):
+def _draw_counts(axis: Axes, curve: Sequence[Row], color: str, marker: str) -> None:
     rates = [row["keep_rate"] for row in curve]
-    axis.plot(rates, [row["gmacs_paper"] for row in curve], "-", color=colour, lw=1.2)
-    axis.plot(rates, [row["gmacs_computed"] for row in curve], "--", color=colour, lw=1.2)
+    axis.plot(rates, [row["gmacs_paper"] for row in curve], "-", color=color, lw=1.2)
+    axis.plot(rates, [row["gmacs_computed"] for row in curve], "--", color=color, lw=1.2)
     printed = [(row["keep_rate"], row["gmacs_printed"]) for row in curve if row["gmacs_printed"] is not None]
     if printed:
-        axis.plot(*zip(*printed), marker, color=colour, mfc="none", ms=6)
+        axis.plot(*zip(*printed), marker, color=color, mfc="none", ms=6)
 
 
-def _draw_saving(axis, curve, colour, marker):
+def _draw_saving(axis: Axes, curve: Sequence[Row], color: str, marker: str) -> None:
     theory = [100 * row["theory"] for row in curve]
-    dense = curve[0]["ms_per_clip"] / (1 - curve[0]["saving"])  # whatever the keep-rate
+    dense = curve[0]["ms_per_clip"] / (1 - curve[0]["saving"])  # the same at all keep-rates
     low, middle, high = (
         [100 * (1 - row[key] / dense) for row in curve] for key in ("ms_per_clip_p80", "ms_per_clip", "ms_per_clip_p20")
     )
-    axis.vlines(theory, low, high, color=colour, lw=1)
-    axis.plot(theory, middle, "-", color=colour, marker=marker, lw=1.2, ms=5)
+    axis.vlines(theory, low, high, color=color, lw=1)
+    axis.plot(theory, middle, "-", color=color, marker=marker, lw=1.2, ms=5)
 
 
-def _mark_keep_rates(axis, curve):
-    """Keep-rates along the top, where these rows have them; with other patches they lie little beside."""
+def _mark_keep_rates(axis: Axes, curve: Sequence[Row]) -> None:
+    """Mark the keep-rates of these rows along the top. With other numbers of patches they are shifted slightly."""
     top = axis.secondary_xaxis("top")
     top.set_xticks([100 * row["theory"] for row in curve], [f"{row['keep_rate']:g}" for row in curve], fontsize=8)
     top.tick_params(length=2.5, color=FAINT)
@@ -244,12 +263,12 @@ def _mark_keep_rates(axis, curve):
     top.set_xlabel(f"keep-rate ({curve[0]['patches']} patches)", fontsize=8)
 
 
-def _draw_legends(axes, styles, printed):
+def _draw_legends(axes: Sequence[Axes], styles: Mapping[int, tuple[str, str]], printed: bool) -> None:
     from matplotlib.lines import Line2D
 
-    grey = dict(color=INK, lw=1.2)
+    line: dict[str, Any] = {"color": INK, "lw": 1.2}
     handles = [Line2D([], [], color=c, marker=m, ls="", label=f"{n} patches") for n, (c, m) in styles.items()]
-    counts = [Line2D([], [], label="paper's count", **grey), Line2D([], [], ls="--", label="really computed", **grey)]
+    counts = [Line2D([], [], label="paper's count", **line), Line2D([], [], ls="--", label="computed", **line)]
     if printed:
         counts.append(Line2D([], [], color=INK, marker="o", mfc="none", ls="", label="printed in the paper"))
     axes[0].legend(handles=handles + counts, frameon=False, fontsize=8, loc="upper left")
@@ -257,9 +276,9 @@ def _draw_legends(axes, styles, printed):
         axes[1].legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def _describe_timing(row):
-    compiled = ", torch.compile tried" if row["compiled"] else ""
+def _describe_timing(row: Row) -> str:
+    compiled = "; torch.compile included" if row["compiled"] else ""
     return (
-        f"{row['device']}; torch {row['torch']}, {row['amp']}{compiled}; {row['batch_size']} clips a call, "
-        f"{row['rounds']} rounds: median time, bars from its 20th to its 80th percentile"
+        f"{row['device']}; torch {row['torch']}, {row['amp']}{compiled}; {row['batch_size']} clips per call, "
+        f"{row['rounds']} rounds: median time, bars from the 20th to the 80th percentile"
     )

@@ -1,12 +1,12 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import soundfile
 import torch
 
 import pruneattn
-from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio
+from pruneattn.analysis.__main__ import main
+from pruneattn.analysis.clips import Analysis
+from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio, load_dataset
 from pruneattn.data.toy import make_sound
 
 LABELS = ["buzz", "siren", "tone"]
@@ -14,7 +14,7 @@ FEATURES = FeatureConfig(frames=128, mean=-11.0, std=3.0, padding="min")
 
 
 class Run:
-    """A checkpoint of a small model with opinions, and a folder of clips."""
+    """A checkpoint of a small model whose logits and scores differ between clips, and a folder of clips."""
 
     def __init__(self, folder, family, clips):
         self.folder, self.data = folder / family, clips
@@ -31,27 +31,37 @@ class Run:
             self.model, self.folder / "best.safetensors", features=FEATURES, labels=LABELS, multilabel=False
         )
         self.model.features = FEATURES
+        self.model.labels, self.model.multilabel = LABELS, False
 
     @property
     def paths(self):
-        """The clips in the order of the data set."""
+        """Paths of the clips in the order of the dataset."""
         return sorted(self.data.glob("test/*/*.wav"))
 
     def fbanks(self):
-        """Each clip's log-mel ``[128, 128]``, made clip by clip."""
+        """Log-mel ``[128, 128]`` of each clip, computed clip by clip."""
         extract = FeatureExtractor(FEATURES)
         return [extract(load_audio(path)[None], torch.tensor([len(load_audio(path))]))[0] for path in self.paths]
 
+    def analysis(self, **settings):
+        """The arguments of the library for this checkpoint on these clips."""
+        dataset = load_dataset("folder", "test", data_dir=self.data, frames=128)
+        return Analysis(self.model, dataset, torch.device("cpu"), "folder, test", **{"batch_size": 3, **settings})
+
     def options(self, output):
-        """Options of a script that analyses this checkpoint on these clips."""
+        """Options of an analysis of this checkpoint on these clips."""
         data = ["--dataset", "folder", "--data-dir", str(self.data)]
         return [str(self.folder), *data, "--output", str(output), "--device", "cpu", "--batch-size", "3"]
 
 
 @pytest.fixture
-def analysis_script(load_file):
-    """``analysis_script(name)``: that script of ``python/`` as a module."""
-    return lambda name: load_file(Path(__file__).parents[2] / "python" / f"{name}.py")
+def analyze():
+    """``analyze(name, *options)`` runs ``pruneattn analyze NAME``, which must succeed."""
+
+    def run(name, *options):
+        assert main([name, *map(str, options)]) == 0
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +78,6 @@ def analysis_clips(tmp_path_factory):
 
 @pytest.fixture
 def analysis_run(tmp_path, analysis_clips):
-    """Makes a `Run` of a family; skips where the optional packages for figures are not there."""
+    """``analysis_run(family)`` makes a `Run`; skips if matplotlib is not installed."""
     pytest.importorskip("matplotlib")
     return lambda family: Run(tmp_path, family, analysis_clips)

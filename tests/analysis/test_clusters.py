@@ -13,7 +13,7 @@ FEATURES = FeatureConfig(frames=128, mean=-9.0, std=4.0)
 
 
 def lumps(rng, count=20000):
-    """Five overlapping lumps of uneven size, and a spike of equal values as padding makes it."""
+    """Five overlapping clusters of different sizes, and a spike of equal values like that of padding."""
     parts = [
         rng.normal(centre, 0.08, int(count * share))
         for centre, share in ((-0.9, 0.1), (-0.5, 0.3), (-0.1, 0.3), (0.3, 0.2), (0.8, 0.1))
@@ -64,20 +64,20 @@ def test_clusters_are_those_of_scikit_learn_on_the_whole_array():
     assert (numbers == np.argsort(order)[whole.labels_]).mean() > 0.999
 
 
-def test_a_value_on_a_boundary_belongs_below():
+def test_a_value_on_a_boundary_belongs_to_the_lower_cluster():
     values = torch.tensor([[-3.0, -0.5, -0.4999], [0.5, 0.51, 9.0]])
     assert by_hand().assign(values).tolist() == [[0, 0, 1], [2, 3, 4]]
 
 
-def test_too_few_values():
+def test_too_few_values_are_rejected():
     pytest.importorskip("sklearn")
     counts = ValueCounts()
     counts.add(torch.ones(100))
-    with pytest.raises(UserError, match="1 different patch values do not make 5 clusters"):
+    with pytest.raises(UserError, match="1 distinct patch values are too few for 5 clusters"):
         fit_clusters(counts)
 
 
-def test_saved_and_loaded(tmp_path):
+def test_saved_clusters_are_loaded_again(tmp_path):
     by_hand().save(tmp_path / "clusters.json")
     assert load_clusters(tmp_path / "clusters.json", FEATURES) == by_hand()
 
@@ -85,27 +85,29 @@ def test_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file; python/clusters.py makes it"),
-        ("{", "not a clusters.json"),
-        ("[]", "not a clusters.json"),
-        ('{"statistic": "intensity"}', "not a clusters.json"),
-        (json.dumps(vars(by_hand(mean=-4.0))), "units of mean -4 and std 4.*-9 and 4.*with this checkpoint"),
+        (None, "does not exist: create it with pruneattn analyze clusters"),
+        ("{", "is not a clusters.json of pruneattn analyze clusters"),
+        ("[]", "is not a clusters.json of pruneattn analyze clusters"),
+        ('{"statistic": "intensity"}', "is not a clusters.json of pruneattn analyze clusters"),
+        (
+            json.dumps(vars(by_hand(mean=-4.0))),
+            "mean -4 and std 4, .*-9 and 4: run pruneattn analyze clusters with this checkpoint",
+        ),
     ],
 )
-def test_bad_files(tmp_path, content, message):
+def test_other_files_are_rejected(tmp_path, content, message):
     path = tmp_path / "clusters.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match=f"clusters.json: .*{message}"):
+    with pytest.raises(UserError, match=rf"clusters\.json:? .*{message}"):
         load_clusters(path, FEATURES)
 
 
-def test_script_on_real_shapes(analysis_run, analysis_script, tmp_path):
-    """Shares, boundaries and files of the script against the statistic taken by hand from every clip."""
+def test_the_command_clusters_every_patch(analysis_run, analyze, tmp_path):
+    """Shares, boundaries and files against the statistic computed by hand from every clip."""
     sklearn = pytest.importorskip("sklearn.cluster")
     run = analysis_run("ast")
-    code = analysis_script("clusters").main([*run.options(tmp_path / "out"), "--statistic", "variation"])
-    assert code is None
+    analyze("clusters", *run.options(tmp_path / "out"), "--statistic", "variation")
     saved = load_clusters(tmp_path / "out" / "clusters.json", run.model.features)
     cells = torch.stack([fbank.view(8, 16, 8, 16).transpose(1, 2).reshape(64, 256) for fbank in run.fbanks()])
     values = cells.double().std(-1, correction=0).flatten()  # [clips * 64]
@@ -123,6 +125,6 @@ def test_script_on_real_shapes(analysis_run, analysis_script, tmp_path):
         assert (tmp_path / "out" / f"clusters.{suffix}").stat().st_size > 10000
 
 
-def test_rows_name_the_ends():
+def test_the_outer_clusters_have_no_outer_edge():
     rows = cluster_rows(by_hand())
     assert rows[0]["above"] == -np.inf and rows[4]["up_to"] == np.inf and rows[2]["centre"] == 0.2

@@ -6,13 +6,13 @@ import torch
 
 import pruneattn
 from pruneattn.analysis import kendall as module
-from pruneattn.analysis.clusters import load_clusters
+from pruneattn.analysis.clusters import STATISTICS, Clusters, load_clusters
 from pruneattn.analysis.kendall import kendall, scoring_twin
 from pruneattn.errors import UserError
 
 
 def by_definition(x, y):
-    """(paper's, tau-b) of two lists, pair by pair."""
+    """``(paper's coefficient, tau-b)`` of two lists, pair by pair."""
     concordant = discordant = ties = ties_x = ties_y = 0
     for i in range(len(x)):
         for j in range(i):
@@ -60,7 +60,7 @@ def test_against_the_definition_and_scipy(monkeypatch, levels, rows_at_once):
 
 
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
-def test_twin_scores_every_block_and_changes_nothing(family):
+def test_the_twin_scores_every_block_and_computes_the_same(family):
     torch.manual_seed(0)
     model = pruneattn.create_model(
         f"{family}_tiny",
@@ -78,7 +78,7 @@ def test_twin_scores_every_block_and_changes_nothing(family):
         found = pruneattn.trace(scoring_twin(model.eval()), fbank)
         model.set_keep_rate(1.0)
         torch.testing.assert_close(found.logits, model(fbank))
-        # The score of the third block by hand, from the tokens that enter it.
+        # Score of the third block by hand, from the tokens that enter it.
         x = model.prepend_extra_tokens(model.embed(fbank))
         for block in model.blocks[:2]:
             x = block.finish(x, block.attn(block.norm1(x)))
@@ -90,21 +90,21 @@ def test_twin_scores_every_block_and_changes_nothing(family):
     torch.testing.assert_close(found.scores[2], rows)
 
 
-def test_script(analysis_run, analysis_script, tmp_path):
-    """Every number of the CSV against a loop over clips and pairs."""
-    pytest.importorskip("sklearn")
+def test_the_command_averages_over_clips(analysis_run, analyze, tmp_path):
+    """Coefficients and errors of the CSV against a loop over clips and pairs."""
     run = analysis_run("audiomae")
-    files = []
-    for statistic in ("intensity", "variation"):
-        analysis_script("clusters").main([*run.options(tmp_path / statistic), "--statistic", statistic])
-        files.append(str(tmp_path / statistic / "clusters.json"))
-    analysis_script("kendall").main([*run.options(tmp_path / "out"), "--clusters", *files])
+    fbanks, files = torch.stack(run.fbanks()), []
+    for name, statistic in STATISTICS.items():
+        edges = run.model.patch_values(fbanks, statistic).quantile(torch.tensor([0.2, 0.4, 0.6, 0.8]))
+        files.append(tmp_path / f"{name}.json")
+        Clusters(name, tuple(edges.tolist()), (0.0,) * 5, (0.2,) * 5, -11.0, 3.0, 7, 7 * 64, "").save(files[-1])
+    analyze("kendall", *run.options(tmp_path / "out"), "--clusters", *files)
     with open(tmp_path / "out" / "kendall.csv", newline="") as file:
         rows = {(row["statistic"], int(row["block"]), row["variant"]): row for row in csv.DictReader(file)}
     assert len(rows) == 2 * 4 * 2
     twin, clusters = scoring_twin(run.model), load_clusters(files[1], run.model.features)
     expected = []
-    for fbank in run.fbanks():
+    for fbank in fbanks:
         with torch.no_grad():
             scores = pruneattn.trace(twin, fbank[None]).scores[2][0]
         cells = fbank.view(8, 16, 8, 16).transpose(1, 2).reshape(64, 256)  # time-major
@@ -116,5 +116,5 @@ def test_script(analysis_run, analysis_script, tmp_path):
         assert int(row["clips"]) == 7 and float(row["coefficient"]) == pytest.approx(values.mean().item(), abs=2e-3)
         assert float(row["se"]) == pytest.approx((values.std() / 7**0.5).item(), abs=2e-3)
     assert (tmp_path / "out" / "kendall.png").stat().st_size > 10000 and (tmp_path / "out" / "kendall.pdf").exists()
-    with pytest.raises(UserError, match="two files cluster by intensity"):
-        analysis_script("kendall").main([*run.options(tmp_path / "out"), "--clusters", files[0], files[0]])
+    with pytest.raises(UserError, match="two files have clusters by intensity"):
+        analyze("kendall", *run.options(tmp_path / "out"), "--clusters", files[0], files[0])

@@ -8,7 +8,6 @@ import torch
 
 import pruneattn
 from pruneattn.analysis.clusters import Clusters
-from pruneattn.analysis.command import make_parser, open_analysis
 from pruneattn.analysis.kept_histogram import (
     bin_edges,
     measure_histograms,
@@ -19,7 +18,7 @@ from pruneattn.analysis.kept_histogram import (
 from pruneattn.data import FeatureConfig, FeatureExtractor
 from pruneattn.errors import UserError
 
-FEATURES = FeatureConfig(frames=128, mean=-11.0, std=3.0, padding="min")  # those of ``analysis_run``
+FEATURES = FeatureConfig(frames=128, mean=-11.0, std=3.0, padding="min")  # the features of ``analysis_run``
 LABELS = ["buzz", "siren", "tone"]
 SMALL = dict(num_classes=3, frames=128, embed_dim=32, depth=2, num_heads=2)
 
@@ -36,7 +35,7 @@ def test_ratio_by_hand():
     assert alone == 1.5 and math.isnan(unknown)
 
 
-def test_its_error_is_that_of_resampling():
+def test_its_error_equals_that_of_resampling():
     generator = torch.Generator().manual_seed(0)
     second = torch.rand(400, 1, generator=generator) * 10 + 5
     pairs = torch.cat([2 * second + torch.randn(400, 1, generator=generator) * 3, second], 1)
@@ -52,16 +51,12 @@ def make_clusters(features, boundaries=(-0.9, -0.5, 0.0, 0.4)):
     return Clusters("intensity", boundaries, (0.0,) * 5, (0.2,) * 5, features.mean, features.std, 7, 7 * 64, "")
 
 
-def open_run(run, *options):
-    return open_analysis(make_parser("x", "x").parse_args([*run.options(run.folder / "out"), *options]))
-
-
-def test_script_model_against_model(analysis_run, analysis_script, tmp_path, capsys):
+def test_the_command_compares_two_models(analysis_run, analyze, tmp_path, capsys):
     run, other = analysis_run("audiomae"), analysis_run("ast")
     clusters = make_clusters(run.model.features)
     clusters.save(tmp_path / "clusters.json")
     command = [*run.options(tmp_path / "out"), "--clusters", str(tmp_path / "clusters.json"), "--keep-rate", "0.3"]
-    analysis_script("kept_histogram").main([*command, "--against", str(other.folder)])
+    analyze("kept_histogram", *command, "--against", other.folder)
     kept_low, shares = [], []
     for one in (run, other):
         one.model.set_keep_rate(0.3)
@@ -98,7 +93,7 @@ def test_script_model_against_model(analysis_run, analysis_script, tmp_path, cap
 
 def test_histograms_count_every_patch_once(analysis_run):
     run = analysis_run("ast")
-    analysis = open_run(run)
+    analysis = run.analysis()
     analysis.model.set_keep_rate(0.5)
     histograms, _, ratio = measure_histograms(analysis, [analysis.model], make_clusters(run.model.features))
     assert histograms.sum((1, 2)).tolist() == [7 * 64, 7 * 8] and ratio is None
@@ -114,12 +109,12 @@ def test_histograms_count_every_patch_once(analysis_run):
                 deviations.append(cells.std(correction=0).item())
         for axis, values, edges in ((1, means, bin_edges(FEATURES)[0]), (0, deviations, bin_edges(FEATURES)[1])):
             expected, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-            assert np.abs(histogram.sum(axis) - expected).sum() <= 4  # values on an edge may fall to either side
+            assert np.abs(histogram.sum(axis) - expected).sum() <= 4  # values on an edge may be in either bin
 
 
 @pytest.mark.parametrize("features", [FEATURES, FeatureConfig(frames=128, mean=-6.37, std=3.074, padding="zero")])
 def test_bins_hold_every_sound_in_any_normalisation(features):
-    """Digital silence, padding, and full-scale noise switched on and off within a patch, the largest deviation."""
+    """Digital silence, padding, and full-scale noise that starts or stops within a patch, the largest deviation."""
     extract = FeatureExtractor(features)
     wave = torch.randn(16000, generator=torch.Generator().manual_seed(0)).sign()
     wave[4000:8000] = 0
@@ -131,7 +126,7 @@ def test_bins_hold_every_sound_in_any_normalisation(features):
 
 def test_a_model_that_never_prunes_keeps_its_input(analysis_run):
     run = analysis_run("audiomae")
-    analysis = open_run(run, "--limit", "1")
+    analysis = run.analysis(limit=1)
     model = pruneattn.create_model("ast_tiny", **SMALL, prune_blocks=())
     model.features = FEATURES
     histograms, rows, _ = measure_histograms(analysis, [model], make_clusters(FEATURES))
@@ -142,7 +137,7 @@ def test_a_model_that_never_prunes_keeps_its_input(analysis_run):
 
 def test_figure(analysis_run):
     """The same colours for all panels, the clusters' boundaries, and each panel's own shares of C1 to C5."""
-    analysis_run("ast")  # skips where matplotlib is not there
+    analysis_run("ast")  # skips if matplotlib is not installed
     edges, clusters = bin_edges(FEATURES), make_clusters(FEATURES)
     histograms = np.zeros((3, 90, 80), dtype=np.int64)
     histograms[0, 10:60, 3] = 2
@@ -168,9 +163,9 @@ def test_figure(analysis_run):
     assert panels[0].get_xlim()[0] <= edges[0][10] and panels[0].get_xlim()[1] >= edges[0][60]
 
 
-def test_a_second_model_of_another_project_reads_what_the_first_reads(analysis_run, analysis_script, tmp_path):
+def test_a_second_model_of_another_project_gets_the_input_of_the_first(analysis_run, tmp_path):
     run = analysis_run("audiomae")
-    analysis = open_run(run)
+    analysis = run.analysis()
     torch.manual_seed(2)
     theirs = pruneattn.create_model("ast_tiny", num_classes=3, frames=128)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
@@ -180,7 +175,7 @@ def test_a_second_model_of_another_project_reads_what_the_first_reads(analysis_r
     torch.testing.assert_close(second(fbank), theirs.eval()(fbank))
 
 
-def test_models_with_another_input_are_refused(analysis_run, analysis_script, tmp_path):
+def test_models_with_another_input_are_rejected(analysis_run, analyze, tmp_path):
     run, other = analysis_run("audiomae"), analysis_run("ast")
     make_clusters(run.model.features).save(tmp_path / "clusters.json")
     features = FeatureConfig(frames=128, mean=-4.0, std=3.0, padding="min")
@@ -188,14 +183,12 @@ def test_models_with_another_input_are_refused(analysis_run, analysis_script, tm
     pruneattn.save_pretrained(other.model, path, features=features, labels=LABELS, multilabel=False)
     command = [*run.options(tmp_path / "out"), "--clusters", str(tmp_path / "clusters.json")]
     with pytest.raises(UserError, match="--against .*different input .mean -11.0 and -4.0"):
-        analysis_script("kept_histogram").main([*command, "--against", str(other.folder)])
+        analyze("kept_histogram", *command, "--against", other.folder)
 
 
-def test_clusters_by_variation_are_refused(analysis_run, analysis_script, tmp_path):
+def test_clusters_by_variation_are_rejected(analysis_run, analyze, tmp_path):
     run = analysis_run("audiomae")
     clusters = dataclasses.replace(make_clusters(run.model.features), statistic="variation")
     clusters.save(tmp_path / "clusters.json")
-    with pytest.raises(UserError, match="clusters by variation; this figure needs those by intensity"):
-        analysis_script("kept_histogram").main(
-            [*run.options(tmp_path / "out"), "--clusters", str(tmp_path / "clusters.json")]
-        )
+    with pytest.raises(UserError, match="has clusters by variation: use clusters by intensity"):
+        analyze("kept_histogram", *run.options(tmp_path / "out"), "--clusters", tmp_path / "clusters.json")

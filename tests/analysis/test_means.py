@@ -17,7 +17,7 @@ def test_mean_and_standard_error_of_a_stream():
     assert means.of(("b", 1)) == (0.0, 0.0, 1000)
 
 
-def test_what_is_undefined_is_left_out():
+def test_values_that_are_not_finite_are_omitted():
     means = Means()
     means.add(torch.tensor([1.0, math.nan, 3.0, math.inf]), 0)
     assert means.of(0) == (2.0, 1.0, 2)

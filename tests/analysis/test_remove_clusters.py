@@ -29,7 +29,7 @@ def make_model(family):
 
 
 def one_by_one(model, fbank, removed, after):
-    """Logits of clips that really lose their patches, each by itself, without masks."""
+    """Logits of clips whose patches are removed, one clip at a time, without masks."""
     logits = []
     for clip, gone in zip(fbank, removed):
         x = model.prepend_extra_tokens(model.embed(clip[None]))
@@ -50,7 +50,7 @@ def one_by_one(model, fbank, removed, after):
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
 @torch.inference_mode()
-def test_in_batches_as_one_clip_at_a_time(family, after):
+def test_masked_batches_equal_removal_clip_by_clip(family, after):
     model, fbank = make_model(family), torch.randn(6, 128, 128)
     removed = torch.rand(6, 64) < torch.tensor([0.0, 0.1, 0.5, 0.9, 0.98, 1.0])[:, None]
     assert removed[5].all() and not removed[0].any()
@@ -65,7 +65,7 @@ def test_in_batches_as_one_clip_at_a_time(family, after):
 
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
 @torch.inference_mode()
-def test_every_clip_loses_all(family):
+def test_every_clip_can_lose_all_patches(family):
     model, fbank = make_model(family), torch.randn(2, 128, 128)
     everything = torch.ones(2, 64, dtype=torch.bool)
     x = model.prepend_extra_tokens(model.embed(fbank))
@@ -73,7 +73,7 @@ def test_every_clip_loses_all(family):
 
 
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
-def test_low_and_high_at_every_depth(family):
+def test_low_and_high_clusters_are_removed_at_every_depth(family):
     model, fbank = make_model(family), torch.randn(3, 128, 128) + torch.randn(3, 128, 128).cumsum(1) / 20
     clusters = Clusters("intensity", (-0.4, -0.1, 0.1, 0.4), (0.0,) * 5, (0.2,) * 5, 0.0, 0.5, 3, 192, "")
     unpruned, logits, shares = logits_without(model, fbank, clusters, [0, 2])
@@ -92,7 +92,7 @@ def test_low_and_high_at_every_depth(family):
                 torch.testing.assert_close(logits[after, name], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_depths():
+def test_depths_are_spread_and_checked():
     assert default_depths(12) == [0, 2, 4, 6, 8, 10] and default_depths(3) == [0, 1, 2]
     check_depths([0, 11], 12)
     for wrong in (-1, 12):
@@ -101,15 +101,15 @@ def test_depths():
 
 
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
-def test_script(analysis_run, analysis_script, tmp_path, family):
-    """Metric, difference and counts against predictions clip by clip; a clip that loses everything is counted."""
+def test_the_command_compares_with_the_unpruned_model(analysis_run, analyze, tmp_path, family):
+    """Metric, difference and counts against predictions clip by clip; a clip that loses all patches is counted."""
     pytest.importorskip("sklearn")
     run = analysis_run(family)
     features = run.model.features
     values = torch.stack(
         [run.model.patch_values(fbank[None], lambda cells: cells.mean(-1))[0] for fbank in run.fbanks()]
     )
-    edge = values.max(1).values.sort().values[0].item() + 1e-4  # the quietest clip lies below as a whole
+    edge = values.max(1).values.sort().values[0].item() + 1e-4  # all patches of the quietest clip are below
     clusters = Clusters(
         "intensity",
         (-9.0, edge, edge + 1e-3, edge + 2e-3),
@@ -123,7 +123,7 @@ def test_script(analysis_run, analysis_script, tmp_path, family):
     )
     clusters.save(tmp_path / "clusters.json")
     command = [*run.options(tmp_path / "out"), "--clusters", str(tmp_path / "clusters.json"), "--after-block", "2", "0"]
-    analysis_script("remove_clusters").main(command)
+    analyze("remove_clusters", *command)
     with open(tmp_path / "out" / "remove_clusters.csv", newline="") as file:
         rows = {(int(row["after_block"]), row["removed"]): row for row in csv.DictReader(file)}
     assert set(rows) == {(0, "low"), (0, "high"), (2, "low"), (2, "high")}

@@ -1,17 +1,22 @@
 import csv
+import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from pruneattn import train
 from pruneattn.analysis import table1
+from pruneattn.analysis.__main__ import main
 from pruneattn.analysis.table1 import Cell, Table, compare, make_cells, table_lines
 from pruneattn.checkpoints.pretrained import load_pretrained
 from pruneattn.data.toy import make_sound
 from pruneattn.errors import UserError
+from pruneattn.runtime.signals import StopRequest
+from pruneattn.training.engine import Stopped
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
@@ -22,7 +27,7 @@ RECIPE = "--epochs 2 --batch-size 4 --shrink-start 1 --shrink-epochs 0 --warmup-
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """Options of train for a tiny model on 12 + 6 + 6 clips of two kinds."""
+    """Options of training for a tiny model on 12 + 6 + 6 clips of two classes."""
     folder = tmp_path_factory.mktemp("table1_clips")
     for split, count in (("train", 6), ("val", 3), ("test", 3)):
         for label in ("noise", "tone"):
@@ -34,14 +39,14 @@ def options(tmp_path_factory):
 
 
 def predictions(right, multilabel=False, classes=2):
-    """Saved predictions of clips that are told right (1) or wrong (0)."""
+    """Saved predictions for clips: right (1) or wrong (0)."""
     right = np.asarray(right)
     targets = np.eye(classes)[np.arange(len(right)) % classes]
     logits = np.where(right[:, None] == 1, targets, 1 - targets)
     return {"logits": logits, "targets": targets, "index": np.arange(len(right)), "multilabel": multilabel, "macs": 2e9}
 
 
-def test_cells_unpruned_first_and_seed_by_seed():
+def test_cells_start_with_unpruned_and_go_seed_by_seed():
     cells = make_cells(("attention", "random"), (0.7, 0.5), (3, 4))
     assert len(cells) == 2 + 8 and cells[:2] == [Cell("unpruned", 1.0, 3), Cell("unpruned", 1.0, 4)]
     assert [cell.seed for cell in cells[2:]] == [3] * 4 + [4] * 4
@@ -52,27 +57,27 @@ def test_cells_unpruned_first_and_seed_by_seed():
 
 
 @pytest.mark.parametrize("word", ["--seed", "--keep-rate=0.5", "--output", "--score", "--branch-from"])
-def test_options_of_a_cell_are_refused(tmp_path, options, word):
+def test_options_of_a_cell_are_rejected(tmp_path, options, word):
     with pytest.raises(UserError, match=f"{word.split('=')[0]}: every cell"):
         Table(tmp_path, make_cells(("random",), (0.5,), (0,)), [*options, word])
 
 
-def test_wrong_training_options_end_before_any_training(tmp_path, options):
+def test_invalid_training_options_are_rejected_before_any_training(tmp_path, options):
     with pytest.raises(UserError, match="--shrink-start"):
         Table(tmp_path, make_cells(("random",), (0.5,), (0,)), [*options, "--epochs", "1"])
 
 
-def test_whole_table_from_training_to_files(tmp_path, options, analysis_script, capsys):
-    """Trained for real; a run that was killed half-way goes on, and the table says what is missing until then."""
-    script, output = analysis_script("table1"), tmp_path / "out"
-    command = ["--rankings", "attention", "random", "--keep-rates", "0.5", "--seeds", "0", "--output", str(output)]
-    assert script.main([*command, "--report", "--", *options]) == 0
+def test_whole_table_from_training_to_files(tmp_path, options, analyze, capsys):
+    """All cells are trained. A run that was killed starts again. The table names the missing cells."""
+    output = tmp_path / "out"
+    command = ["--rankings", "attention", "random", "--keep-rates", "0.5", "--seeds", "0", "--output", output]
+    analyze("table1", *command, "--report", "--", *options)
     assert "3 of 3 runs are missing: unpruned-seed0, attention-0.5-seed0, random-0.5-seed0" in capsys.readouterr().out
 
-    killed = output / "random-0.5-seed0"  # before its first checkpoint
+    killed = output / "random-0.5-seed0"  # killed before its first checkpoint
     killed.mkdir()
     (killed / "config.json").write_text("{}")
-    assert script.main([*command, "--", *options]) == 0
+    analyze("table1", *command, "--", *options)
     text = capsys.readouterr().out
     assert "missing" not in text.split("ast_tiny on folder")[1]
     for name, score, rate in (("unpruned", "cls", 1.0), ("attention-0.5", "cls", 0.5), ("random-0.5", "random", 0.5)):
@@ -97,7 +102,7 @@ def test_whole_table_from_training_to_files(tmp_path, options, analysis_script, 
 
 
 def test_predictions_are_multilabel_as_the_training_is(tmp_path, options):
-    """Each test clip has one label here, while training clips have two."""
+    """Each test clip has one label, but training clips have two."""
     clips = Path(options[-1])
     (tmp_path / "class_labels_indices.csv").write_text("index,mid,display_name\n0,n,noise\n1,t,tone\n")
     manifests = []
@@ -112,26 +117,57 @@ def test_predictions_are_multilabel_as_the_training_is(tmp_path, options):
         assert saved["multilabel"] and (saved["targets"].sum(1) == 1).all()
 
 
-def test_a_stopped_run_is_resumed_and_ends_the_command(tmp_path, options, monkeypatch):
-    commands = []
+def test_a_stopped_run_ends_the_command_and_is_resumed(tmp_path, options, monkeypatch, capsys):
+    runs = []
 
-    def stopped(command):
-        commands.append(command)
+    def stopped(train_options, recipe):
+        runs.append((train_options, recipe))
         (tmp_path / "unpruned-seed0").mkdir(exist_ok=True)
         (tmp_path / "unpruned-seed0" / "last.pt").touch()
-        return 130
+        raise Stopped(15, "saved in epoch 1")
 
-    monkeypatch.setattr(train, "main", stopped)
+    monkeypatch.setattr(table1, "run_training", stopped)
     table = Table(tmp_path, make_cells(("random",), (0.5,), (0,)), options)
-    assert table.train_next() == 130 and "--resume" not in commands[0]
-    assert table.train_next() == 130 and commands[1] == [*commands[0], "--resume"]
+    with pytest.raises(Stopped):
+        table.train_next()
     assert table.missing() == table.cells
+    command = ["table1", "--rankings", "random", "--keep-rates", "0.5", "--output", str(tmp_path), "--", *options]
+    assert main(command) == 128 + 15
+    text = capsys.readouterr().out
+    assert "stopped by SIGTERM; saved in epoch 1; to resume, run the same command again" in text
+    assert "2 of 2 runs are missing" in text and (tmp_path / "table1.csv").exists()
+    assert [run_options.resume for run_options, _ in runs] == [None, "last.pt"]
+    assert runs[0] == (dataclasses.replace(runs[1][0], resume=None), runs[1][1])
+
+    def interrupted(train_options, recipe):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(table1, "run_training", interrupted)
+    assert main(command) == 130 and "nothing new is saved" in capsys.readouterr().out
+
+
+def test_training_stops_at_a_signal(tmp_path, options, monkeypatch):
+    class Stopping(StopRequest):
+        def __enter__(self):
+            super().__enter__()
+            os.kill(os.getpid(), signal.SIGTERM)
+            return self
+
+    monkeypatch.setattr(table1, "StopRequest", Stopping)
+    table = Table(tmp_path, [Cell("unpruned", 1.0, 0)], options)
+    with pytest.raises(Stopped) as stopped:
+        table.train_next()
+    assert stopped.value.signum == signal.SIGTERM and (tmp_path / "unpruned-seed0" / "last.pt").exists()
+    monkeypatch.undo()
+    assert [table.train_next(), table.train_next()] == ["trained", "done"]  # resumed
+    steps = [json.loads(line) for line in (tmp_path / "unpruned-seed0" / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in steps if line["kind"] == "epoch"] == [0, 1]
 
 
 def test_cells_are_shared_and_wait_for_their_trunk(tmp_path, options, monkeypatch):
     filelock = pytest.importorskip("filelock")
     begun = []
-    monkeypatch.setattr(Table, "_train", lambda self, cell: begun.append(cell.name) or 0)
+    monkeypatch.setattr(Table, "_train", lambda self, cell: begun.append(cell.name))
     monkeypatch.setattr(
         Table,
         "_predict",
@@ -139,7 +175,7 @@ def test_cells_are_shared_and_wait_for_their_trunk(tmp_path, options, monkeypatc
     )
     table = Table(tmp_path, make_cells(("attention", "random"), (0.5,), (0,)), options)
     with filelock.FileLock(tmp_path / ".unpruned-seed0.lock"):
-        assert table.train_next() == "wait" and begun == []  # another process is at the only cell without a trunk
+        assert table.train_next() == "wait" and begun == []  # another process trains the only cell without a trunk
         (tmp_path / "unpruned-seed0").mkdir()
         (tmp_path / "unpruned-seed0" / "trunk.pt").touch()
         with filelock.FileLock(tmp_path / ".attention-0.5-seed0.lock"):
@@ -151,17 +187,22 @@ def test_cells_are_shared_and_wait_for_their_trunk(tmp_path, options, monkeypatc
 
 def test_runs_of_other_options_do_not_share_a_table(tmp_path, options):
     Table(tmp_path, make_cells(("random",), (0.5,), (0,)), options)
-    Table(tmp_path, make_cells(("attention",), (0.3,), (4,)), [*options, "--workers", "1"])  # no matter for the result
-    with pytest.raises(UserError, match=r"options.json.*lr: 0.003 -> 0.1\): give the same, or another --output"):
+    Table(
+        tmp_path, make_cells(("attention",), (0.3,), (4,)), [*options, "--workers", "1"]
+    )  # does not affect the result
+    with pytest.raises(UserError, match=r"options.json.*lr: 0.003 -> 0.1\): use the same options, or another --output"):
         Table(tmp_path, make_cells(("random",), (0.5,), (0,)), [*options, "--lr", "0.1"])
 
 
-def test_a_trunk_that_is_gone_is_not_waited_for(tmp_path, options):
+def test_a_deleted_trunk_is_an_error(tmp_path, options):
     table = Table(tmp_path, make_cells(("random",), (0.5,), (0,)), options)
     (tmp_path / "unpruned-seed0").mkdir()
     for name in ("predictions.npz", "result.json"):
         (tmp_path / "unpruned-seed0" / name).touch()
-    with pytest.raises(UserError, match="trunk.pt is gone, from which random-0.5-seed0"):
+    with pytest.raises(
+        UserError,
+        match="trunk.pt does not exist, and random-0.5-seed0 branches from it: delete the folder .*unpruned-seed0",
+    ):
         table.train_next()
 
 

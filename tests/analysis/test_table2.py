@@ -1,17 +1,15 @@
 import csv
 import json
 import math
-import runpy
-from pathlib import Path
 
 import pytest
 
 from pruneattn.analysis import table2
+from pruneattn.analysis.commands import table2 as command
 from pruneattn.analysis.table2 import PRINTED_GMACS, Timings, count_rows, plot_table2, speed_rows, table_lines
 from pruneattn.errors import UserError
 from pruneattn.runtime.timing import Speed
 
-main = runpy.run_path(str(Path(__file__).parents[2] / "python" / "table2.py"))["main"]
 RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 EXTRA_TOKENS = {"audiomae_base": 1, "ast_base": 2}
 
@@ -53,13 +51,13 @@ def test_cells_as_printed():
     assert {cell: PRINTED_GMACS[cell[0]][cell[1]] for cell in cells} == cells
 
 
-def test_what_the_paper_does_not_print_has_no_difference():
+def test_cells_that_the_paper_does_not_print_have_no_difference():
     for name, frames, rate in (("audiomae_tiny", 128, 0.5), ("ast_base", 256, 0.5), ("ast_base", 128, 0.55)):
         (row,) = count_rows(name, frames, [rate])
         assert row["gmacs_printed"] is None and row["difference"] is None and row["gmacs_paper"] > 0
 
 
-def test_measured_beside_counted():
+def test_measured_time_is_added_to_the_counts():
     rows = count_rows("audiomae_base", 128, [1.0, 0.5])
     speed = Speed({1.0: {"optimized": [0.02, 0.02, 0.03], "eager, SDPA": [0.01] * 3}, 0.5: {"optimized": [0.004] * 3}})
     how = {"model": "audiomae_base", "frames": 128, "keep_rates": [1.0, 0.5], "batch_size": 8, "torch": "2.x"}
@@ -100,14 +98,16 @@ def test_timings_are_found_by_their_options(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "3", '{"a": 1}', "[1]", '[{"options": {}}]', '[{"options": 1, "seconds": 1}]'])
-def test_other_files_are_refused(tmp_path, content):
+def test_other_files_are_rejected(tmp_path, content):
     path = tmp_path / "timings.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"timings\.json: not the times .* delete it"):
+    with pytest.raises(
+        UserError, match=r"timings\.json is not a timings\.json of pruneattn analyze table2 .* delete it"
+    ):
         Timings(path)
 
 
-# Drawing, and the script ----------------------------------------------------------------------------------------------
+# The command, and drawing -----------------------------------------------------------------------------------------
 
 
 def read_csv(path):
@@ -117,7 +117,7 @@ def read_csv(path):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What was measured, in place of measuring it: a pruned model takes its keep-rate's share of the dense time."""
+    """Calls of ``measure_speed``, which is replaced: the time is proportional to the keep-rate."""
     calls = []
 
     def fake(model, keep_rates, device, **how):
@@ -129,20 +129,21 @@ def measured(monkeypatch):
     return calls
 
 
-SMALL = ("--model", "audiomae_tiny", "--frames", "32", "64", "--keep-rate", "1", "0.5")
+SMALL = ("--model", "audiomae_tiny", "--frames", "32", "64")
+SWEEP = ("--keep-rates", "1", "0.5")
 
 
-def call(output, *options):
+def call(output, *options, sweep=SWEEP):
     pytest.importorskip("matplotlib")
-    main([*SMALL, "--device", "cpu", "--output", str(output), *map(str, options)])
+    assert command.main([*SMALL, *sweep, "--device", "cpu", "--output", str(output), *map(str, options)]) == 0
 
 
-def run(output, *options):
-    call(output, *options)
+def run(output, *options, sweep=SWEEP):
+    call(output, *options, sweep=sweep)
     return read_csv(output / "table2.csv")
 
 
-def test_a_stopped_run_goes_on_where_it_was(tmp_path, measured, monkeypatch, capsys):
+def test_a_stopped_run_resumes(tmp_path, measured, monkeypatch, capsys):
     complete = table2.measure_speed
 
     def stopped(model, *arguments, **how):
@@ -155,7 +156,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, measured, monkeypatch, cap
         run(tmp_path, "--rounds", 2)
     assert measured == [("audiomae_tiny", 32)] and not (tmp_path / "table2.csv").exists()
 
-    # What the table says of it is what the file says.
+    # The table reads the times from the file.
     path = tmp_path / "timings.json"
     (entry,) = json.loads(path.read_text())
     entry["seconds"]["0.5"]["eager"] = [0.004, 0.006]
@@ -176,9 +177,9 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, measured, monkeypatch, cap
     assert "[1/2] audiomae_tiny, 16 patches: measured before" in capsys.readouterr().out
 
 
-def test_other_options_are_other_times(tmp_path, measured, monkeypatch):
-    monkeypatch.setitem(main.__globals__, "save_result", lambda *_: None)  # no drawing
-    monkeypatch.setitem(main.__globals__, "plot_table2", lambda _: None)
+def test_each_option_has_its_own_times(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(command, "save_result", lambda *_: None)  # no drawing
+    monkeypatch.setattr(command, "plot_table2", lambda _: None)
     one = ("--model", "ast_tiny", "--frames", 32)
     others = (
         [],
@@ -186,7 +187,7 @@ def test_other_options_are_other_times(tmp_path, measured, monkeypatch):
         ["--batch-size", 3],
         ["--amp", "bf16"],
         ["--compile"],
-        ["--keep-rate", 0.5],
+        ["--keep-rates", 0.5],
         ["--frames", 48],
         ["--model", "audiomae_tiny"],
     )
@@ -219,26 +220,44 @@ def test_without_timing(tmp_path, measured):
     assert (tmp_path / "table2.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_several_values_of_keep_rate_are_a_deprecated_sweep(tmp_path, capsys):
+    """Three values are a sweep, too, although the models have three pruning blocks."""
+    rates = ("0.7", "0.5", "0.3")
+    old = run(tmp_path / "old", "--rounds", 0, sweep=("--keep-rate", *rates))
+    warning = "warning: --keep-rate with several values is deprecated: use --keep-rates 0.7 0.5 0.3\n"
+    assert capsys.readouterr().err == warning
+    assert old == run(tmp_path / "new", "--rounds", 0, sweep=("--keep-rates", *rates))
+    assert [row["keep_rate"] for row in old] == [*rates, *rates] and capsys.readouterr().err == ""
+
+
+def test_one_value_of_keep_rate_is_the_only_row(tmp_path, capsys):
+    rows = run(tmp_path, "--frames", 32, "--rounds", 0, sweep=("--keep-rate", "0.7"))
+    assert [row["keep_rate"] for row in rows] == ["0.7"] and capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="--keep-rate 0.7,0.5,0.3: all pruning blocks share a keep-rate"):
+        run(tmp_path, "--rounds", 0, sweep=("--keep-rate", "0.7,0.5,0.3"))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         (["--model", "audiomae_huge"], "audiomae_huge"),
         (["--frames", "100"], "frames: must be a multiple of 16"),
-        (["--keep-rate", "0.5", "1.5"], "keep_rate: .* got 1.5"),
+        (["--keep-rates", "0.5", "1.5"], "keep_rate: .* got 1.5"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--rounds", "-1"], "--rounds -1: must be at least 0"),
         (["--device", "gpu"], "--device gpu"),
     ],
 )
-def test_wrong_options_end_before_the_work(tmp_path, measured, options, message):
+def test_invalid_options_are_rejected_before_the_work(tmp_path, measured, options, message):
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", *options)
     assert measured == [] and not (tmp_path / "out").exists()
 
 
-def test_really_timed(tmp_path):
-    """The whole way, at the smallest size; without a keep-rate of 1, which is timed in any case."""
-    rows = run(tmp_path, "--model", "ast_tiny", "--frames", 32, "--keep-rate", 0.25, "--batch-size", 1, "--rounds", 1)
+def test_the_command_measures_time(tmp_path):
+    """A real measurement at the smallest size. A keep-rate of 1 is timed even if it is not in the table."""
+    options = ("--model", "ast_tiny", "--frames", 32, "--batch-size", 1, "--rounds", 1)
+    rows = run(tmp_path, *options, sweep=("--keep-rate", "0.25"))
     (row,) = rows
     assert float(row["ms_per_clip"]) > 0 and float(row["saving"]) < 1 and float(row["theory"]) > 0.3
     assert float(row["realised"]) == pytest.approx(float(row["saving"]) / float(row["theory"]))
@@ -264,16 +283,16 @@ def test_figure():
     assert paper[0][1] == pytest.approx(count_by_hand(64, 1, 0.5)) and computed[0][1] < paper[0][1]
     assert printed == [[0.5, 2.8], [1.0, 5.6]] and counts.lines[2].get_markerfacecolor() == "none"
     assert counts.lines[0].get_linestyle() == "-" and counts.lines[1].get_linestyle() == "--"
-    assert len(counts.lines) == 6 and len(tiny.lines) == 4  # nothing is printed of the tiny model
-    (line,) = (line for line in saving.lines if line.get_label() == "if time followed the count")
+    assert len(counts.lines) == 6 and len(tiny.lines) == 4  # the paper prints no cell of the tiny model
+    (line,) = (line for line in saving.lines if line.get_label() == "if time followed the MACs")
     assert all(x == y for x, y in line.get_xydata())
     theory = 100 * (1 - count_by_hand(64, 1, 0.5) / count_by_hand(64, 1, 1.0))
     assert saving.lines[0].get_xydata().tolist() == [pytest.approx([theory, 65]), pytest.approx([0, 0], abs=1e-9)]
-    bar, none = saving.collections[0].get_segments()
+    bar, _ = saving.collections[0].get_segments()
     assert bar.tolist() == [pytest.approx([theory, 50]), pytest.approx([theory, 80])]
     legend = [text.get_text() for text in counts.get_legend().get_texts()]
-    assert legend == ["64 patches", "256 patches", "paper's count", "really computed", "printed in the paper"]
-    colours = {axis_line.get_color() for axis_line in counts.lines}
-    assert len(colours) == 2
-    assert "8 clips a call, 6 rounds" in figure.get_supxlabel()
+    assert legend == ["64 patches", "256 patches", "paper's count", "computed", "printed in the paper"]
+    colors = {axis_line.get_color() for axis_line in counts.lines}
+    assert len(colors) == 2
+    assert "8 clips per call, 6 rounds" in figure.get_supxlabel()
     assert len(plot_table2(count_rows("ast_base", 128, [1.0, 0.5])).axes) == 1

@@ -1,4 +1,4 @@
-"""``python/finetune_huggingface.py`` on a few tones. Everything is small enough that a run takes seconds."""
+"""``python/finetune_huggingface.py`` on a few tones. Model and data are so small that a run takes seconds."""
 
 import csv
 import json
@@ -19,11 +19,11 @@ from pruneattn.errors import UserError
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-FRESH = "--size tiny --embed-dim 32 --num-heads 2 --depth 3".split()
+FRESH = ["--size", "tiny", "--embed-dim", "32", "--num-heads", "2", "--depth", "3"]
 RECIPE = (
     "--prune-blocks 0 1 --frames 64 --epochs 7 --batch-size 12 --lr 5e-3 --warmup-steps 3 --shrink-start 1 "
     "--shrink-epochs 2"
-).split()
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +41,7 @@ def script(load_file):
 
 @pytest.fixture(scope="module")
 def tones(tmp_path_factory):
-    """A folder of tones of three pitches in noise: 36 to train on, 12 to validate and 12 to test."""
+    """A folder of tones of three pitches in noise: 36 training, 12 validation and 12 test clips."""
     root, rng = tmp_path_factory.mktemp("tones"), np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 4), ("test", 4)):
         for kind, pitch in (("low", 300), ("middle", 1200), ("high", 4800)):
@@ -58,15 +58,16 @@ def arguments(tones):
     data = ["--dataset", "folder", "--data-dir", str(tones), "--mean", "-9", "--std", "4"]
 
     def arguments(output, *options, model=FRESH):
-        return [*model, *RECIPE, *data, "--keep-rate", "0.5", "--output", str(output), *map(str, options)]
+        return [*model, *RECIPE.split(), *data, "--keep-rate", "0.5", "--output", str(output), *map(str, options)]
 
     return arguments
 
 
 @pytest.fixture(scope="module")
 def finished(script, arguments, tmp_path_factory):
-    """A run from beginning to end: its folder, its model in memory, and the tokens that left the last pruning block in
-    every forward pass of training and of evaluation.
+    """A complete run: its folder, its model in memory, and the numbers of tokens after the last pruning block.
+
+    There is one number for each forward pass of training and of evaluation.
     """
     output, seen = tmp_path_factory.mktemp("finished"), SimpleNamespace(training=[], evaluation=[])
     make_model = script.make_model
@@ -90,7 +91,7 @@ def finished(script, arguments, tmp_path_factory):
 
 
 def trainer_state(output):
-    """What the Trainer noted in its latest checkpoint, without times."""
+    """State of the Trainer in its latest checkpoint, without times."""
     folder = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     state = json.loads((folder / "trainer_state.json").read_text())
     state["log_history"] = [
@@ -100,7 +101,7 @@ def trainer_state(output):
     return state
 
 
-def test_learns_while_the_keep_rate_falls(finished):
+def test_the_model_learns_while_the_keep_rate_falls(finished):
     assert finished.training == [34] * 6 + [20] * 3 + [10] * 12  # epochs 0 and 1 at 1, 2 at 0.75, 3 to 6 at 0.5
     assert finished.evaluation == [34] * 2 + [20] + [10] * 5  # the last on the test split
     losses = [line["loss"] for line in trainer_state(finished.output)["log_history"] if "loss" in line]
@@ -110,7 +111,7 @@ def test_learns_while_the_keep_rate_falls(finished):
     assert (result["keep_rate"], result["blocks"]) == (0.5, [0, 1]) and len(result["epoch_seconds"]) == 7
 
 
-def test_best_epoch_at_the_final_keep_rate_is_saved(finished):
+def test_the_best_epoch_at_the_final_keep_rate_is_saved(finished):
     state = trainer_state(finished.output)
     evaluated = [line["eval_top1"] for line in state["log_history"] if "eval_top1" in line]
     steps = [3 * (1 + epoch) for epoch in range(3, 7) if evaluated[epoch] == max(evaluated[3:])]
@@ -152,7 +153,7 @@ def test_another_keep_rate_starts_the_search_for_the_best_anew(script, finished)
     assert schedule.rate == 0.5
 
 
-def test_loaded_again_it_is_unpruned_until_pruned(finished, tones):
+def test_a_loaded_model_is_unpruned_until_prune_is_called(finished, tones):
     loaded = transformers.ASTForAudioClassification.from_pretrained(finished.output).eval()
     features = transformers.ASTFeatureExtractor.from_pretrained(finished.output)
     clips = [load_audio(path).numpy() for path in sorted(tones.glob("test/*/00.wav"))]
@@ -165,7 +166,7 @@ def test_loaded_again_it_is_unpruned_until_pruned(finished, tones):
     assert [loaded.config.id2label[number] for number in range(3)] == ["high", "low", "middle"]
 
 
-def test_input_is_that_of_the_feature_extractor(script, arguments, tones, tmp_path):
+def test_the_input_equals_that_of_the_feature_extractor(script, arguments, tones, tmp_path):
     args = script.parse(arguments(tmp_path))
     dataset = load_dataset("folder", "test", data_dir=tones)
     failed, features = [], script.make_features(args, dataset)
@@ -178,8 +179,9 @@ def test_input_is_that_of_the_feature_extractor(script, arguments, tones, tmp_pa
         assert clips[number]["labels"] == dataset.clips[number].labels[0]
 
 
+@pytest.mark.slow
 def test_training_clips_decide_whether_the_task_is_multilabel(script, arguments, tones, tmp_path):
-    """Each clip of val has one label here, every second one of train has two."""
+    """Each validation clip has one label, but every second training clip has two."""
     rows = [
         "index,mid,display_name",
         *(f"{number},{kind},{kind}" for number, kind in enumerate(("high", "low", "middle"))),
@@ -200,6 +202,7 @@ def test_training_clips_decide_whether_the_task_is_multilabel(script, arguments,
     )
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_the_uninterrupted(script, arguments, finished, tmp_path, monkeypatch):
     begin = script.KeepRateSchedule.on_epoch_begin
 
@@ -210,14 +213,14 @@ def test_resumed_run_equals_the_uninterrupted(script, arguments, finished, tmp_p
 
     monkeypatch.setattr(script.KeepRateSchedule, "on_epoch_begin", stopped)
     with pytest.raises(KeyboardInterrupt):
-        script.main(arguments(tmp_path, "--resume"))  # nothing to go on from yet: starts at the beginning
+        script.main(arguments(tmp_path, "--resume"))  # there is no checkpoint yet: starts from the beginning
     monkeypatch.undo()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already contains a run: resume it with --resume"):
         script.main(arguments(tmp_path))
     changed = ("--keep-rate", 0.25, "--embed-dim", 16)
     with pytest.raises(UserError, match="hidden_size: 32 -> 16; pruneattn: .*0.5.* -> .*0.25"):
         script.main(arguments(tmp_path, "--resume", *changed))
-    (tmp_path / "checkpoint-15").mkdir()  # what a kill leaves of the checkpoint that was being written
+    (tmp_path / "checkpoint-15").mkdir()  # incomplete, as if killed while writing it
     (tmp_path / "checkpoint-15" / "config.json").write_text("{")
     script.main(arguments(tmp_path, "--resume"))
     assert len(json.loads((tmp_path / "result.json").read_text())["epoch_seconds"]) == 3  # of 7
@@ -253,14 +256,14 @@ def test_a_pretrained_model_gets_a_new_head_and_the_middle_of_its_positions(scri
         script.make_model(args, config, dataset)
 
 
-def test_models_that_cannot_be_used(script, arguments, tones, tmp_path):
+def test_unsupported_models_are_rejected(script, arguments, tones, tmp_path):
     def run(model):
         script.main(arguments(tmp_path / "run", model=["--model", str(model)]))
 
     with pytest.raises(UserError, match="--model .*nothing"):
         run(tmp_path / "nothing")
     transformers.ViTConfig().save_pretrained(tmp_path / "vit")
-    with pytest.raises(UserError, match="not an AST for 128 mel bins, but vit"):
+    with pytest.raises(UserError, match="this is no AST for 128 mel bins, but vit"):
         run(tmp_path / "vit")
     config = transformers.ASTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
     transformers.ASTForAudioClassification(config).save_pretrained(tmp_path / "cut")
@@ -272,12 +275,13 @@ def test_models_that_cannot_be_used(script, arguments, tones, tmp_path):
         run(tmp_path / "cut")
 
 
-def test_sizes_are_for_random_weights(script, arguments, tmp_path):
+def test_sizes_are_only_for_random_weights(script, arguments, tmp_path):
     with pytest.raises(UserError, match="--depth is for --size"):
         script.parse(arguments(tmp_path, "--depth", 3, model=["--model", "somewhere"]))
 
 
-def test_several_labels_a_clip_without_a_test_split(script, tones, tmp_path, capsys):
+@pytest.mark.slow
+def test_several_labels_per_clip_without_a_test_split(script, tones, tmp_path, capsys):
     names = ["low", "middle", "high"]
     with open(tmp_path / "labels.csv", "w", newline="") as file:
         csv.writer(file).writerows([("index", "mid", "display_name"), *((i, n, n) for i, n in enumerate(names))])
@@ -290,9 +294,9 @@ def test_several_labels_a_clip_without_a_test_split(script, tones, tmp_path, cap
         (tmp_path / f"{split}.json").write_text(json.dumps({"data": entries}))
     (tmp_path / "broken.wav").write_text("no sound")
     manifests = [f"--train-manifest={tmp_path}/train.json", f"--val-manifest={tmp_path}/val.json"]
-    options = "--epochs 1 --shrink-start 0 --shrink-epochs 0 --score column_mean --label-csv".split()
-    options += [str(tmp_path / "labels.csv"), "--output", str(tmp_path / "run")]
-    script.main([*FRESH, *RECIPE, *manifests, *options])
+    options = ["--epochs", "1", "--shrink-start", "0", "--shrink-epochs", "0", "--score", "column_mean"]
+    options += ["--label-csv", str(tmp_path / "labels.csv"), "--output", str(tmp_path / "run")]
+    script.main([*FRESH, *RECIPE.split(), *manifests, *options])
     output = capsys.readouterr().out
     assert "measured on 36 training clips" in output and "2 of 50 clips could not be read" in output
     assert len((tmp_path / "run" / "failed_clips.txt").read_text().splitlines()) == 2
@@ -305,13 +309,13 @@ def test_several_labels_a_clip_without_a_test_split(script, tones, tmp_path, cap
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--shrink-epochs 6", r"reaches 0.5 only in epoch 7 .* but there are 7"),
+        ("--shrink-epochs 6", r"reaches 0.5 only in epoch 7 .* but the run has 7 epochs"),
         ("--epochs 0", "--epochs 0: must be at least 1"),
         ("--keep-rate 1.5", "keep_rate"),
         ("--prune-blocks 0 3", "prune_blocks"),
         ("--frames 100", "frames"),
     ],
 )
-def test_bad_values_are_refused(script, arguments, tmp_path, options, message):
+def test_invalid_values_are_rejected(script, arguments, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         script.main(arguments(tmp_path, *options.split()))

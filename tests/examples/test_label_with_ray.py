@@ -45,7 +45,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Ray on this machine, which asks nobody outside."""
+    """Ray on this machine, without connections to other machines."""
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", str(Path(pruneattn.__file__).parents[1]))
@@ -61,14 +61,45 @@ def cluster(monkeypatch):
     ray.shutdown()
 
 
-def test_same_labels_as_predict_and_a_lost_actor_costs_nothing(script, checkpoint, cluster, tmp_path, monkeypatch):
+def write_sounds(folder, count):
+    """Clips of 1 to 3 windows, and one that is no sound."""
+    folder.mkdir()
+    for number in range(count):
+        wave = np.tile(make_sound(LABELS[number % 4], np.random.default_rng(number)), 1 + number % 3)
+        soundfile.write(folder / f"{number}.wav", wave, 16000)
+    (folder / "bad.wav").write_text("no sound")
+
+
+def read(path):
+    return sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["path"])
+
+
+def test_actors_label_like_predict(script, checkpoint, tmp_path):
+    """Decoding and labeling without Ray, batch by batch."""
+    pytest.importorskip("pyarrow")
+    write_sounds(tmp_path / "sounds", 4)
+    command = [str(checkpoint), str(tmp_path / "sounds"), "--batch-size", "3", "--windows", "--output"]
+    output = tmp_path / "labels.jsonl"
+    assert predict.main([*command, str(output)]) == 0
+    expected = [*read(output), *read(tmp_path / "labels.jsonl.failed.jsonl")]
+    args = script.parse([*command, str(tmp_path / "ray.jsonl")])
+    table = script.LabelBatches(args)(script.decode_batch({"path": np.array([row["path"] for row in expected])}))
+    rows = [{name: value for name, value in row.items() if value is not None} for row in table.to_pylist()]
+    assert len(rows) == 5
+    for row, other in zip(rows, expected, strict=True):
+        if "error" in other:
+            assert (row["path"], row["error"]) == (other["path"], other["error"])
+        else:
+            assert row.keys() == other.keys() and row["labels"] == other["labels"]
+            assert len(row["windows"]) == len(other["windows"])
+            assert row["scores"] == pytest.approx(other["scores"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_labels_equal_those_of_predict_although_an_actor_is_lost(script, checkpoint, cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "TASK_CLIPS", 4)
     sounds, marker = tmp_path / "sounds", tmp_path / "was killed"
-    sounds.mkdir()
-    for number in range(10):
-        wave = np.tile(make_sound(LABELS[number % 4], np.random.default_rng(number)), 1 + number % 3)
-        soundfile.write(sounds / f"{number}.wav", wave, 16000)
-    (sounds / "bad.wav").write_text("I am no sound")
+    write_sounds(sounds, 10)
     command = [str(checkpoint), str(sounds), "--batch-size", "3", "--windows", "--output"]
     assert predict.main([*command, str(tmp_path / "predict.jsonl")]) == 0
 
@@ -85,9 +116,6 @@ def test_same_labels_as_predict_and_a_lost_actor_costs_nothing(script, checkpoin
     assert script.main([*command, str(output)]) == 0
     assert marker.exists()
 
-    def read(path):
-        return sorted(map(json.loads, path.read_text().splitlines()), key=lambda row: row["path"])
-
     rows, expected = read(output), read(tmp_path / "predict.jsonl")
     assert [row["path"] for row in rows] == [row["path"] for row in expected]  # each once
     for row, other in zip(rows, expected):
@@ -98,7 +126,7 @@ def test_same_labels_as_predict_and_a_lost_actor_costs_nothing(script, checkpoin
         ]
     assert read(tmp_path / "ray.jsonl.failed.jsonl") == read(tmp_path / "predict.jsonl.failed.jsonl")
 
-    # Either goes on with what the other began.
+    # Each command resumes the work of the other one.
     output.write_text("".join(json.dumps(row) + "\n" for row in rows[:7]))
     assert script.main([*command, str(output)]) == 0
     assert [row["path"] for row in read(output)] == [row["path"] for row in expected]
@@ -107,7 +135,7 @@ def test_same_labels_as_predict_and_a_lost_actor_costs_nothing(script, checkpoin
     assert output.read_bytes() == before
 
 
-def test_misuse_is_one_clear_error(script, checkpoint, tmp_path):
+def test_invalid_options_are_rejected(script, checkpoint, tmp_path):
     command = [str(checkpoint), str(tmp_path), "--output"]
     for options, message in [
         (["a.json"], "must end in .jsonl or .parquet"),
@@ -120,5 +148,5 @@ def test_misuse_is_one_clear_error(script, checkpoint, tmp_path):
 
 def test_without_ray_the_extra_is_named(script, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray.data", None)
-    with pytest.raises(UserError, match=r"pip install 'pruneattn\[ray\]'"):
+    with pytest.raises(UserError, match=r"ray, which is not installed: pip install 'pruneattn\[ray\]'"):
         next(script.label(None, ["a.wav"]))
