@@ -58,7 +58,7 @@ def test_without_a_command(capsys):
     assert code == 2 and "COMMAND" in err
 
 
-@pytest.mark.parametrize("name", sorted({*command.COMMANDS} - {"analyze"}))
+@pytest.mark.parametrize("name", sorted(command.COMMANDS))
 def test_each_command_explains_its_options(capsys, name):
     code, out, _ = leave(capsys, name, "--help")
     assert code == 0 and out.startswith(f"usage: pruneattn {name} ")

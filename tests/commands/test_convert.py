@@ -123,7 +123,7 @@ def test_errors_say_what_to_do(tmp_path):
     (tmp_path / "labels.csv").write_text("index,mid,display_name\n0,/m/0,dog\n")
     with pytest.raises(UserError, match="names 1 classes, the checkpoint has 3"):
         convert(tmp_path, tmp_path / "out", "--format", "timm", "--label-csv", tmp_path / "labels.csv")
-    with pytest.raises(UserError, match="--mean is for checkpoints of other projects"):
+    with pytest.raises(UserError, match="--mean.* to checkpoints of other projects"):
         convert(tmp_path, tmp_path / "out", "--format", "timm", "--mean", 1)
     foreign = (tmp_path / "best.safetensors", tmp_path / "out", "--format", "audiomae", "--model", "audiomae_tiny")
     with pytest.raises(UserError, match="unknown dataset 'nope'; choose one of as20k"):

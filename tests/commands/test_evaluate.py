@@ -277,7 +277,7 @@ def test_misuse_is_one_clear_error(checkpoint, clips, tmp_path):
         run(checkpoint, tmp_path / "renamed", tmp_path)
     with pytest.raises(UserError, match="--batch-size 0"):
         run(checkpoint, clips, tmp_path, "--batch-size", 0)
-    with pytest.raises(UserError, match="--num-classes is for checkpoints of other projects"):
+    with pytest.raises(UserError, match="--num-classes.* to checkpoints of other projects"):
         run(checkpoint, clips, tmp_path, "--num-classes", 3)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another folder with --output"):

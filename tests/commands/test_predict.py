@@ -164,7 +164,7 @@ def test_an_unreadable_clip_does_not_stop_the_run(checkpoint, clip, tmp_path, ca
     assert predict.main([str(checkpoint), *map(str, inputs), "--top-k", "1"]) == 0
     printed = capsys.readouterr()
     assert [line.split(" (")[0] for line in printed.out.splitlines()[::2]] == [str(folder / "good.wav"), str(clip)]
-    assert "7 of 9 could not be predicted:\n" in printed.err
+    assert "7 of 9 clips could not be labeled:\n" in printed.err
     for name in ("cut.wav", "empty.wav", "text.wav", "short.wav", "nan.wav", "gone.wav", "none"):
         assert printed.err.count(f"{name}:") == 1
     assert predict.main([str(checkpoint), str(folder / "text.wav")]) == 1
@@ -243,13 +243,13 @@ def test_a_file_takes_no_labels_of_another_model_or_other_options(checkpoint, cl
         (["--amp", "bf16"], "amp"),
         (["--score", "intensity"], "sha256"),
     ]:
-        with pytest.raises(UserError, match=f"made otherwise.*{name}: "):
+        with pytest.raises(UserError, match=f"made with other settings.*{name}: "):
             predict.main([*command, *option])
     model = make_model(keep_rate=0.5)
     with torch.no_grad():
         model.blocks[1].mlp.fc1.bias[7] += 1e-3
     save(tmp_path, model)
-    with pytest.raises(UserError, match="made otherwise.*sha256: "):
+    with pytest.raises(UserError, match="made with other settings.*sha256: "):
         predict.main(command)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
 
@@ -296,7 +296,7 @@ def test_the_picture_of_a_long_clip_shows_the_window_with_the_highest_score(tmp_
     expected = FeatureExtractor(FEATURES)(wave[None, WINDOW : 2 * WINDOW])[0]
     assert np.allclose(drawn["fbank"], expected.numpy()) and drawn["start"] == WINDOW / 16000
     assert drawn["title"].endswith("siren (0.70)")
-    assert drawn["kept"] == [] and "keep-rate 1, nothing is pruned" in drawn["subtitle"]
+    assert drawn["kept"] == [] and "keep-rate 1: no patch is pruned" in drawn["subtitle"]
 
 
 def test_a_picture_is_written(checkpoint, clip, tmp_path):
@@ -326,7 +326,7 @@ def test_misuse_is_one_clear_error(checkpoint, clip, tmp_path):
         (["--top-k", "0"], "--top-k 0"),
         (["--workers", "-1"], "--workers -1"),
         (["--output", str(checkpoint)], "must end in .jsonl or .parquet"),
-        (["--output", str(tmp_path / "no" / "a.jsonl")], "no folder"),
+        (["--output", str(tmp_path / "no" / "a.jsonl")], "the folder .*no does not exist"),
         (["--plot", str(tmp_path / "a.jpeg")], "must end in .png"),
         (["--label-csv", str(tmp_path / "labels.csv")], "labels.csv names 1 classes, the checkpoint has 4"),
     ]:
