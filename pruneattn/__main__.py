@@ -44,6 +44,7 @@ def _run(words: list[str]) -> int | None:
 
 def _entry_point(command: str) -> Callable[[list[str]], int | None]:
     """The function that runs a command. Only its module is imported, and only here, because most of them need torch."""
+    run: Callable[[list[str]], int | None]
     match command:
         case "train":
             from .train import main as run

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -31,7 +31,7 @@ def open_checkpoint(
     frames: int | None = None,
     mean: float | None = None,
     std: float | None = None,
-    padding: Literal["zero", "min"] = "zero",
+    padding: str = "zero",
     score: str | None = None,
 ) -> PrunedViT:
     """Open a checkpoint of this package, or with ``model`` one of another project, in eval mode on the CPU.
@@ -149,7 +149,7 @@ def _open_foreign(
     frames: int | None,
     mean: float | None,
     std: float | None,
-    padding: Literal["zero", "min"],
+    padding: str,
 ) -> PrunedViT:
     """Open weights of another project in a model of this name; the dataset supplies the values that are None."""
     info = dataset_info(dataset)

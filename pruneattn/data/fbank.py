@@ -165,10 +165,10 @@ class FeatureExtractor(nn.Module):
     window: Tensor
     mel: Tensor
 
-    def __init__(self, config: FeatureConfig) -> None:
+    def __init__(self, config: FeatureConfig | None) -> None:
         super().__init__()
         if not isinstance(config, FeatureConfig):
-            raise UserError(f"features: expected a FeatureConfig, got {config!r}; a model without one needs it set")
+            raise UserError(f"features: expected a FeatureConfig, got {config!r}; set the model's features")
         self.config = config
         self.register_buffer("window", _hanning("cpu"), persistent=False)
         self.register_buffer("mel", _mel_filters("cpu"), persistent=False)

@@ -63,9 +63,9 @@ def load_rows(base, first, count, stride, ROWS: tl.constexpr, MASKED: tl.constex
     pointers = base + row * stride + channel  # [ROWS, C]
     if MASKED and D < C:
         return tl.load(pointers, mask=(row < count) & (channel < D), other=0.0)
-    elif MASKED:
+    if MASKED:
         return tl.load(pointers, mask=row < count, other=0.0)
-    elif D < C:
+    if D < C:
         return tl.load(pointers, mask=channel < D, other=0.0)
     return tl.load(pointers)
 

@@ -25,7 +25,9 @@ import torch  # before _C, which then shares PyTorch's OpenMP threads
 from ..errors import UserError
 
 try:
-    from .. import _C
+    from .. import _C as _C
+
+    _WHY_NO_C = ""
 except ImportError as error:
     _C = None  # type: ignore[assignment]  # the extension is optional
     _WHY_NO_C = (
@@ -197,7 +199,7 @@ def why_not(name: str) -> str:
     """Return why this machine cannot use the backend; empty if it can."""
     if not any(name in functions for functions in _kernels.values()):
         return "no op has a kernel for it yet"
-    if name in ("cpu", "cuda") and _C is None:
+    if name in ("cpu", "cuda") and _WHY_NO_C:
         return _WHY_NO_C
     if name == "cuda" and not _C.build_info()["cuda"]:
         return f"pruneattn._C was built without CUDA: {_C.build_info()['cuda_reason']}"

@@ -40,7 +40,7 @@ def start(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: torch finds no GPU on this machine; use --device cpu")
-        if device.index is None:
+        if name == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device {name}: {device} does not exist; torch finds {torch.cuda.device_count()} GPUs")

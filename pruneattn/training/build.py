@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints.load_checkpoint import load_checkpoint
@@ -122,6 +123,7 @@ def describe_data(train_set: ClipDataset, val_set: ClipDataset) -> dict[str, Any
 
 def build_model(options: Options, recipe: Recipe, num_classes: int) -> PrunedViT:
     """Create the model with random weights that depend only on the seed."""
+    assert recipe.frames is not None  # resolved
     seed_step(options.seed, -1)
     return create_model(
         f"{options.model}_{options.size}",
@@ -199,7 +201,7 @@ def build_trainer(options: Options, recipe: Recipe, stop: StopRequest) -> Traine
         initialize(options, model)
     model.to(device)
     optimizer = make_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    scaler = GradScaler(device.type, enabled=options.amp == "fp16")
     progress = state.restore(saved, model, optimizer, scaler) if saved else state.Progress()
     check_same_start(folder, (progress.epoch, progress.step) if saved else None)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints.card import write_card
@@ -93,7 +94,7 @@ class Trainer:
     features: FeatureExtractor
     augment: Augment
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    scaler: GradScaler
     train_set: ClipDataset
     val_set: ClipDataset
     test_set: ClipDataset | None

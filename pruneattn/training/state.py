@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
 from ..errors import UserError
 from ..files import atomic_write
 from .options import LAST, PRUNING, differences
+
+__all__ = ["BEST", "CONFIG", "LAST", "LOG", "MISSING", "RESULT", "TRUNK", "Progress"]
 
 #: Files in the output folder of a run, next to `LAST` and the list of failed clips, ``report.FAILED``.
 CONFIG, LOG, RESULT = "config.json", "log.jsonl", "result.json"
@@ -80,7 +83,7 @@ def save_state(
     progress: Progress,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    scaler: GradScaler,
     log_bytes: int,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
@@ -149,7 +152,7 @@ def load_state(path: str | Path, config: Mapping[str, Any], *, branch: bool = Fa
 
 
 def restore(
-    state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, scaler: GradScaler
 ) -> Progress:
     """Load a state of `load_state` into model, optimizer and scaler; returns its `Progress`."""
     model.load_state_dict(state["model"])
