@@ -173,7 +173,9 @@ def clock(calls: Mapping) -> Mapping:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the options, and tune on the current CUDA device."""
-    parser = argparse.ArgumentParser(prog="python -m tools.tune", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.tune", description="Measure the tile sizes of the Triton kernels on this GPU."
+    )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="dtype of the inputs"
     )
