@@ -1,8 +1,8 @@
 """Builds ``pruneattn._C`` from csrc/: the C++ code, and the CUDA code if nvcc is found. Does not need torch.
 
-The build looks for nvcc in CUDA_HOME, PATH and /usr/local/cuda. PRUNEATTN_CUDA_ARCHS sets the CUDA architectures (default
-"80;90a;100"); "none" builds without CUDA. CXX and CXXFLAGS set the C++ compiler and its flags. Objects stay in build/, so
-rebuilds are incremental. The metadata of the package is in pyproject.toml.
+The build looks for nvcc in CUDA_HOME, PATH and /usr/local/cuda. PRUNEATTN_CUDA_ARCHS sets the CUDA architectures
+(default "80;90a;100"); "none" builds without CUDA. CXX and CXXFLAGS set the C++ compiler and its flags. Objects stay in
+build/, so rebuilds are incremental. The metadata of the package is in pyproject.toml.
 """
 
 import json
@@ -130,7 +130,7 @@ class NinjaBuild(build_ext):
                 description="g++ $in",
             )
             objects = NinjaBuild.objects(ninja, folder, "cxx", "*.cpp")
-            # exclude-libs hides the symbols of the static CUDA runtime, which would clash with those of torch's runtime.
+            # exclude-libs hides the symbols of the static CUDA runtime, which would clash with torch's runtime.
             link = f"{cxx} -shared {host} $in -o $out -Wl,--exclude-libs,ALL"
             if nvcc:
                 flags = f"-std=c++17 -O3 --threads 0 {ccbin} -Xcompiler '{host}' {' '.join(map(gencode, archs))}"

@@ -1,8 +1,8 @@
 """The compiled extension (csrc/bindings.cpp). It knows nothing of torch: tensors are addresses, sizes and strides.
 
 Functions that start with ``cuda_`` exist only if ``build_info()["cuda"]`` is true. All functions raise ValueError for a
-size out of range. ``threads`` is a number of OpenMP threads, ``device`` the index of a GPU, and ``stream`` the handle of
-a CUDA stream.
+size out of range. ``threads`` is a number of OpenMP threads, ``device`` the index of a GPU, and ``stream`` the handle
+of a CUDA stream.
 """
 
 from typing import TypedDict

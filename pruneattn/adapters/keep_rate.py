@@ -69,7 +69,7 @@ def at_keep_rate(model: _Model, keep_rate: float | Sequence[float]) -> Iterator[
     try:
         yield model
     finally:
-        # After another call of prune inside the block, these settings are no longer the model's, whose new rates remain.
+        # If prune was called inside the block, these settings no longer belong to the model, and its new rates remain.
         _set_rates(prunings, rates)
 
 

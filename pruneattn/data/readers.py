@@ -17,7 +17,43 @@ from .decode import find_audio
 from .manifest import csv_rows, csv_table, here_or_below, list_folders, read_label_csv, read_manifest, read_text
 
 # The class order of the published Speech Commands classifiers, so that their heads can be used.
-SPEECH_COMMANDS = ["backward", "follow", "five", "bed", "zero", "on", "learn", "two", "house", "tree", "dog", "stop", "seven", "eight", "down", "six", "forward", "cat", "right", "visual", "four", "wow", "no", "nine", "off", "three", "left", "marvin", "yes", "up", "sheila", "happy", "bird", "go", "one"]
+SPEECH_COMMANDS = [
+    "backward",
+    "follow",
+    "five",
+    "bed",
+    "zero",
+    "on",
+    "learn",
+    "two",
+    "house",
+    "tree",
+    "dog",
+    "stop",
+    "seven",
+    "eight",
+    "down",
+    "six",
+    "forward",
+    "cat",
+    "right",
+    "visual",
+    "four",
+    "wow",
+    "no",
+    "nine",
+    "off",
+    "three",
+    "left",
+    "marvin",
+    "yes",
+    "up",
+    "sheila",
+    "happy",
+    "bird",
+    "go",
+    "one",
+]
 
 LABEL_CSV = "class_labels_indices.csv"
 # Usual file names of AudioSet's balanced training set and evaluation set, in order of preference.

@@ -84,7 +84,7 @@ def _cuda(
         return reference(partial_scores, x, y, keep, extra_tokens)
     partials = together(partial_scores)
     scores, index, *kept = results = _fake(partials, x, y, keep, extra_tokens)
-    tokens, copies = rows_to_copy((x, y), kept)
+    _tokens, copies = rows_to_copy((x, y), kept)
     places = (partials.data_ptr(), batch, rows, patches, *partials.stride()[:2])
     launch("prune_epilogue", partials, *places, keep, scores.data_ptr(), index.data_ptr(), extra_tokens, copies)
     return results

@@ -103,7 +103,7 @@ def compiled(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor, keep: int, 
         return reference(scores, x, y, keep, extra_tokens)
     scores = together(scores)
     index, *kept = results = empty_kept(x, y, keep, extra_tokens)
-    tokens, rows = rows_to_copy((x, y), kept)
+    _tokens, rows = rows_to_copy((x, y), kept)
     selection = (scores.data_ptr(), batch, patches, scores.stride(0), keep, index.data_ptr())
     launch("prune_tokens", scores, *selection, extra_tokens, rows)
     return results

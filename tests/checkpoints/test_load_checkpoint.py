@@ -364,8 +364,10 @@ REJECTED = {
     ),
     "unknown": (
         lambda: {f"conv{i}.weight": torch.ones(1) for i in range(9)},
-        r"no known checkpoint format. Looked for AST, official \(v.pos_embed.*AudioMAE, pre-trained.*"
-        r"has 9 tensors: conv0.weight.*conv5.weight, \.\.\.",
+        (
+            r"no known checkpoint format. Looked for AST, official \(v.pos_embed.*AudioMAE, pre-trained.*"
+            r"has 9 tensors: conv0.weight.*conv5.weight, \.\.\."
+        ),
     ),
     "nothing": (lambda: {"epoch": 3, "args": {}}, r"no state dict in it.*\(epoch, args\)"),
 }

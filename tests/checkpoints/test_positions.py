@@ -124,7 +124,7 @@ def test_a_table_of_known_stride_16_is_not_resampled():
     assert note == "positions: center crop of 75 time columns to 32"
     same, note = fit_positions(numbered("ast", 600), make("ast", 1200), stride=None)
     assert values(same, "ast")[1] == list(range(600)) and note == ""
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="^positions: ") as caught:
         fit_positions(numbered("ast", 600), make("ast", 1200), stride=10)
     resampled, stretched = (str(warning.message) for warning in caught)
     assert "stride 10: its 12 x 50 positions resampled to 8 x 32" in resampled

@@ -25,7 +25,7 @@ def expected_partials(q, k, scale, extra_tokens):
 
 
 def places(memory, array, view):
-    """Copies an array to the kernel's memory. Returns (handle, (pointer, *strides)) of its view, strides in elements."""
+    """Copies an array to the kernel's memory. Returns (handle, (pointer, *strides)) of the view, in elements."""
     handle, pointer = memory.put(array)
     offset = view.__array_interface__["data"][0] - array.__array_interface__["data"][0]
     return handle, (pointer + offset, *(stride // view.itemsize for stride in view.strides[:-1]))

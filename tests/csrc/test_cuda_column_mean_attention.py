@@ -110,8 +110,8 @@ def test_the_minimum_and_maximum_tokens_of_each_instantiation(cuda_attention, to
 
 @pytest.mark.parametrize("extra", [0, 1, 2])
 def test_every_small_number_of_tokens(cuda_attention, extra):
-    # The boundaries of 8 columns, 16 keys, the two groups' 48 keys and 64 queries, each with its neighbors, and one tile
-    # plus a few rows. Other numbers take the same branches.
+    # The boundaries of 8 columns, 16 keys, the two groups' 48 keys and 64 queries, each with its neighbors, and one
+    # tile plus a few rows. Other numbers take the same branches.
     for tokens in (2, 3, 7, 8, 9, 15, 16, 17, 33, 47, 48, 49, 63, 64, 65, 66, 67, 80, 95, 96, 97, 127, 128, 129, 130):
         if tokens <= extra:
             continue

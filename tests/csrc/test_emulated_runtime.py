@@ -16,7 +16,7 @@ def library(build_emulated):
 
 @pytest.fixture
 def run(library):
-    """``run(name, a, b, data)``: the error message of a kernel of runtime_kernels.cu and the int32 numbers that it wrote."""
+    """``run(name, a, b, data)``: error message of a kernel in runtime_kernels.cu, and the int32 numbers it wrote."""
 
     def run(name, a=0, b=0, data=None):
         data = np.zeros(512, np.int32) if data is None else data
@@ -44,7 +44,8 @@ def test_shared_memory_of_a_template_is_poisoned(run):
 def test_writes_outside_dynamic_shared_memory(run, beyond, where):
     error, _ = run("exchange", 64 * 4, beyond)
     assert error == (
-        f"emulated kernel exchange_kernel, block 0 of 64 threads: a write {where} the 256 bytes of dynamic shared memory"
+        "emulated kernel exchange_kernel, block 0 of 64 threads: "
+        f"a write {where} the 256 bytes of dynamic shared memory"
     )
 
 

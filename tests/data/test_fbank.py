@@ -112,7 +112,7 @@ def test_one_filter_is_empty():
     assert filters.shape == (257, 128)
     assert (filters.sum(0) == 0).nonzero().flatten().tolist() == [3]
     assert (filters[256] == 0).all() and (filters[0] == 0).all()
-    assert LOG_FLOOR == pytest.approx(-15.942385, abs=1e-6)
+    assert pytest.approx(-15.942385, abs=1e-6) == LOG_FLOOR
 
 
 @pytest.mark.parametrize("padding", [0.0, 7.0, math.nan])

@@ -48,6 +48,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         end = start + server.breaks.pop(0) if server.breaks else total
         self.wfile.write(server.content[start:end])
+        return None
 
     def log_message(self, *args):
         pass

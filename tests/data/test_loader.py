@@ -1,3 +1,5 @@
+import functools
+import operator
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ def test_batch_content():
 def test_train_order():
     dataset = Counting(50)
     first = indices(make_loader(dataset, 8, train=True, seed=3, epoch=2))
-    seen = sum(first, [])
+    seen = functools.reduce(operator.iadd, first, [])
     assert [len(batch) for batch in first] == [8] * 6 and len(set(seen)) == 48 and seen != sorted(seen)
     assert indices(make_loader(dataset, 8, train=True, seed=3, epoch=2)) == first
     for seed, epoch in ((3, 3), (4, 2), (4, 1), (2, 3)):
@@ -79,7 +81,10 @@ def test_processes_share_the_global_batches_of_training():
 
 
 def test_processes_evaluate_each_clip_once():
-    ranks = [sum(indices(make_loader(Counting(11), 3, train=False, rank=rank, world=4)), []) for rank in range(4)]
+    ranks = [
+        functools.reduce(operator.iadd, indices(make_loader(Counting(11), 3, train=False, rank=rank, world=4)), [])
+        for rank in range(4)
+    ]
     assert ranks == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7]]
     assert indices(make_loader(Counting(2), 3, train=False, rank=3, world=4)) == []
 

@@ -10,7 +10,7 @@ def test_sizes_and_labels():
     sizes = {split: len(load_dataset("toy", split)) for split in ("train", "val", "test")}
     assert sizes == {"train": 2000, "val": 400, "test": 400}
     dataset = load_dataset("toy", "val")
-    counts = sum(dataset[i]["target"] for i in range(0, len(dataset)))
+    counts = sum(dataset[i]["target"] for i in range(len(dataset)))
     assert counts.tolist() == [40.0] * 10 and len(dataset.labels) == DATASETS["toy"].num_classes
     assert not dataset.multilabel and dataset.missing == []
 

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from pruneattn.kernels import launch, tiles  # noqa: E402
-from pruneattn.kernels.launch import Config, config_for, fit  # noqa: E402
-from pruneattn.ops._layout import near  # noqa: E402
+from pruneattn.kernels import launch, tiles
+from pruneattn.kernels.launch import Config, config_for, fit
+from pruneattn.ops._layout import near
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])

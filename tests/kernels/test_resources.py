@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tools.resource_table import MOST_SHARED, read  # noqa: E402
-from tools.triton_resources import COLUMNS, OUTPUT, matrix_instruction  # noqa: E402
+from tools.resource_table import MOST_SHARED, read
+from tools.triton_resources import COLUMNS, OUTPUT, matrix_instruction
 
 INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
 

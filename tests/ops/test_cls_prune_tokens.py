@@ -68,7 +68,7 @@ def test_gradients(any_device):
     q_cls, k = (torch.randn(s, device=any_device, requires_grad=True) for s in ((2, 3, 4), (2, 3, 9, 4)))
     x, y = (torch.randn(2, 9, c, device=any_device, dtype=torch.float64, requires_grad=True) for c in (3, 2))
     assert torch.autograd.gradcheck(lambda x, y: cls_prune_tokens(q_cls, k, x, y, 5, 1)[2:], (x, y))
-    scores, index, x_kept, y_kept = cls_prune_tokens(q_cls, k, x, y, 5, 1)
+    scores, index, _x_kept, y_kept = cls_prune_tokens(q_cls, k, x, y, 5, 1)
     assert not scores.requires_grad and not index.requires_grad
     grads = torch.autograd.grad(y_kept.sum(), (x, y, q_cls, k), allow_unused=True)
     assert grads[1].sum() == 2 * 6 * 2 and [grad is None for grad in grads] == [True, False, True, True]

@@ -62,7 +62,7 @@ def test_gradients(device):
     partial_scores = torch.randn(2, 3, 8, device=device, requires_grad=True)
     x, y = (torch.randn(2, 9, c, device=device, dtype=torch.float64, requires_grad=True) for c in (3, 2))
     assert torch.autograd.gradcheck(lambda x, y: prune_epilogue(partial_scores, x, y, 5, 1)[2:], (x, y))
-    scores, index, x_kept, y_kept = prune_epilogue(partial_scores, x, y, 5, 1)
+    scores, index, _x_kept, y_kept = prune_epilogue(partial_scores, x, y, 5, 1)
     assert not scores.requires_grad and not index.requires_grad
     grads = torch.autograd.grad(y_kept.sum(), (x, y, partial_scores), allow_unused=True)
     assert grads[0] is None and grads[2] is None and grads[1].sum() == 2 * 6 * 2

@@ -36,7 +36,7 @@ def test_gradients(device):
     scores = torch.randn(2, 8, device=device, requires_grad=True)
     x, y = (torch.randn(2, 9, c, device=device, dtype=torch.float64, requires_grad=True) for c in (3, 2))
     assert torch.autograd.gradcheck(lambda x, y: prune_tokens(scores, x, y, 5, 1)[1:], (x, y))
-    index, x_kept, y_kept = prune_tokens(scores, x, y, 5, 1)
+    index, _x_kept, y_kept = prune_tokens(scores, x, y, 5, 1)
     assert not index.requires_grad
     grads = torch.autograd.grad(y_kept.sum(), (x, y, scores), allow_unused=True)
     assert grads[0] is None and grads[2] is None and grads[1].sum() == 2 * 6 * 2

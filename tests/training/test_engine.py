@@ -75,8 +75,9 @@ def test_training_clips_decide_whether_the_task_is_multilabel(train, tagged, mon
 def test_pruning_flag_reaches_the_augmentation(train, monkeypatch):
     seen = []
     for name in ("features", "patches"):
+        original = getattr(Augment, name)
 
-        def record(self, x, *rest, name=name, original=getattr(Augment, name)):
+        def record(self, x, *rest, name=name, original=original):
             seen.append((name, rest[-1]))
             return original(self, x, *rest)
 
