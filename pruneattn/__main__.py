@@ -47,22 +47,35 @@ def _entry_point(command: str) -> Callable[[list[str]], int | None]:
     run: Callable[[list[str]], int | None]
     match command:
         case "train":
-            from .train import main as run
+            from .train import main as train
+
+            return train
         case "evaluate":
-            from .evaluate import main as run
+            from .evaluate import main as evaluate
+
+            return evaluate
         case "predict":
-            from .predict import main as run
+            from .predict import main as predict
+
+            return predict
         case "export":
-            from .export import main as run
+            from .export import main as export
+
+            return export
         case "convert":
-            from .convert import main as run
+            from .convert import main as convert
+
+            return convert
         case "data":
-            from .data.__main__ import main as run
+            from .data.__main__ import main as data
+
+            return data
         case "analyze":
-            from .analysis.__main__ import main as run
+            from .analysis.__main__ import main as analyze
+
+            return analyze
         case _:
             return _backends
-    return run
 
 
 def _unknown(command: str) -> str:
