@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -86,7 +86,7 @@ def reconfigured(model: PrunedViT, **changes: Any) -> PrunedViT:
     """Copy a model with another ``score``, ``prune_blocks`` or ``keep_rate``, on the same device, in eval mode."""
     other = create_model(**{**model.config, **changes})
     other.load_state_dict(model.state_dict())
-    other.description = dataclasses.replace(model.description)
+    other.description = copy.deepcopy(model.description)
     return other.to(next(model.parameters()).device).eval()
 
 

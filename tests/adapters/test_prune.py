@@ -52,6 +52,7 @@ def test_a_family_can_have_its_own_default_blocks(plain_vit, tokens):
     def find(model):
         if model is plain_vit:
             return dataclasses.replace(adapters.timm.find(model), prune_blocks=(1,))
+        return None
 
     adapters.register_family(find)
     try:
