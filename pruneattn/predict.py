@@ -30,7 +30,7 @@ from .constants import VERSION
 from .errors import UserError
 from .labelling.corpus import decode_clips, find_clips
 from .labelling.label_files import LabelFile, check_label_path
-from .labelling.windows import Clip, Labeller
+from .labelling.windows import Clip, Labeler
 from .labelling.write_labels import Terminal, write_labels
 from .runtime import distributed
 from .runtime.inference import optimized
@@ -47,25 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = distributed.start(args.device)
     model = open_model(args)
     about = describe_labels(model, args)
-    labeller = make_labeller(model, device, args)
+    labeler = make_labeler(model, device, args)
     paths, failed = find_clips(args.clips, args.data_dir)
     output: Terminal | LabelFile
     if args.output is None:
-        output, labeller.windows = Terminal(as_json=False), True  # the text names the number of windows
+        output, labeler.windows = Terminal(as_json=False), True  # the text names the number of windows
     elif args.output == Path("-"):
         output = Terminal(as_json=True)
     else:
         output = LabelFile(args.output, about, windows=args.windows)
-    draw = _drawing(args.plot, paths, labeller)
+    draw = _drawing(args.plot, paths, labeler)
     todo = [path for path in paths if path not in output.done]
 
     def rows() -> Iterator[dict[str, Any]]:
         yield from ({"path": path, "error": reason} for path, reason in failed)
         # Clips are decoded ahead, so that the next batch is ready when the model has finished the current one.
-        for clip in labeller.clips(decode_clips(todo, args.workers, ahead=2 * args.batch_size + args.workers)):
+        for clip in labeler.clips(decode_clips(todo, args.workers, ahead=2 * args.batch_size + args.workers)):
             if draw is not None and clip.error is None:
                 draw(clip)
-            yield labeller.row(clip)
+            yield labeler.row(clip)
 
     return write_labels(rows(), len(todo), output)
 
@@ -92,10 +92,10 @@ def describe_labels(model: PrunedViT, args: argparse.Namespace) -> dict[str, Any
     }
 
 
-def make_labeller(model: PrunedViT, device: torch.device, args: argparse.Namespace) -> Labeller:
-    """Make the ``Labeller`` of the options of ``add_label_options``. ``model`` is the one of ``open_model``."""
+def make_labeler(model: PrunedViT, device: torch.device, args: argparse.Namespace) -> Labeler:
+    """Make the ``Labeler`` of the options of ``add_label_options``. ``model`` is the one of ``open_model``."""
     model, amp = optimized(model, device, args.amp)
-    return Labeller(
+    return Labeler(
         model, device, amp=amp, batch_size=args.batch_size, overlap=args.overlap, top_k=args.top_k, windows=args.windows
     )
 
@@ -175,7 +175,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _drawing(path: Path | None, paths: Sequence[str], labeller: Labeller) -> Callable[[Clip], None] | None:
+def _drawing(path: Path | None, paths: Sequence[str], labeler: Labeler) -> Callable[[Clip], None] | None:
     """Function that draws a predicted clip into its file; None if ``path`` is None."""
     if path is None:
         return None
@@ -185,7 +185,7 @@ def _drawing(path: Path | None, paths: Sequence[str], labeller: Labeller) -> Cal
     names = picture_names(path, paths)
 
     def draw(clip: Clip) -> None:
-        save_figure(draw_clip(labeller.model, clip, labeller.device, labeller.amp), names[clip.path])
+        save_figure(draw_clip(labeler.model, clip, labeler.device, labeler.amp), names[clip.path])
 
     return draw
 

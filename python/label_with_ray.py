@@ -18,7 +18,7 @@ from pruneattn.errors import UserError
 from pruneattn.labelling.corpus import Decoded, decode, find_clips
 from pruneattn.labelling.label_files import LabelFile, check_label_path, label_schema
 from pruneattn.labelling.write_labels import write_labels
-from pruneattn.predict import add_label_options, check_label_options, describe_labels, make_labeller, open_model
+from pruneattn.predict import add_label_options, check_label_options, describe_labels, make_labeler, open_model
 from pruneattn.runtime import distributed
 
 TASK_CLIPS = 64  # clips that one task decodes, and decodes again if the task is lost
@@ -39,7 +39,7 @@ def main(argv=None):
 
 
 def label(args, paths):
-    """Rows of ``Labeller.row``, in the order in which the clips are finished.
+    """Rows of ``Labeler.row``, in the order in which the clips are finished.
 
     Args:
         args: parsed options.
@@ -85,7 +85,7 @@ class LabelBatches:
 
     def __init__(self, args):
         device = distributed.start("cuda" if args.gpus else "cpu")
-        self.labeller = make_labeller(open_model(args), device, args)
+        self.labeler = make_labeler(open_model(args), device, args)
 
     def __call__(self, batch):
         import pyarrow
@@ -94,8 +94,8 @@ class LabelBatches:
             Decoded(str(path), wave, str(error) or None)
             for path, wave, error in zip(batch["path"], batch["wave"], batch["error"])
         )
-        rows = [self.labeller.row(clip) for clip in self.labeller.clips(decoded)]
-        schema = label_schema(self.labeller.windows).append(pyarrow.field("error", pyarrow.string()))
+        rows = [self.labeler.row(clip) for clip in self.labeler.clips(decoded)]
+        schema = label_schema(self.labeler.windows).append(pyarrow.field("error", pyarrow.string()))
         return pyarrow.Table.from_pylist(rows, schema=schema)
 
 

@@ -74,7 +74,7 @@ class LabelFile:
             self._stack = stack.pop_all()
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add a clip as the dict that ``Labeller.row`` returns."""
+        """Add a clip as the dict that ``Labeler.row`` returns."""
         self._rows.add(row)
 
     def fail(self, path: str, error: str) -> None:
@@ -198,7 +198,7 @@ class ParquetParts:
 
 
 def label_schema(windows: bool) -> pyarrow.Schema:
-    """Arrow schema of the rows that ``Labeller.row`` returns."""
+    """Arrow schema of the rows that ``Labeler.row`` returns."""
     try:
         import pyarrow
     except ImportError:

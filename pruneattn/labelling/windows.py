@@ -44,7 +44,7 @@ def window_starts(samples: int, window: int, overlap: float) -> list[int]:
     return [*range(0, samples - window, step), samples - window]
 
 
-class Labeller:
+class Labeler:
     """Label decoded clips, as ``pruneattn predict`` and the Ray example do.
 
     Args:

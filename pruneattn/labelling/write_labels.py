@@ -20,7 +20,7 @@ def write_labels(rows: Iterable[Mapping[str, Any]], total: int, output: LabelFil
     Ctrl-C and SIGTERM stop it between two clips.
 
     Args:
-        rows: iterable of the dicts that ``Labeller.row`` returns.
+        rows: iterable of the dicts that ``Labeler.row`` returns.
         total: number of clips in ``rows``.
         output: ``LabelFile`` or ``Terminal``; it is closed at the end, also after an error.
 
@@ -75,7 +75,7 @@ class Terminal:
         return len(self._failures)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Print a clip as the dict that ``Labeller.row`` returns."""
+        """Print a clip as the dict that ``Labeler.row`` returns."""
         text = json_line(row) if self._as_json else label_text(row)
         tqdm.write(text.removesuffix("\n"), file=sys.stdout)  # does not break the progress bar
 

@@ -12,7 +12,7 @@ from .backend import _C, launch
 
 def reference(scores: torch.Tensor, keep: int) -> torch.Tensor:
     """Define :func:`select_tokens` in plain PyTorch."""
-    # A stable descending sort breaks ties towards the lower patch number; NaN sorts above +Inf. The scores are made
+    # A stable descending sort breaks ties toward the lower patch number; NaN sorts above +Inf. The scores are made
     # contiguous because the strides of the results of sort follow its input.
     order = scores.contiguous().sort(dim=1, descending=True, stable=True).indices  # [B, P]
     return order[:, :keep].sort(dim=1).values  # [B, keep]

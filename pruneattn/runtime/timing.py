@@ -165,7 +165,7 @@ def measure_speed(
                 variants[1.0, f"eager, {kernel}"] = forced
     else:
         variants[1.0, "eager, SDPA"] = partial(call, with_sdpa(_at_keep_rate(model, 1.0)))
-    # Each keep-rate is a program of its own, but all of them count towards the limit of one forward function.
+    # Each keep-rate is a program of its own, but all of them count toward the limit of one forward function.
     with torch._dynamo.config.patch(recompile_limit=2 * len(variants) + 8) if compiled else nullcontext():
         times = rounds_side_by_side(variants, device, rounds)
     seconds: dict[KeepRate, dict[str, list[float]]] = {}
