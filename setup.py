@@ -1,8 +1,8 @@
-"""Builds ``pruneattn._C`` from csrc/: C++ always, CUDA when nvcc is there. Needs no torch.
+"""Builds ``pruneattn._C`` from csrc/: the C++ code, and the CUDA code if nvcc is found. Does not need torch.
 
-CUDA_HOME, PATH and /usr/local/cuda are searched for nvcc. PRUNEATTN_CUDA_ARCHS changes the architectures
-("80;90a;100"); "none" leaves CUDA out. CXX and CXXFLAGS are honoured. Objects stay in build/, so rebuilds are
-incremental.
+The build looks for nvcc in CUDA_HOME, PATH and /usr/local/cuda. PRUNEATTN_CUDA_ARCHS sets the CUDA architectures
+(default "80;90a;100"); "none" builds without CUDA. CXX and CXXFLAGS set the C++ compiler and its flags. Objects stay in
+build/, so rebuilds are incremental. The metadata of the package is in pyproject.toml.
 """
 
 import json
@@ -20,9 +20,11 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80;90a;100"
-# The kernels in csrc/cpu/isa_*.cpp are chosen at run time, by what the machine has.
-AVX512 = ("-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 "
-          "-Wno-maybe-uninitialized")  # GCC 12 warns of its own intrinsics
+# Each file csrc/cpu/isa_*.cpp is compiled for its instruction set. The library selects a supported one at run time.
+AVX512 = (
+    "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 "
+    "-Wno-maybe-uninitialized"
+)  # GCC 12 warns about its own intrinsics
 ISA_FLAGS = {"isa_avx2": "-mavx2 -mfma", "isa_avx512": AVX512, "isa_avx512_bf16": f"{AVX512} -mavx512bf16"}
 
 
@@ -42,26 +44,26 @@ def find_nvcc():
 
 
 def choose_cuda():
-    """Returns (path of nvcc or None, architectures, why CUDA is left out)."""
+    """Returns (path of nvcc or None, architectures, reason for a build without CUDA)."""
     asked = os.environ.get("PRUNEATTN_CUDA_ARCHS")
     archs = [arch.strip() for arch in (DEFAULT_ARCHS if asked is None else asked).split(";") if arch.strip()]
     if archs in ([], ["0"], ["none"]):
         return None, [], f"PRUNEATTN_CUDA_ARCHS={asked}"
     nvcc = find_nvcc()
     if nvcc is None:
-        return None, [], "no nvcc in CUDA_HOME, PATH or /usr/local/cuda"
+        return None, [], "nvcc is not in CUDA_HOME, PATH or /usr/local/cuda"
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     unknown = [arch for arch in archs if f"sm_{arch.rstrip('af')}" not in known]
     if unknown and asked is not None:
-        raise CompileError(f"PRUNEATTN_CUDA_ARCHS={asked}: {nvcc} does not know {unknown}; it knows {known}")
+        raise CompileError(f"PRUNEATTN_CUDA_ARCHS={asked}: {nvcc} does not support {unknown}; it supports {known}")
     if unknown:
-        say(f"{nvcc} is too old for sm_{' and sm_'.join(unknown)}: built without")
+        say(f"{nvcc} does not support sm_{' and sm_'.join(unknown)}: built without these architectures")
     archs = [arch for arch in archs if arch not in unknown]
-    return (nvcc, archs, "") if archs else (None, [], f"{nvcc} knows none of sm_{', sm_'.join(unknown)}")
+    return (nvcc, archs, "") if archs else (None, [], f"{nvcc} supports none of sm_{', sm_'.join(unknown)}")
 
 
 def gencode(arch):
-    # A plain architecture also carries its PTX, from which the driver compiles for GPUs that are not in the list.
+    # The code of an architecture without suffix includes its PTX, which the driver compiles for newer GPUs.
     code = f"sm_{arch}" if arch[-1] in "af" else f"[sm_{arch},compute_{arch}]"
     return f"-gencode arch=compute_{arch},code={code}"
 
@@ -77,28 +79,34 @@ class NinjaBuild(build_ext):
         import pybind11
 
         nvcc, archs, reason = choose_cuda()
-        say(f"CUDA code for sm_{', sm_'.join(archs)} by {nvcc}" if nvcc else f"CUDA code is left out: {reason}")
+        say(
+            f"compiles CUDA code for sm_{', sm_'.join(archs)} with {nvcc}"
+            if nvcc
+            else f"builds without CUDA code: {reason}"
+        )
         cxx = os.environ.get("CXX", "g++")
         if shutil.which(cxx.split()[0]) is None:
-            raise CompileError(f"no C++ compiler: {cxx} is not on the PATH (set CXX, or install g++)")
+            raise CompileError(f"no C++ compiler: {cxx} is not on the PATH. Set CXX or install g++.")
 
-        # One folder per Python, with stable paths: a build in another temporary environment reuses the objects.
+        # One folder per Python version with stable paths, so that builds in temporary environments reuse the objects.
         folder = ROOT / "build" / sysconfig.get_config_var("SOABI")
         folder.mkdir(parents=True, exist_ok=True)
         pybind = folder / f"pybind11-{pybind11.__version__}"
         pybind.unlink(missing_ok=True)
         pybind.symlink_to(pybind11.get_include())
-        version = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+        run = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True, check=False)
+        version = run.stdout.split("\n")[0]
         config = {"CUDA_ARCHITECTURES": ";".join(archs), "CUDA_REASON": reason, "COMPILER": version}
         lines = [f"#define PRUNEATTN_{name} {json.dumps(value)}\n" for name, value in config.items()]
         write_if_changed(folder / "build_config.h", "#pragma once\n" + "".join(lines))
 
         output = folder / "_C.so"
         self.write_ninja(folder, output, cxx, nvcc, archs, pybind)
-        build = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder], stdout=sys.stdout.fileno())
+        build = subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", folder], stdout=sys.stdout.fileno(), check=False)
         if build.returncode:
-            raise CompileError("pruneattn._C did not compile: see above. "
-                               "PRUNEATTN_CUDA_ARCHS=none builds it without CUDA.")
+            raise CompileError(
+                "pruneattn._C did not compile, see the errors above. PRUNEATTN_CUDA_ARCHS=none builds it without CUDA."
+            )
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(output, target)
@@ -112,20 +120,32 @@ class NinjaBuild(build_ext):
         define = "-DPRUNEATTN_CUDA" if nvcc else ""
         with open(folder / "build.ninja", "w") as file:
             ninja = Writer(file, width=1000)
-            ninja.rule("cxx", f"{cxx} -std=c++17 -O3 {host} {define} -I{folder} -isystem {pybind} "
-                       f"-isystem {sysconfig.get_path('include')} -ffp-contract=fast $flags "
-                       "-MMD -MF $out.d -c $in -o $out",
-                       deps="gcc", depfile="$out.d", description="g++ $in")
+            ninja.rule(
+                "cxx",
+                f"{cxx} -std=c++17 -O3 {host} {define} -I{folder} -isystem {pybind} "
+                f"-isystem {sysconfig.get_path('include')} -ffp-contract=fast $flags "
+                "-MMD -MF $out.d -c $in -o $out",
+                deps="gcc",
+                depfile="$out.d",
+                description="g++ $in",
+            )
             objects = NinjaBuild.objects(ninja, folder, "cxx", "*.cpp")
-            # exclude-libs: no symbol of the static CUDA runtime may clash with the one that torch brings.
+            # exclude-libs hides the symbols of the static CUDA runtime, which would clash with torch's runtime.
             link = f"{cxx} -shared {host} $in -o $out -Wl,--exclude-libs,ALL"
             if nvcc:
                 flags = f"-std=c++17 -O3 --threads 0 {ccbin} -Xcompiler '{host}' {' '.join(map(gencode, archs))}"
-                ninja.rule("nvcc", f"{nvcc} {flags} -MMD -MF $out.d -c $in -o $out",
-                           deps="gcc", depfile="$out.d", description="nvcc $in")
+                ninja.rule(
+                    "nvcc",
+                    f"{nvcc} {flags} -MMD -MF $out.d -c $in -o $out",
+                    deps="gcc",
+                    depfile="$out.d",
+                    description="nvcc $in",
+                )
                 objects += NinjaBuild.objects(ninja, folder, "nvcc", "*.cu")
-                link = (f"{nvcc} -shared {ccbin} -cudart static -cudadevrt none -Xcompiler '{host}' "
-                        "-Xlinker --exclude-libs,ALL $in -o $out")
+                link = (
+                    f"{nvcc} -shared {ccbin} -cudart static -cudadevrt none -Xcompiler '{host}' "
+                    "-Xlinker --exclude-libs,ALL $in -o $out"
+                )
             ninja.rule("link", link, description="link $out")
             ninja.build(str(output), "link", objects)
 
@@ -134,7 +154,9 @@ class NinjaBuild(build_ext):
         sources = sorted((ROOT / "csrc").rglob(pattern))
         return [
             ninja.build(
-                str(folder / f"{s.parent.name}_{s.name}.o"), rule, str(s),
+                str(folder / f"{s.parent.name}_{s.name}.o"),
+                rule,
+                str(s),
                 variables={"flags": isa_flags(s)},
             )[0]
             for s in sources

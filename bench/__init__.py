@@ -1,5 +1,6 @@
-"""What pruning really saves on this machine: ``pytest bench/ --benchmark-only``, then ``python -m bench.harness.report``.
+"""Benchmarks: ``pytest bench/ --benchmark-only`` measures; ``python -m bench.harness.report`` makes tables and figures.
 
-A test times one *case* (`measure.Case`): every *provider* of the same work, checked first, in rounds that take turns.
-``bench_X.py`` says who takes part, `grid` at which sizes, `measure` how it is done, `results` what is written down.
+A test of ``cases/`` times one *case* (`harness.measure.Case`). All *providers* of a case do the same work. The harness
+compares each result with the reference, and times the correct providers in interleaved rounds. ``cases/bench_X.py``
+chooses the providers, `harness.grid` the sizes; `harness.rows` defines the columns of the results in ``results/``.
 """

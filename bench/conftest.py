@@ -1,6 +1,9 @@
-"""The run: its options, its peaks, its result file, and the table at its end."""
+"""The run of the benchmarks: options, peak speeds, result file, and the tables at its end."""
+
+from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,46 +13,53 @@ import pytest
 import torch
 
 from bench.harness import grid
+from bench.harness.case import Case
 from bench.harness.machine import RESULTS, Peaks, describe_machine, measure_peaks
 from bench.harness.measure import measure_case
 from bench.harness.report import case_tables
-from bench.harness.rows import ResultFile, name_of
+from bench.harness.rows import ResultFile, Row, name_of
 from pruneattn import backends
 
 RUN = pytest.StashKey()
 
-#: A case is measured so often, with all others in between: a machine has its minutes, which the rounds of one visit do
-#: not show. Those that take longer have seen enough of them at the first.
+#: Number of times that a case is measured, with all other cases in between. The speed of a machine changes over
+#: minutes, which the rounds of one visit do not show.
 VISITS = 2
-SHORT_VISIT = 3.0  # seconds
+#: Seconds; a case whose visit takes longer is measured once.
+SHORT_VISIT = 3.0
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench", "pruneattn's benchmarks")
-    group.addoption("--bench-full", action="store_true", help="the whole grid of sizes; takes hours on a CPU")
-    group.addoption("--bench-device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
-    group.addoption("--bench-threads", type=int, metavar="N", help="threads on the CPU (default: PyTorch's)")
-    group.addoption("--bench-hot", action="store_true", help="CUDA: do not clear the L2 cache before each call")
-    group.addoption("--bench-seconds", type=float, metavar="S", help="begin no case after so many seconds")
-    group.addoption("--bench-rounds", type=int, metavar="N", help="rounds of timing, for all levels")
+    group.addoption("--bench-full", action="store_true", help="measure the whole grid of sizes; takes hours on a CPU")
+    group.addoption("--bench-device", choices=("cpu", "cuda"), help="device (default: cuda if available)")
+    group.addoption("--bench-threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
+    group.addoption("--bench-hot", action="store_true", help="do not clear the L2 cache before each call on CUDA")
+    group.addoption("--bench-seconds", type=float, metavar="S", help="skip cases that would start after S seconds")
+    group.addoption("--bench-rounds", type=int, metavar="N", help="rounds of timing at all levels")
     group.addoption(
-        "--bench-output", type=Path, default=RESULTS, metavar="FOLDER", help="of the result (default: bench/results)"
+        "--bench-output",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="folder for the result (default: bench/results)",
     )
 
 
-def device_of(config):
+def device_of(config: pytest.Config) -> str:
+    """Device of this run, ``"cpu"`` or ``"cuda"``."""
     return config.getoption("bench_device") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def grid_of(config):
-    """The `grid.Sizes` of each level in this run."""
+def grid_of(config: pytest.Config) -> dict[str, grid.Sizes]:
+    """`grid.Sizes` of each level in this run."""
     levels = grid.GRIDS[device_of(config), config.getoption("bench_full")]
     rounds = config.getoption("bench_rounds")
     return {level: sizes._replace(rounds=rounds) for level, sizes in levels.items()} if rounds else levels
 
 
 def pytest_generate_tests(metafunc):
-    """One test for each case that the grid has at the levels of its file."""
+    """Parametrize the tests of a file by the grid's cases at the file's ``LEVELS``, and of its ``OP`` if it has one."""
     if "case" in metafunc.fixturenames:
         levels, device, op = grid_of(metafunc.config), device_of(metafunc.config), getattr(metafunc.module, "OP", None)
         here = [level for level in metafunc.module.LEVELS if level in levels]
@@ -64,17 +74,25 @@ def pytest_collection_modifyitems(items):
 
 
 class Run(NamedTuple):
-    """What all measurements of a run share."""
+    """State that all measurements of a run share.
+
+    Attributes:
+        peaks: peak speeds of the machine.
+        result: the result file.
+        seen: seconds of the rounds of earlier visits by row key.
+        short: tests and cases that are measured again.
+        begun: start of the run, by the monotonic clock.
+    """
 
     peaks: Peaks
     result: ResultFile
-    seen: dict  # rounds of earlier visits
-    short: set  # names of the tests that have further visits
+    seen: dict
+    short: set
     begun: float
 
 
 @pytest.fixture(scope="session")
-def run(request):
+def run(request: pytest.FixtureRequest) -> Run:
     begun, config, device = time.monotonic(), request.config, device_of(request.config)
     if config.getoption("bench_threads"):
         torch.set_num_threads(config.getoption("bench_threads"))
@@ -88,15 +106,15 @@ def run(request):
 
 
 @pytest.fixture
-def sizes(request, case):
-    """The grid's `Sizes` at the level of the case."""
+def sizes(request: pytest.FixtureRequest, case: Case) -> grid.Sizes:
+    """`grid.Sizes` at the level of the case."""
     return grid_of(request.config)[case.level]
 
 
 if find_spec("pytest_benchmark") is None:
 
     class Once:
-        """As much of pytest-benchmark as is used here."""
+        """The part of pytest-benchmark's fixture that is used here."""
 
         def __init__(self):
             self.extra_info = {}
@@ -110,13 +128,12 @@ if find_spec("pytest_benchmark") is None:
 
 
 @pytest.fixture
-def record(request, benchmark, run, case, visit):
-    """``record(measure)`` calls the function for its rows and writes them; a wrong result fails the test at its end.
+def record(request, benchmark, run: Run, case: Case, visit: int) -> Callable[[Callable[[], list[Row]]], None]:
+    """``record(function)`` calls the function, and writes the rows that it returns. Wrong results then fail the test.
 
-    pytest-benchmark neither repeats nor compares here, since only turns make the times of a case comparable: it gets
-    the whole measurement as one call, and the rows as its extra info.
+    For pytest-benchmark the whole measurement is one call, with the rows as extra info. It does not repeat the call or
+    compare times, because only interleaved rounds make the times of a case comparable.
     """
-
     test = request.node.originalname, case
     if visit and test not in run.short:
         pytest.skip("the first visit was long enough")
@@ -124,8 +141,8 @@ def record(request, benchmark, run, case, visit):
     if limit is not None and start - run.begun > limit:
         pytest.skip("no time left")
 
-    def record(measure):
-        rows = benchmark.pedantic(measure, rounds=1)
+    def record(function: Callable[[], list[Row]]) -> None:
+        rows = benchmark.pedantic(function, rounds=1)
         run.result.add(rows)
         benchmark.extra_info["rows"] = rows
         wrong = [f"{name_of(row)}: {row['status']}" for row in rows if row["status"].startswith("wrong")]
@@ -137,19 +154,19 @@ def record(request, benchmark, run, case, visit):
 
 
 @pytest.fixture
-def side_by_side(request, record, run, sizes):
-    """``side_by_side(case, providers)`` checks the providers of a case, times them in turns and records the rows."""
+def measure(request, record, run: Run, sizes: grid.Sizes) -> Callable:
+    """``measure(case, providers)`` checks the providers of a case, times them in interleaved rounds and writes rows."""
 
-    def side_by_side(case, providers):
+    def measure(case, providers):
         hot = request.config.getoption("bench_hot")
         record(partial(measure_case, case, providers, run.peaks, sizes.rounds, hot, run.seen))
 
-    return side_by_side
+    return measure
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_group_stats():
-    """No table of pytest-benchmark: a row of it would be all providers of a case together."""
+    """Disable the table of pytest-benchmark, whose rows would each contain all providers of a case."""
     return []
 
 
@@ -158,4 +175,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if run is not None and run.result.rows:
         terminalreporter.write_line(f"\n{backends()}\n")
         terminalreporter.write_line("\n".join(case_tables(run.result.rows)))
-        terminalreporter.write_line(f"\nwritten: {run.result.path} and .csv; python -m bench.harness.report draws it")
+        terminalreporter.write_line(
+            f"\nwritten: {run.result.path} and .csv; python -m bench.harness.report writes tables and figures"
+        )

@@ -1,5 +1,6 @@
-// pruneattn._C: pointers, sizes and strides as integers, so that it needs no torch to build and outlives torch's ABI.
-// The ops in Python own allocation, dtypes and devices; here arguments are checked, the GIL is released.
+// pruneattn._C takes pointers, sizes and strides as integers. It needs no torch to build and does not depend on
+// torch's ABI. The ops in Python handle allocation, dtypes and devices. The functions here check arguments and
+// release the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -82,8 +83,8 @@ void check_sizes(int64_t batch, int64_t heads, int64_t queries, int64_t tokens, 
 }
 
 void check_extra_tokens(int64_t extra_tokens, int64_t tokens) {
-  check(extra_tokens >= 0 && extra_tokens < tokens, "extra_tokens must be in 0.." + std::to_string(tokens - 1) +
-                                                        ", got " + std::to_string(extra_tokens));
+  check(extra_tokens >= 0 && extra_tokens < tokens,
+        "extra_tokens must be in 0.." + std::to_string(tokens - 1) + ", got " + std::to_string(extra_tokens));
 }
 
 void cpu_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t queries, int64_t tokens,
@@ -96,17 +97,17 @@ void cpu_attention(const std::string& dtype, int64_t batch, int64_t heads, int64
                  threads);
 }
 
-void cpu_column_mean_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t tokens,
-                               int64_t channels, const HeadsArgument& q, const HeadsArgument& k,
-                               const HeadsArgument& v, const HeadsArgument& out, uintptr_t lse, double scale,
-                               int64_t extra_tokens, uintptr_t scores, int threads) {
+void cpu_column_mean_attention(const std::string& dtype, int64_t batch, int64_t heads, int64_t tokens, int64_t channels,
+                               const HeadsArgument& q, const HeadsArgument& k, const HeadsArgument& v,
+                               const HeadsArgument& out, uintptr_t lse, double scale, int64_t extra_tokens,
+                               uintptr_t scores, int threads) {
   check_sizes(batch, heads, tokens, tokens, channels);
   check_extra_tokens(extra_tokens, tokens);
   check_threads(threads);
-  cpu::column_mean_attention({cpu_dtype_of(dtype), batch, heads, tokens, tokens, channels, heads_of(q), heads_of(k),
-                              heads_of(v), heads_of(out), reinterpret_cast<float*>(lse), static_cast<float>(scale),
-                              nullptr, 0},
-                             extra_tokens, reinterpret_cast<float*>(scores), threads);
+  cpu::column_mean_attention(
+      {cpu_dtype_of(dtype), batch, heads, tokens, tokens, channels, heads_of(q), heads_of(k), heads_of(v),
+       heads_of(out), reinterpret_cast<float*>(lse), static_cast<float>(scale), nullptr, 0},
+      extra_tokens, reinterpret_cast<float*>(scores), threads);
 }
 
 void cpu_cls_scores(const std::string& dtype, int64_t batch, int64_t heads, int64_t tokens, int64_t channels,
@@ -123,8 +124,8 @@ void cpu_cls_scores(const std::string& dtype, int64_t batch, int64_t heads, int6
 #ifdef PRUNEATTN_CUDA
 void check_cuda_selection(int64_t batch, int64_t patches, int64_t keep) {
   check_selection(batch, patches, keep);
-  check(patches <= kMaxPatches, "patches must be at most " + std::to_string(kMaxPatches) + " on CUDA, got " +
-                                    std::to_string(patches));
+  check(patches <= kMaxPatches,
+        "patches must be at most " + std::to_string(kMaxPatches) + " on CUDA, got " + std::to_string(patches));
 }
 
 cuda::Stream stream_of(uintptr_t stream) { return reinterpret_cast<cuda::Stream>(stream); }
@@ -143,9 +144,9 @@ void cuda_gather_tokens(uintptr_t index, int64_t batch, int64_t patches, int64_t
                       stream_of(stream));
 }
 
-void cuda_prune_epilogue(uintptr_t partials, int64_t batch, int64_t partial_rows, int64_t patches,
-                         int64_t batch_stride, int64_t row_stride, int64_t keep, uintptr_t scores, uintptr_t index,
-                         int64_t extra_tokens, const RowsArgument& rows, int device, uintptr_t stream) {
+void cuda_prune_epilogue(uintptr_t partials, int64_t batch, int64_t partial_rows, int64_t patches, int64_t batch_stride,
+                         int64_t row_stride, int64_t keep, uintptr_t scores, uintptr_t index, int64_t extra_tokens,
+                         const RowsArgument& rows, int device, uintptr_t stream) {
   check_cuda_selection(batch, patches, keep);
   check(partial_rows >= 1 && partial_rows <= INT32_MAX,
         "partial_rows must be in 1..2147483647, got " + std::to_string(partial_rows));
@@ -155,8 +156,7 @@ void cuda_prune_epilogue(uintptr_t partials, int64_t batch, int64_t partial_rows
 }
 
 void cuda_prune_tokens(uintptr_t scores, int64_t batch, int64_t patches, int64_t batch_stride, int64_t keep,
-                       uintptr_t index, int64_t extra_tokens, const RowsArgument& rows, int device,
-                       uintptr_t stream) {
+                       uintptr_t index, int64_t extra_tokens, const RowsArgument& rows, int device, uintptr_t stream) {
   cuda_prune_epilogue(scores, batch, 1, patches, batch_stride, 0, keep, 0, index, extra_tokens, rows, device, stream);
 }
 
@@ -198,15 +198,11 @@ void cuda_column_mean_attention(const std::string& dtype, int64_t batch, int64_t
   check(scale > 0, "scale must be positive on CUDA, got " + std::to_string(scale));
   constexpr double kLog2E = 1.4426950408889634;
   const cuda::Attention attention = {
-      aligned_heads_of("q", q),
-      aligned_heads_of("k", k),
-      aligned_heads_of("v", v),
-      aligned_heads_of("out", out),
+      aligned_heads_of("q", q), aligned_heads_of("k", k), aligned_heads_of("v", v), aligned_heads_of("out", out),
       reinterpret_cast<float*>(lse),
-      std::max(static_cast<float>(scale * kLog2E), std::numeric_limits<float>::min()),  // 0 times the padding is NaN
-      static_cast<int>(heads),
-      static_cast<int>(tokens),
-      static_cast<int>(extra_tokens),
+      // Not 0: the padding's 0 * -Inf would be NaN.
+      std::max(static_cast<float>(scale * kLog2E), std::numeric_limits<float>::min()), static_cast<int>(heads),
+      static_cast<int>(tokens), static_cast<int>(extra_tokens),
       static_cast<float>(1.0 / (static_cast<double>(heads) * static_cast<double>(tokens - extra_tokens)))};
   cuda::column_mean_attention(cuda_dtype_of(dtype), batch, attention, reinterpret_cast<float*>(partials), parts, device,
                               stream_of(stream));
@@ -232,61 +228,60 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pruneattn; used through pruneattn.ops.";
   m.attr("MAX_PATCHES") = kMaxPatches;
   m.attr("MAX_TOKENS") = kMaxTokens;
-  m.def("build_info", &build_info, "What was compiled: cuda, cuda_architectures, cuda_reason, compiler.");
+  m.def("build_info", &build_info, "How the extension was compiled: cuda, cuda_architectures, cuda_reason, compiler.");
 
   using py::arg;
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   m.def("cpu_select_tokens", &cpu_select_tokens, nogil, arg("scores_ptr"), arg("batch"), arg("patches"),
         arg("batch_stride"), arg("keep"), arg("index_ptr"), arg("threads"),
-        "Numbers of the `keep` best patches of each clip, ascending. Strides of scores are in elements.");
+        "Writes the numbers of the `keep` best patches of each clip, ascending. Strides of scores are in elements.");
   m.def("cpu_gather_tokens", &cpu_gather_tokens, nogil, arg("index_ptr"), arg("batch"), arg("patches"), arg("keep"),
         arg("extra_tokens"), arg("rows"), arg("threads"),
-        "Copies extra tokens and kept rows of 1..4 tensors. IndexError for a patch number out of range.");
+        "Copies the extra tokens and kept rows of 1..4 tensors. Raises IndexError for a patch number out of range.");
   m.def("cpu_prune_tokens", &cpu_prune_tokens, nogil, arg("scores_ptr"), arg("batch"), arg("patches"),
         arg("batch_stride"), arg("keep"), arg("index_ptr"), arg("extra_tokens"), arg("rows"), arg("threads"),
-        "cpu_select_tokens, then cpu_gather_tokens.");
-  m.def("cpu_attention", &cpu_attention, nogil, arg("dtype"), arg("batch"), arg("heads"), arg("queries"),
-        arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
-        arg("threads"),
-        "Softmax attention. A tensor is (pointer, batch stride, head stride, token stride), in elements.");
+        "Calls cpu_select_tokens, then cpu_gather_tokens.");
+  m.def("cpu_attention", &cpu_attention, nogil, arg("dtype"), arg("batch"), arg("heads"), arg("queries"), arg("tokens"),
+        arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"), arg("threads"),
+        "Computes softmax attention. A tensor is (pointer, batch stride, head stride, token stride), in elements.");
   m.def("cpu_column_mean_attention", &cpu_column_mean_attention, nogil, arg("dtype"), arg("batch"), arg("heads"),
         arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
         arg("extra_tokens"), arg("scores_ptr"), arg("threads"),
-        "cpu_attention, and the mean of the softmax matrix over heads and patch rows.");
+        "Computes cpu_attention and the mean of the softmax matrix over heads and patch rows.");
   m.def("cpu_cls_scores", &cpu_cls_scores, nogil, arg("dtype"), arg("batch"), arg("heads"), arg("tokens"),
         arg("channels"), arg("q"), arg("k"), arg("scale"), arg("extra_tokens"), arg("scores_ptr"), arg("threads"),
-        "The class token's row of the softmax matrix, averaged over heads. q is as k is, its token stride unused.");
-  m.def("cpu_isas", &cpu::isas, "Instruction sets that the attention kernels can use here, the best one first.");
+        "The class token's row of the softmax matrix, averaged over heads. The token stride of q is not used.");
+  m.def("cpu_isas", &cpu::isas, "The instruction sets that the attention kernels can use on this machine, best first.");
   m.def("cpu_isa", [] { return std::string(cpu::isa().name); }, "The instruction set in use.");
-  m.def("cpu_use_isa", &cpu::use_isa, arg("name"), "Use another instruction set; not while kernels run.");
+  m.def("cpu_use_isa", &cpu::use_isa, arg("name"), "Selects an instruction set. Must not be called while kernels run.");
 #ifdef PRUNEATTN_CUDA
   m.def("cuda_select_tokens", &cuda_select_tokens, nogil, arg("scores_ptr"), arg("batch"), arg("patches"),
         arg("batch_stride"), arg("keep"), arg("index_ptr"), arg("device"), arg("stream"),
         "cpu_select_tokens on a CUDA stream, for at most MAX_PATCHES patches.");
   m.def("cuda_gather_tokens", &cuda_gather_tokens, nogil, arg("index_ptr"), arg("batch"), arg("patches"), arg("keep"),
         arg("extra_tokens"), arg("rows"), arg("device"), arg("stream"),
-        "cpu_gather_tokens on a CUDA stream; a patch number out of range gives a row of zero bytes, not an error.");
+        "cpu_gather_tokens on a CUDA stream. A patch number out of range gives a row of zero bytes, not an error.");
   m.def("cuda_prune_tokens", &cuda_prune_tokens, nogil, arg("scores_ptr"), arg("batch"), arg("patches"),
         arg("batch_stride"), arg("keep"), arg("index_ptr"), arg("extra_tokens"), arg("rows"), arg("device"),
         arg("stream"), "cuda_select_tokens and cuda_gather_tokens in one launch.");
   m.def("cuda_prune_epilogue", &cuda_prune_epilogue, nogil, arg("partials_ptr"), arg("batch"), arg("partial_rows"),
         arg("patches"), arg("batch_stride"), arg("row_stride"), arg("keep"), arg("scores_ptr"), arg("index_ptr"),
         arg("extra_tokens"), arg("rows"), arg("device"), arg("stream"),
-        "Adds up the partial rows [batch, partial_rows, patches] into scores [batch, patches] (0: nowhere), in order, "
-        "and does what cuda_prune_tokens does with the sums, in the same launch.");
+        "Sums partials [batch, partial_rows, patches] over the rows, in order, into scores [batch, patches] (0: not "
+        "written), then prunes by these scores as cuda_prune_tokens does, in the same launch.");
   m.def("cuda_cls_scores", &cuda_cls_scores, nogil, arg("dtype"), arg("batch"), arg("heads"), arg("tokens"),
         arg("channels"), arg("q"), arg("k"), arg("scale"), arg("extra_tokens"), arg("partials_ptr"), arg("device"),
         arg("stream"),
-        "The class token's row of each head's softmax matrix, over heads: partials [batch, heads, tokens - "
-        "extra_tokens] add up to the scores. For at most MAX_TOKENS tokens; float16, too.");
+        "Computes the class token's row of each head's softmax matrix, divided by heads: the scores are the sum of "
+        "partials [batch, heads, tokens - extra_tokens] over heads. At most MAX_TOKENS tokens. Also takes float16.");
   m.def("cuda_most_tokens", &cuda::most_tokens, arg("device"),
-        "The most tokens of a clip that cuda_column_mean_attention takes on this device.");
+        "The maximum number of tokens that cuda_column_mean_attention takes on this device.");
   m.def("cuda_attention_parts", &cuda::attention_parts, arg("heads"), arg("tokens"), arg("device"),
-        "Rows of partial column means per head; `heads` of all clips together.");
+        "The number of rows of partial column means per head. `heads` counts the heads of all clips.");
   m.def("cuda_column_mean_attention", &cuda_column_mean_attention, nogil, arg("dtype"), arg("batch"), arg("heads"),
         arg("tokens"), arg("channels"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse_ptr"), arg("scale"),
         arg("extra_tokens"), arg("partials_ptr"), arg("parts"), arg("device"), arg("stream"),
-        "cpu_column_mean_attention in half precision, for heads of 64 channels and at most cuda_most_tokens tokens. The "
-        "column means are in partials [batch, heads * parts, tokens - extra_tokens], yet to be added up.");
+        "cpu_column_mean_attention in half precision, for heads of 64 channels and at most cuda_most_tokens tokens. "
+        "The column means are the sum of partials [batch, heads * parts, tokens - extra_tokens] over dimension 1.");
 #endif
 }

@@ -1,4 +1,5 @@
-// What the CPU and the CUDA kernels share: limits, where tensors lie, the rows to copy, the order of scores, argument checks.
+// Definitions that the CPU and CUDA kernels share: limits, tensor strides, rows to copy, the order of scores,
+// argument checks.
 #pragma once
 
 #include <cstdint>
@@ -14,19 +15,19 @@
 
 namespace pruneattn {
 
-constexpr int kMaxPatches = 4096;            // the CUDA kernels hold all keys of a clip in the registers of one block
-constexpr int kMaxTokens = kMaxPatches + 8;  // one for class scores holds a head's logits in one block's shared memory
+constexpr int kMaxPatches = 4096;            // on CUDA, one block holds all keys of a clip in registers
+constexpr int kMaxTokens = kMaxPatches + 8;  // of cls_scores on CUDA: one block holds a head's logits in shared memory
 constexpr int kMaxTensors = 4;               // tensors gathered in one launch
 
 enum class Dtype { float32, bfloat16, float16 };
 
-// Where a [B, H, N, D] tensor lies: strides in elements, channels next to each other.
+// A [B, H, N, D] tensor: strides in elements, channels contiguous.
 struct Heads {
   char* data;
   int64_t batch_stride, head_stride, token_stride;
 };
 
-// Rows of one tensor, in bytes: src[clip][token][row_bytes] -> dst[clip][extra_tokens + keep][row_bytes], contiguous.
+// Rows of one tensor: src [B, N, row_bytes] -> dst [B, extra_tokens + keep, row_bytes], contiguous. Strides in bytes.
 struct Rows {
   const char* src;
   char* dst;
@@ -41,7 +42,7 @@ struct RowsList {
 };
 
 // Maps a score to an integer that orders like a descending sort of floats: NaN first, then +Inf ... -Inf; -0 == +0.
-// The smallest key, that of -Inf, is 0x007fffff, so 0 is free to mean "no patch".
+// The smallest key, that of -Inf, is 0x007fffff, so 0 can mean "no patch".
 PRUNEATTN_HOST_DEVICE inline uint32_t score_key(float score) {
   uint32_t bits;
 #ifdef __CUDA_ARCH__
@@ -50,8 +51,8 @@ PRUNEATTN_HOST_DEVICE inline uint32_t score_key(float score) {
   std::memcpy(&bits, &score, sizeof bits);
 #endif
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0xffffffffu;                // NaN of either sign
-  if (magnitude == 0) return 0x80000000u;                         // both zeros
+  if (magnitude > 0x7f800000u) return 0xffffffffu;  // NaN of either sign
+  if (magnitude == 0) return 0x80000000u;           // both zeros
   return bits == magnitude ? bits | 0x80000000u : ~bits;
 }
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # Type checkers and editors read these imports; at run time t
     from .ops.backend import backends as backends
     from .ops.backend import use_backend as use_backend
 else:
-    # Imported on first use, so that `import pruneattn` stays quick and needs no optional package.
+    # Imported on first use, so that `import pruneattn` is quick and needs no optional package.
     _PUBLIC = {
         "create_model": "models",
         "list_models": "models",

@@ -36,33 +36,46 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(words: list[str]) -> int | None:
-    command = next(iter(words), "")
-    if command and not command.startswith("-") and command not in COMMANDS:
-        raise UserError(_unknown(command))
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        raise UserError(_unknown(words[0]))
     _parser().parse_args(words[:1])  # exits for --help and --version, and if there is no command
-    return _entry_point(command)(words[1:])
+    return _entry_point(words[0])(words[1:])
 
 
 def _entry_point(command: str) -> Callable[[list[str]], int | None]:
     """The function that runs a command. Only its module is imported, and only here, because most of them need torch."""
+    run: Callable[[list[str]], int | None]
     match command:
         case "train":
-            from .train import main as run
+            from .train import main as train
+
+            return train
         case "evaluate":
-            from .evaluate import main as run
+            from .evaluate import main as evaluate
+
+            return evaluate
         case "predict":
-            from .predict import main as run
+            from .predict import main as predict
+
+            return predict
         case "export":
-            from .export import main as run
+            from .export import main as export
+
+            return export
         case "convert":
-            from .convert import main as run
+            from .convert import main as convert
+
+            return convert
         case "data":
-            from .data.__main__ import main as run
+            from .data.__main__ import main as data
+
+            return data
         case "analyze":
-            from .analysis.__main__ import main as run
+            from .analysis.__main__ import main as analyze
+
+            return analyze
         case _:
             return _backends
-    return run
 
 
 def _unknown(command: str) -> str:

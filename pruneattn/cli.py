@@ -86,7 +86,7 @@ def add_checkpoint_options(parser: Options) -> None:
         "(user/name or user/name@revision), or with --model any other checkpoint file",
     )
     group = parser.add_argument_group("checkpoints of other projects (AST, AudioMAE, Hugging Face, timm)")
-    group.add_argument("--model", metavar="NAME", help="model that the weights are for: audiomae_base, ast_base, ...")
+    add_model_option(group, "model that the weights are for: audiomae_base, ast_base, ...")
     group.add_argument("--num-classes", type=int, metavar="K", help="classes of the head (default: the dataset's)")
     add_frames_option(group, "10 ms frames of the input (default: the dataset's)")
     group.add_argument("--mean", type=float, help="mean of the log-mel values in training (default: the dataset's)")
@@ -163,9 +163,14 @@ def add_label_csv_option(parser: Options, what: str = "CSV of the labels") -> No
     parser.add_argument("--label-csv", metavar="CSV", help=f"{what} {_LABEL_CSV_COLUMNS}")
 
 
-def add_frames_option(parser: Options, text: str) -> None:
+def add_model_option(parser: Options, text: str, **settings: Any) -> None:
+    """Add ``--model`` with a help text."""
+    parser.add_argument("--model", metavar="NAME", help=text, **settings)
+
+
+def add_frames_option(parser: Options, text: str, **settings: Any) -> None:
     """Add ``--frames`` with a help text."""
-    parser.add_argument("--frames", type=int, metavar="F", help=text)
+    parser.add_argument("--frames", type=int, metavar="F", help=text, **settings)
 
 
 def add_keep_rate_option(

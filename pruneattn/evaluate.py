@@ -156,9 +156,14 @@ def score_keep_rates(
     Returns:
         The results of ``evaluate_predictions`` in the order of ``keep_rates``, and ``(path, reason)`` of each clip that
         could not be read. Every process gets the same values.
+
+    Raises:
+        UserError: the model has no features, or no clip could be read.
     """
     from .data import FeatureExtractor, make_loader
 
+    if model.features is None:
+        raise UserError("the model does not say how to compute its features: set model.features, a FeatureConfig")
     loader = make_loader(
         dataset, batch_size, train=False, workers=workers, rank=distributed.rank(), world=distributed.world_size()
     )

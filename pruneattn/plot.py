@@ -175,10 +175,6 @@ def log_mel_colors(fbank: NDArray[np.floating], sounding: int) -> NDArray[np.flo
     return np.asarray(colormaps["magma"](image.T))[..., :3]
 
 
-#: Former name of ``log_mel_colors``.
-log_mel_colours = log_mel_colors
-
-
 def draw_patches(
     axis: Axes, colors: NDArray[np.floating], grid: NDArray[np.bool_], start: float, sounding: int
 ) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import write_csv, write_json, write_text
+from .files import TEXT, write_csv, write_json, write_lines, write_text
 from .plot import KeepRate, keep_rate_text, plot_tradeoff, save_figure
 
 #: Name of the file that lists the clips that could not be read.
@@ -27,13 +27,8 @@ def table_text(rows: Sequence[Row], context: Mapping[str, Any]) -> str:
         rows: one dict for each keep-rate.
         context: conditions of the measurement, by name.
     """
-    lines = [
-        f"{context['checkpoint']} ({context['model']}, {context['score']} score) on {_where(context)}: "
-        f"{context['clips']} clips",
-        "",
-        *_markdown(rows, context["metric"]),
-        "",
-    ]
+    model = f"{context['checkpoint']} ({context['model']}, {context['score']} score)"
+    lines = [f"{model} on {_where(context)}: {context['clips']} clips", "", *_markdown(rows, context["metric"]), ""]
     if "dense" in context:
         lines.append(
             f"Speed: model only, batches of {context['batch_size']}, {context['amp']}, {context['device']}, torch "
@@ -98,6 +93,28 @@ def save_failed(output: Path, failed: Sequence[tuple[str, str]]) -> Path:
     if failed:
         write_text(path, "".join(f"{clip}\t{' '.join(reason.split())}\n" for clip, reason in failed))
     return path
+
+
+def add_failed(output: Path, failed: Iterable[tuple[str, str]]) -> int:
+    """Add clips to ``failed_clips.txt`` of a training run. The list keeps the clips of all epochs.
+
+    Lines are ``path: reason`` and sorted, as in the lists of earlier versions.
+
+    Args:
+        output: output folder of the run.
+        failed: ``(path, reason)`` of each clip that could not be decoded.
+
+    Returns:
+        Number of clips in the list if it has changed, else 0.
+    """
+    path = output / FAILED
+    known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+    texts = (" ".join(f"{clip}: {reason}".splitlines()) for clip, reason in failed)
+    lines = known.union(text.encode(**TEXT).decode() for text in texts)  # as a later call reads them
+    if lines == known:
+        return 0
+    write_lines(path, sorted(lines))
+    return len(lines)
 
 
 def say_failed(failed: Sequence[tuple[str, str]], clips: int, path: Path) -> None:

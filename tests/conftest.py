@@ -80,7 +80,7 @@ def isa(request, use_isa):
         yield request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     """``make_model(family, ...)``: a small model with weights large enough that attention is far from uniform."""
 

@@ -93,7 +93,7 @@ def commands_of(name):
             variables = re.findall(r'^(\w+)="([^"]*)"', text, re.MULTILINE)
             variables = dict(variables + re.findall(r"^for (\w+) in (\S+)", text, re.MULTILINE))
             for line in text.splitlines():
-                line = re.sub(r"\$(\w+)", lambda found: variables.get(found[1], "1"), line)
+                line = re.sub(r"\$(\w+)", lambda found, values=variables: values.get(found[1], "1"), line)
                 yield shlex.split(line, comments=True)
 
 

@@ -15,7 +15,7 @@ def leave(main):
     return leaving.value.code
 
 
-def test_exit_code_is_what_the_command_returns():
+def test_the_command_returns_the_exit_code():
     assert leave(lambda: 3) == 3
     assert not leave(lambda: None)
 
@@ -48,11 +48,11 @@ def test_a_lost_worker_is_one_line(message):
         raise RuntimeError(message)
 
     code = leave(lost)
-    assert code.startswith(f"error: {message.rstrip('. ')}: a process that decodes clips died")
+    assert code.startswith(f"error: {message.rstrip('. ')}: a process that decodes clips died, usually because")
     assert all(word in code for word in ("memory", "/dev/shm", "--workers", "--resume")) and "\n" not in code
 
 
-def test_a_file_name_that_is_no_text_can_be_printed(monkeypatch):
+def test_a_file_name_that_is_not_valid_text_can_be_printed(monkeypatch):
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8", write_through=True))
     leave(lambda: print("\udcff.wav"))
@@ -64,7 +64,7 @@ def test_other_errors_keep_their_traceback():
         run_command(lambda: 1 / 0)
 
 
-def test_options_below_their_least_value():
+def test_options_below_their_least_value_are_errors():
     args = Namespace(batch_size=1, rounds=-1, limit=None)
     check_least(args, batch_size=1, limit=1)
     with pytest.raises(UserError, match=r"^--rounds -1: must be at least 0$"):

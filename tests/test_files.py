@@ -1,12 +1,21 @@
+import json
+import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pruneattn.errors import UserError
-from pruneattn.files import atomic_write, atomic_write_all
+from pruneattn.files import (
+    atomic_write,
+    atomic_write_all,
+    json_values,
+    make_folder,
+    write_csv,
+    write_json,
+    write_lines,
+)
 
 
 def test_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -23,9 +32,13 @@ def test_replaces_the_file_and_leaves_nothing_else(tmp_path):
 def test_an_exception_keeps_the_old_file(tmp_path):
     path = tmp_path / "state.pt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
+
+    def stop(temporary):
         temporary.write_text("half")
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
+        stop(temporary)
     with pytest.raises(RuntimeError, match="of the block"), atomic_write(path):
         raise RuntimeError("of the block")
     assert path.read_text() == "old"
@@ -33,11 +46,10 @@ def test_an_exception_keeps_the_old_file(tmp_path):
 
 
 def test_permissions_follow_the_umask(tmp_path):
-    save_file = pytest.importorskip("safetensors.torch").save_file
     before = os.umask(0o027)
     try:
         with atomic_write(tmp_path / "x.safetensors") as temporary:
-            save_file({"x": torch.zeros(1)}, temporary)  # makes a file that only its owner can read
+            save_file({"x": torch.zeros(1)}, temporary)  # creates a file that only its owner can read
     finally:
         os.umask(before)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
@@ -52,45 +64,35 @@ def test_a_symbolic_link_stays_one(tmp_path):
     assert link.is_symlink() and (tmp_path / "real" / "last.pt").read_text() == "new"
 
 
-def test_refusals_name_the_path(tmp_path):
+def test_errors_name_the_path(tmp_path):
     with pytest.raises(UserError, match="absent.*No such file"), atomic_write(tmp_path / "absent" / "x.pt"):
         pytest.fail("the block must not run")
     with pytest.raises(UserError, match="is a folder"), atomic_write(tmp_path):
         pytest.fail("the block must not run")
 
 
-FULL_DISK = """
-import resource, sys, torch
-from safetensors.torch import save_file
-from pruneattn.errors import UserError
-from pruneattn.files import atomic_write
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # writes fail half way, as they do on a full disk
-tensor = torch.zeros(100_000)
-for name, save in (
-    ("x.pt", lambda path: torch.save(tensor, path)),
-    ("x.safetensors", lambda path: save_file({"x": tensor}, path)),
-    ("x.bin", lambda path: path.write_bytes(bytes(100_000))),
-):
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("x.pt", lambda tensor, path: torch.save(tensor, path)),
+        ("x.safetensors", lambda tensor, path: save_file({"x": tensor}, path)),
+        ("x.bin", lambda tensor, path: path.write_bytes(bytes(4 * len(tensor)))),
+    ],
+)
+def test_a_full_disk_keeps_the_old_file(tmp_path, name, save):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / name
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # writes fail half way, as on a full disk
     try:
-        with atomic_write(f"{sys.argv[1]}/{name}") as temporary:
-            save(temporary)
-    except UserError as error:
-        print(error)
-"""
-
-
-def test_a_full_disk_keeps_the_old_file(tmp_path):
-    pytest.importorskip("resource")
-    for name in ("x.pt", "x.safetensors", "x.bin"):
-        (tmp_path / name).write_text("old")
-    run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    lines = run.stdout.splitlines()
-    assert len(lines) == 3, run.stderr
-    for name, line in zip(("x.pt", "x.safetensors", "x.bin"), lines, strict=True):
-        assert line.startswith(f"cannot write {tmp_path}/{name}: ") and "is unchanged" in line
-        assert (tmp_path / name).read_text() == "old"
-    assert sorted(os.listdir(tmp_path)) == ["x.bin", "x.pt", "x.safetensors"]
+        with pytest.raises(UserError) as error, atomic_write(path) as temporary:
+            save(torch.zeros(100_000), temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = str(error.value)
+    assert message.startswith(f"cannot write {path}: ") and "The existing file is unchanged" in message
+    assert path.read_text() == "old" and os.listdir(tmp_path) == [name]
 
 
 def test_several_files_are_replaced_together(tmp_path):
@@ -100,10 +102,35 @@ def test_several_files_are_replaced_together(tmp_path):
         for name, path in temporary.items():
             path.write_text(name)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "a", "b": "b"}
-    with pytest.raises(KeyError), atomic_write_all(folder, ["a", "b", "c"]) as temporary:
+
+    def fail(temporary):
         temporary["a"].write_text("new")
         raise KeyError
+
+    with pytest.raises(KeyError), atomic_write_all(folder, ["a", "b", "c"]) as temporary:
+        fail(temporary)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "a", "b": "b"}
-    with pytest.raises(UserError, match="cannot make the folder .*a: .*; choose another place"):
-        with atomic_write_all(folder / "a", ["x"]):
-            pass
+    message = "cannot make the folder .*a: .*; choose another place"
+    with pytest.raises(UserError, match=message), atomic_write_all(folder / "a", ["x"]):
+        pytest.fail("the block must not run")
+
+
+def test_json_has_no_nan(tmp_path):
+    assert json_values({"a": [math.nan, 1.0], "b": (math.inf, "x")}) == {"a": [None, 1.0], "b": [None, "x"]}
+    write_json(tmp_path / "a.json", {"a": -math.inf})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None}
+
+
+def test_names_that_are_not_utf8_are_escaped(tmp_path):
+    name = os.fsdecode(b"\xff.wav")
+    write_lines(tmp_path / "a.txt", [name, 1])
+    write_csv(tmp_path / "a.csv", [{"path": name, "label": "a,b"}])
+    assert (tmp_path / "a.txt").read_text() == "\\udcff.wav\n1\n"
+    assert (tmp_path / "a.csv").read_text() == 'path,label\n\\udcff.wav,"a,b"\n'
+
+
+def test_a_folder_for_results_is_checked_to_be_writable(tmp_path):
+    assert make_folder(tmp_path / "a" / "b").is_dir() and not os.listdir(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to .*file: .*; choose another folder with --output"):
+        make_folder(tmp_path / "file")

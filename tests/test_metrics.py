@@ -8,8 +8,8 @@ from pruneattn.errors import UserError
 from pruneattn.metrics import average_precision, evaluate_predictions, roc_auc
 
 
-def test_by_hand():
-    # Clips ranked for class 0: right, wrong, right -> AP (1 + 2/3) / 2, AUC 1/2. Class 1 is its mirror image.
+def test_small_cases_computed_by_hand():
+    # Clips ranked for class 0: correct, wrong, correct -> AP (1 + 2/3) / 2, AUC 1/2. Class 1 is the mirror image.
     scores = np.array([[3.0, 1.0], [2.0, 2.0], [1.0, 3.0]])
     targets = np.array([[1, 0], [0, 1], [1, 0]], dtype=bool)
     assert average_precision(scores, targets) == pytest.approx([5 / 6, 1 / 2])
@@ -17,7 +17,7 @@ def test_by_hand():
     result = evaluate_predictions(scores, targets, multilabel=False)
     assert result["map"] == pytest.approx(2 / 3)
     assert result["mauc"] == pytest.approx(0.5) and result["dprime"] == pytest.approx(0.0, abs=1e-12)
-    # Tied outputs of clip 1 go to class 0, which is wrong; clip 2 is wrong by itself.
+    # Class 0 wins the tie of clip 1, which is wrong. Clip 2 is wrong without a tie.
     assert result["top1"] == pytest.approx(1 / 3)
     assert result["top5"] == 1.0  # only two classes
     assert [row["recall"] for row in result["per_class"]] == [0.5, 0.0]
@@ -34,8 +34,8 @@ def test_equals_scikit_learn(levels):
     if levels:
         logits = np.round(logits * levels / 4) / levels
     targets = rng.random((clips, classes)) < 0.1
-    targets[:, 5] = False  # never there
-    targets[:, 66] = True  # always there
+    targets[:, 5] = False  # no positives
+    targets[:, 66] = True  # no negatives
     with_positive = [k for k in range(classes) if k != 5]
     with_both = [k for k in with_positive if k != 66]
     result = evaluate_predictions(torch.tensor(logits), torch.tensor(targets).float(), multilabel=True)
@@ -61,7 +61,7 @@ def test_one_label_per_clip():
     result = evaluate_predictions(logits, np.eye(12)[labels], multilabel=False)
     assert result["top1"] == pytest.approx(metrics.accuracy_score(labels, logits.argmax(1)))
     assert result["top5"] == pytest.approx(metrics.top_k_accuracy_score(labels, logits, k=5))
-    # Ranked by probability: raw outputs of different clips have no common scale.
+    # Ranked by probability, because raw outputs of different clips have no common scale.
     probability = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = metrics.average_precision_score(np.eye(12)[labels], probability, average="macro")
     assert result["map"] == pytest.approx(expected)
@@ -81,7 +81,7 @@ def test_extremes():
     assert half["map"] == 1.0
 
 
-def test_refuses():
+def test_invalid_predictions_are_errors():
     with pytest.raises(UserError, match="1 of 2 clips got outputs that are not finite"):
         evaluate_predictions([[1.0, math.nan], [1.0, 2.0]], [[1, 0], [0, 1]], False)
     with pytest.raises(UserError, match="no clip could be scored"):

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from pruneattn.errors import UserError
-from pruneattn.plot import check_plot_path, mel_bin, plot_kept_patches, plot_tradeoff, save_figure
+from pruneattn.plot import check_plot_path, keep_rate_text, mel_bin, plot_kept_patches, plot_tradeoff, save_figure
 
 pytest.importorskip("matplotlib")
+
+
+NOISE = np.random.default_rng(0).random((512, 128))
 
 
 def stages():
@@ -29,7 +32,7 @@ def panel_pixels(figure, number):
     return np.asarray(image)[::1]  # [mel bin, frame, RGB], lowest bin first
 
 
-def test_kept_and_dropped_patches_lie_where_they_belong():
+def test_kept_and_dropped_patches_are_drawn_at_their_positions():
     figure = plot_kept_patches(loud_corner(), stages(), title="a clip", subtitle="below", sounding=100)
     assert len(figure.axes) == 3
     whole, _, last = (panel_pixels(figure, i) for i in range(3))
@@ -38,7 +41,7 @@ def test_kept_and_dropped_patches_lie_where_they_belong():
     assert np.array_equal(last[112:, 48:64], whole[112:, 48:64])
     dropped = np.ones((128, 128), dtype=bool)
     dropped[0:16, 32:48] = dropped[112:, 48:64] = False
-    assert np.ptp(last[dropped], axis=0).max() == 0 and last[dropped].min() > 0.9  # one light grey everywhere else
+    assert np.ptp(last[dropped], axis=0).max() == 0 and last[dropped].min() > 0.9  # the same light gray everywhere else
     assert whole[5, 40].sum() > whole[5, 60].sum() + 1  # loud is bright
     titles = [axis.get_title(loc="left") for axis in figure.axes]
     assert titles == ["input: 64 patches", "after block 4: 32 of 64 (50 %)", "after block 7: 2 of 64 (3 %)"]
@@ -46,21 +49,21 @@ def test_kept_and_dropped_patches_lie_where_they_belong():
 
 
 def test_axes_are_seconds_and_hertz():
-    figure = plot_kept_patches(np.random.rand(512, 128), [], title="", start=7.0, sounding=300)
+    figure = plot_kept_patches(NOISE, [], title="", start=7.0, sounding=300)
     (axis,) = figure.axes
     assert axis.get_xlim() == pytest.approx((7.0, 12.12))
-    ticks = dict(zip((label.get_text() for label in axis.get_yticklabels()), axis.get_yticks()))
+    ticks = dict(zip((label.get_text() for label in axis.get_yticklabels()), axis.get_yticks(), strict=True))
     assert list(ticks) == ["125", "500", "1k", "2k", "4k", "8k"]
     assert ticks["1k"] == pytest.approx(mel_bin(1000)) and ticks["8k"] == 128
     hatched = [patch for patch in axis.patches if patch.get_hatch()]
     assert len(hatched) == 1 and hatched[0].get_x() == pytest.approx(10.0)  # where the sound ends
     assert [text.get_text() for text in axis.texts] == ["padding"]
     pruned = np.ones((8, 32), dtype=bool)
-    pruned[:, 20:-1] = False  # a column of the padding is kept: no word may hide which
-    two = plot_kept_patches(np.random.rand(512, 128), [("after block 4", pruned)], title="", sounding=300)
+    pruned[:, 20:-1] = False  # a column of the padding is kept: no word may hide it
+    two = plot_kept_patches(NOISE, [("after block 4", pruned)], title="", sounding=300)
     assert [len(axis.texts) for axis in two.axes] == [1, 0]
     assert all([patch.get_hatch() for patch in axis.patches] == ["////"] for axis in two.axes)
-    full = plot_kept_patches(np.random.rand(512, 128), [], title="")
+    full = plot_kept_patches(NOISE, [], title="")
     assert not full.axes[0].patches and not full.axes[0].texts
 
 
@@ -69,11 +72,11 @@ def test_mel_axis_agrees_with_the_filterbank(hertz):
     fbank = pytest.importorskip("pruneattn.data.fbank")
     wave = torch.sin(2 * math.pi * hertz * torch.arange(16000) / 16000)[None]
     log_mel, _ = fbank.kaldi_fbank(wave, torch.tensor([16000]))
-    loudest = float(log_mel[0].mean(0).argmax()) + 0.5  # centre of the bin
+    loudest = float(log_mel[0].mean(0).argmax()) + 0.5  # center of the bin
     assert abs(mel_bin(hertz) - loudest) <= 1.0
 
 
-def test_writes_a_picture_of_the_kind_asked_for(tmp_path):
+def test_the_suffix_chooses_the_format_of_a_picture(tmp_path):
     figure = plot_kept_patches(loud_corner(), stages(), title="a")
     save_figure(figure, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -94,6 +97,34 @@ def test_tradeoff():
     assert promised == [[100, 95], [200, 90]] and measured == [[90, 95], [160, 90]]
     assert [text.get_text() for text in work.texts] == ["1", "0.5"]
     assert len(plot_tradeoff(rows, "top-1", "title").axes) == 1
+
+
+def test_tradeoff_of_keep_rates_that_differ_by_block():
+    rows = [
+        {
+            "keep_rate": rate,
+            "metric": 0.9 + number / 100,
+            "gmacs_paper": gmacs,
+            "clips_per_second": 10 * gmacs,
+            "theory": 0,
+        }
+        for number, (rate, gmacs) in enumerate([((0.9, 0.7), 8.0), (1.0, 10.0), ([0.6, 0.5], 5.0), (0.5, 4.0)])
+    ]
+    work, speed = plot_tradeoff(rows, "top-1", "title", dense_clips_per_second=100.0).axes
+    line, single = (drawn.get_xydata().tolist() for drawn in work.lines)
+    assert line == [[10, pytest.approx(91)], [4, pytest.approx(93)]]
+    assert single == [[8, pytest.approx(90)], [5, pytest.approx(92)]] and work.lines[1].get_linestyle() == "None"
+    assert [text.get_text() for text in work.texts] == ["1", "0.9,0.7", "0.6,0.5", "0.5"]
+    assert len(speed.lines) == 4 and [text.get_text() for text in speed.get_legend().get_texts()][1] == "measured"
+
+
+@pytest.mark.parametrize(
+    ("keep_rate", "text"),
+    [(0.7, "0.7"), (1, "1"), ((0.9, 0.7, 0.9), "0.9,0.7,0.9"), ([0.5, 0.5], "0.5"), ((1.0,), "1")],
+)
+def test_keep_rates_as_text(keep_rate, text):
+    assert keep_rate_text(keep_rate) == text
+    assert keep_rate_text(keep_rate, "-") == text.replace(",", "-")
 
 
 def test_without_matplotlib(monkeypatch):

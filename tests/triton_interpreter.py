@@ -1,4 +1,4 @@
-"""Triton's interpreter with what it lacks of bfloat16: rounding to nearest, and products (it multiplies the bits)."""
+"""Support for bfloat16 in Triton's interpreter: rounding to nearest, and products (it multiplies the bits)."""
 
 import numpy as np
 import triton.language as tl
@@ -23,5 +23,5 @@ def _widening_dot(self, a, b, *rest):
 
 
 def mend():
-    """Change Triton's interpreter in this process."""
+    """Patch Triton's interpreter in this process."""
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = _rounding_cast, _widening_dot

@@ -1,10 +1,12 @@
-"""What each CUDA kernel takes of a GPU, compiled ahead of time: nvcc is needed, no GPU.
+"""Resources of each CUDA kernel on a GPU, compiled ahead of time. Needs nvcc, but no GPU.
 
     python -m tools.cuda_resources
 
-writes `bench/results/cuda-resources.csv`: registers, shared memory, stack and spilled bytes of each kernel of csrc/cuda,
-for every architecture that is promised.
+writes `bench/results/cuda-resources.csv`: registers, shared memory, stack and spilled bytes of each kernel of csrc/cuda
+on every supported architecture.
 """
+
+from __future__ import annotations
 
 import importlib.util
 import os
@@ -12,7 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +36,12 @@ COLUMNS = (
     "spilled_bytes",
 )
 OUTPUT = RESULTS / "cuda-resources.csv"
-#: Header and type of what a block has in dynamic shared memory, by the kernel's template arguments. Others have none.
+#: Header and type of a block's dynamic shared memory, by the kernel's template arguments. Other kernels have none.
 DYNAMIC = {"column_mean_attention_kernel": ("cuda/column_mean_attention.cuh", "pruneattn::cuda::AttentionMemory<{1}>")}
 
 
 class Usage(NamedTuple):
-    """Of one kernel, as ptxas says; the kernel's name is mangled."""
+    """Resources of one kernel as ptxas reports them. The name of the kernel is mangled."""
 
     architecture: str
     kernel: str
@@ -48,8 +51,8 @@ class Usage(NamedTuple):
     spilled: int
 
 
-def parse_resources(report):
-    """The list of `Usage` in a report of ``ptxas -v``."""
+def parse_resources(report: str) -> list[Usage]:
+    """Parse a report of ``ptxas -v``."""
     usages = []
     for part in report.split("Compiling entry function '")[1:]:
         kernel, architecture = re.match(r"(\w+)' for '(\w+)'", part).groups()
@@ -62,48 +65,50 @@ def parse_resources(report):
     return usages
 
 
-def serialized(report):
-    """The lines of a report in which ptxas says that it makes wgmma wait for each other: remarks C7500 to C7599."""
+def serialized(report: str) -> list[str]:
+    """Lines of a report which say that ptxas serializes wgmma instructions: remarks C7500 to C7599."""
     return [line for line in report.splitlines() if re.search(r"\(C75\d\d\)|wgmma.*serialized", line)]
 
 
-def short(name):
-    """A demangled name without return type, namespaces and parameters: cls_scores_kernel<Half, unsigned short>."""
+def short(name: str) -> str:
+    """Remove return type, namespaces and parameters from a demangled name: cls_scores_kernel<Half, unsigned short>."""
     name = re.sub(r"\(anonymous namespace\)::|\b\w+::|\(\w+\)(?=-?\d)", "", name)
     return re.match(r"(?:void )?([^(]+)", name).group(1)
 
 
-def demangled(names):
-    """{mangled name: short name}."""
+def demangled(names: Sequence[str]) -> dict[str, str]:
+    """Demangle names: dict of mangled name -> short name."""
     run = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
     return dict(zip(names, map(short, run.stdout.splitlines())))
 
 
-def find_nvcc():
-    """The nvcc that setup.py takes, or None."""
+def find_nvcc() -> str | None:
+    """The nvcc that setup.py uses, or None."""
     spec = importlib.util.spec_from_file_location("pruneattn_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.find_nvcc()
 
 
-def release_of(nvcc):
-    """Its version: V13.0.88."""
+def release_of(nvcc: str) -> str:
+    """Version of nvcc: V13.0.88."""
     run = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
     return re.search(r"V[\d.]+", run.stdout).group()
 
 
-def known_to(nvcc):
-    """Those of the architectures that it compiles for."""
+def known_to(nvcc: str) -> list[str]:
+    """The `ARCHITECTURES` that nvcc can compile for."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     return [name for name in ARCHITECTURES if name.rstrip("af") in known]
 
 
-def compile_source(nvcc, source, architecture):
-    """The compilers' report; any warning is an error. The host's code, the same for all, is compiled for sm_80 only.
+def compile_source(nvcc: str, source: Path, architecture: str) -> str:
+    """Compile a source for an architecture and return the report of the compilers. Warnings are errors.
+
+    The host code does not depend on the architecture, so it is compiled for sm_80 only.
 
     Raises:
-        RuntimeError: it does not compile.
+        RuntimeError: the source does not compile.
     """
     flags = [
         "-std=c++17",
@@ -124,8 +129,8 @@ def compile_source(nvcc, source, architecture):
     return run.stdout + run.stderr
 
 
-def dynamic_shared(nvcc, kernels):
-    """{kernel: bytes} of those that have dynamic shared memory, by a program that says the sizes of their types."""
+def dynamic_shared(nvcc: str, kernels: Iterable[str]) -> dict[str, int]:
+    """Bytes of dynamic shared memory of each kernel that has any, by a program that prints the sizes of the types."""
     types = {}
     for kernel in kernels:
         name, _, arguments = kernel.rstrip(">").partition("<")
@@ -143,8 +148,8 @@ def dynamic_shared(nvcc, kernels):
     return dict(zip(types, map(int, run.stdout.split())))
 
 
-def rows_of(nvcc, source, reports):
-    """Rows of the table for a source, from its reports for all architectures."""
+def rows_of(nvcc: str, source: Path, reports: Iterable[str]) -> list[tuple]:
+    """Make the table's rows of a source from its reports for all architectures."""
     usages = [usage for report in reports for usage in parse_resources(report)]
     names = demangled(list(dict.fromkeys(usage.kernel for usage in usages)))
     dynamic, release = dynamic_shared(nvcc, names.values()), release_of(nvcc)
@@ -165,18 +170,19 @@ def rows_of(nvcc, source, reports):
     return sorted(rows, key=lambda row: (ARCHITECTURES.index(row[3]), len(row[2]), row[2]))
 
 
-def compile_all(nvcc, sources=SOURCES):
-    """{source: list of futures of its reports}, an architecture each; every core compiles."""
+def compile_all(nvcc: str, sources: Sequence[Path] = SOURCES) -> dict[Path, list[Future[str]]]:
+    """Compile sources on all cores: dict of source -> futures of its reports, one for each architecture."""
     pool, names = ThreadPoolExecutor(os.cpu_count()), known_to(nvcc)
     reports = {source: [pool.submit(compile_source, nvcc, source, name) for name in names] for source in sources}
     pool.shutdown(wait=False)
     return reports
 
 
-def main(output=OUTPUT):
+def main(output: str | Path = OUTPUT) -> None:
+    """Compile all sources and write the table."""
     nvcc = find_nvcc()
     if nvcc is None:
-        sys.exit("error: no nvcc in CUDA_HOME, PATH or /usr/local/cuda")
+        sys.exit("error: nvcc was not found in CUDA_HOME, PATH or /usr/local/cuda; install the CUDA toolkit")
     reports = compile_all(nvcc)
     rows = [rows_of(nvcc, source, [report.result() for report in some]) for source, some in reports.items()]
     write(output, COLUMNS, [row for some in rows for row in some])

@@ -1,15 +1,17 @@
-"""`make gpu`: build, tests, benchmarks and sanitizer on the CUDA device here, in one result file.
+"""`make gpu`: build, tests, benchmarks and sanitizer on this machine's CUDA device, with one result file.
 
-The tests that use a device (``-m device``; the others are for ``make test``), the small grid of the benchmarks, and
-compute-sanitizer over some of our kernels' tests. A step that is at its limit (`LIMITS`, eleven minutes in all) is
-stopped, said to have been, and the next one begins. ``python -m tools.gpu_run --no-limits --bench-full`` takes the time
-it takes; other options than ``--no-limits`` go to the benchmarks.
+The steps are the tests that use a device (``-m device``), the small grid of the benchmarks, and compute-sanitizer with
+some tests of the CUDA kernels. Each step has a time limit (`LIMITS`, eleven minutes in total). A step that reaches it
+is stopped and marked as stopped, and the next step starts. ``python -m tools.gpu_run --no-limits --bench-full`` runs
+without limits. All options except ``--no-limits`` are passed to the benchmarks.
 
-The result file (bench/results/gpu-<date>.json) is what `pytest bench/ --benchmark-only` writes and in it what each step
-said. It is written after every step. Exit code 1 if a step failed; the table at the end says which. Needs pytest,
-pybind11, ninja and setuptools in this Python; pytest-xdist makes the tests faster. The steps find the package in this
-folder, also where a Python does not see what was installed into it in place.
+The result file ``bench/results/gpu-<date>.json`` contains the benchmarks' result, and the exit code and last lines of
+each step. It is written after every step. The table at the end names the steps that failed; the exit code is then 1.
+The steps need pytest, pybind11, ninja and setuptools in this Python. With pytest-xdist the tests run in parallel. The
+steps import the package from this folder, even if this Python does not find editable installations.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -20,8 +22,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,13 +34,14 @@ from bench.harness.machine import RESULTS, ROOT, describe_machine
 from bench.harness.rows import SCHEMA
 from pruneattn.files import atomic_write
 
-#: Seconds after which a step is stopped. The benchmarks stop by themselves before that.
+#: Seconds after which a step is stopped. The benchmarks start no case after `BENCH_SECONDS`.
 LIMITS = {"build": 180, "tests": 130, "benchmarks": 240, "memcheck": 50, "racecheck": 50}
 BENCH_SECONDS = 200
 
-MOST_WORKERS = 12  # of the tests: each has a CUDA context of half a gigabyte
+#: Processes of the tests; each has a CUDA context of half a gigabyte.
+MOST_WORKERS = 12
 
-#: What says most comes first.
+#: The most informative benchmarks first, because the time limit can end the run.
 BENCHMARKS = (
     "model",
     "pruned_attention",
@@ -56,32 +62,44 @@ BENCHMARKS = (
     "wav_to_label",
 )
 
-#: A kernel is some 10 to 50 times as slow under the sanitizer, so of each some sizes, values and alignments.
+#: Tests that run under the sanitizer: some sizes, values and alignments of each kernel, which is 10 to 50 times slower.
 SANITIZED = "device and (33 or 513 or any_bits or strided or any_order or out_of_range or 4112 or 7-1)"
 
 
-def check_gpu():
+def check_gpu() -> None:
+    """Exit with a message if there is no usable CUDA device."""
     if torch.version.cuda is None:
         sys.exit(f"error: torch {torch.__version__} is built without CUDA; install a CUDA build of torch")
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device: torch.cuda.is_available() is False (see nvidia-smi)")
 
 
-def commands(benchmark_folder, arguments, limited=True):
-    """The steps after the build: dict of name -> command, or why it cannot run (str)."""
+def commands(
+    benchmark_folder: str | Path, arguments: Sequence[str], limited: bool = True
+) -> dict[str, list[str] | str]:
+    """List the steps after the build.
+
+    Args:
+        benchmark_folder: folder for the result of the benchmarks.
+        arguments: further arguments of the benchmarks.
+        limited: whether the benchmarks have a time limit.
+
+    Returns:
+        dict of name -> command, or the reason (str) why the step cannot run.
+    """
     pytest = [sys.executable, "-m", "pytest"]
     parallel = ["-n", str(min(os.cpu_count(), MOST_WORKERS))] if find_spec("xdist") else []
-    # Without pytest-benchmark bench/conftest.py measures the same.
+    # Without pytest-benchmark, bench/conftest.py does the same measurements.
     only = ["--benchmark-only"] if find_spec("pytest_benchmark") else []
     in_time = [f"--bench-seconds={BENCH_SECONDS}"] if limited else []
     files = [f"bench/cases/bench_{name}.py" for name in BENCHMARKS]
-    steps = {
+    steps: dict[str, list[str] | str] = {
         "tests": [*pytest, "tests", "-m", "device", "--durations=15", *parallel],
         "benchmarks": [*pytest, *files, *only, *in_time, f"--bench-output={benchmark_folder}", *arguments],
     }
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
-        # PyTorch's kernels, which fill and copy the tensors, are not what is checked.
+        # PyTorch's kernels, which fill and copy tensors, are not checked.
         options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
         options += ["--kernel-name", "kns=pruneattn"]
         test = [*pytest, "tests/csrc", "-k", SANITIZED]
@@ -89,16 +107,23 @@ def commands(benchmark_folder, arguments, limited=True):
     return steps
 
 
-def step(name, command, limit=None):
-    """Runs a command, shows its output as it comes, and returns what the result file keeps of it.
+def step(name: str, command: Sequence[str] | str, limit: float | None = None) -> dict[str, Any]:
+    """Run a command and print its output.
 
-    ``limit``: seconds after which the command is interrupted, and killed if that does not help.
+    Args:
+        name: name of the step.
+        command: the command, or the reason (str) why it cannot run.
+        limit: seconds after which the command is interrupted, and killed if it does not end.
+
+    Returns:
+        The step's entry in the result file.
     """
     if isinstance(command, str):
         print(f"== {name}: not run: {command}", flush=True)
         return {"ok": None, "tail": [f"not run: {command}"]}
     print(f"== {name}: {' '.join(map(str, command))}", flush=True)
-    begin, tail, late = time.monotonic(), [], threading.Event()
+    begin, late = time.monotonic(), threading.Event()
+    tail: list[str] = []
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         command,
@@ -110,7 +135,13 @@ def step(name, command, limit=None):
         errors="replace",
         start_new_session=True,
     )
-    timer = threading.Timer(limit or threading.TIMEOUT_MAX, lambda: (late.set(), _stop(process)))
+    assert process.stdout is not None
+
+    def stop_late() -> None:
+        late.set()
+        _stop(process)
+
+    timer = threading.Timer(limit or threading.TIMEOUT_MAX, stop_late)
     timer.daemon = True
     timer.start()
     try:
@@ -127,8 +158,8 @@ def step(name, command, limit=None):
     return {**result, "stopped": late.is_set(), "tail": tail}
 
 
-def _stop(process, patience=10.0):
-    """End a command and all that it started."""
+def _stop(process: subprocess.Popen, patience: float = 10.0) -> None:
+    """Interrupt a command and all its child processes, and kill them after `patience` seconds."""
     with suppress(ProcessLookupError, PermissionError):
         if patience:
             os.killpg(process.pid, signal.SIGINT)
@@ -137,14 +168,15 @@ def _stop(process, patience=10.0):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def write(path, result):
+def write(path: Path, result: Mapping[str, Any]) -> None:
+    """Write the result file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def take_benchmarks(result, folder, path):
-    """Move what the benchmarks left in a folder into the result, and their table beside its file."""
+def take_benchmarks(result: dict[str, Any], folder: Path, path: Path) -> None:
+    """Move the result of the benchmarks from `folder` into `result`, and their CSV table next to the result file."""
     measured = next(iter(folder.glob("*.json")), None)
     if measured is not None:
         result |= json.loads(measured.read_text(encoding="utf-8"))
@@ -152,28 +184,37 @@ def take_benchmarks(result, folder, path):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def table(steps):
-    """Lines that say how each step went."""
+def table(steps: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a line for each step: outcome, time and last line of output."""
     words = {True: "ok", False: "FAILED", None: "not run"}
     for name, value in steps.items():
         last = next((line for line in reversed(value["tail"]) if line.strip()), "")
         yield f"{name:12}{words[value['ok']]:9}{value.get('seconds', 0):6.1f} s  {last[:120]}"
 
 
-def main(arguments, results=RESULTS):
+def main(arguments: Sequence[str], results: Path = RESULTS) -> int:
+    """Run all steps and write the result file.
+
+    Args:
+        arguments: options of the command.
+        results: folder of the result file.
+
+    Returns:
+        The exit code.
+    """
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_run", allow_abbrev=False)
-    parser.add_argument("--no-limits", action="store_true", help="let every step take the time it takes")
+    parser.add_argument("--no-limits", action="store_true", help="run all steps without time limits")
     args, arguments = parser.parse_known_args(arguments)
     check_gpu()
     limits = {} if args.no_limits else LIMITS
     install = [sys.executable, "-m", "pip", "install", "-e", ".", "--no-build-isolation", "--no-deps"]
     steps = {"build": step("build", install, limits.get("build"))}
-    machine = describe_machine("cuda")  # of the module that was just built
-    result = {"schema": SCHEMA, "machine": machine, "rows": [], "steps": steps}
+    machine = describe_machine("cuda")  # after the build, because it describes the new extension
+    result: dict[str, Any] = {"schema": SCHEMA, "machine": machine, "rows": [], "steps": steps}
     path = results / f"gpu-{machine['date'][:19].replace(':', '')}.json"
     write(path, result)
     if steps["build"]["ok"]:
-        folder = path.with_suffix("")  # of the benchmarks while they run
+        folder = path.with_suffix("")  # for the result of the benchmarks while they run
         for name, command in commands(folder, arguments, not args.no_limits).items():
             steps[name] = step(name, command, limits.get(name))
             if name == "benchmarks":

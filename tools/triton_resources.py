@@ -1,20 +1,24 @@
-"""What each Triton kernel takes of a GPU, compiled ahead of time: no GPU is needed.
+"""Resources of each Triton kernel on a GPU, compiled ahead of time. Needs no GPU.
 
     python -m tools.triton_resources
 
-writes `bench/results/triton-resources.csv`: registers, spilled bytes, shared memory and tile sizes of each kernel at the
-sizes of the real models, for every architecture that is promised, and which matrix instruction it uses.
+writes `bench/results/triton-resources.csv`: registers, spilled bytes, shared memory, tile sizes and matrix instruction
+of each kernel at the sizes of the real models, on every supported architecture.
 """
+
+from __future__ import annotations
 
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +30,7 @@ from bench.harness.machine import RESULTS
 from bench.harness.op_cases import HEADS
 from pruneattn.kernels import attention, cls_scores, column_mean_attention, tiles
 from pruneattn.kernels import attention_backward as backward
-from pruneattn.kernels.launch import SHARED_OUT, config_for, fit
+from pruneattn.kernels.launch import SHARED_OUT, Launch, config_for, fit
 from tools.resource_table import MOST_SHARED, write
 
 TOKENS = (65, 257, 513, 514)
@@ -56,12 +60,19 @@ COLUMNS = (
 OUTPUT = RESULTS / "triton-resources.csv"
 
 
-def kernels(dtype, channels, tokens, batch=1, heads=HEADS, device="cpu"):
-    """Every kernel on random clips, views of a packed projection as in a model.
+def kernels(
+    dtype: torch.dtype,
+    channels: int,
+    tokens: int,
+    batch: int = 1,
+    heads: int = HEADS,
+    device: torch.device | str = "cpu",
+) -> dict[str, tuple[Callable[..., Launch], list[torch.Tensor]]]:
+    """Prepare every kernel on random clips, which are views of a packed projection as in a model.
 
     Returns:
-        dict of name -> (function of a `Config` that returns the `Launch`, list of what it writes), in an order in which
-        each kernel finds what it reads.
+        dict of name -> (function of a `Config` that returns the `Launch`, list of tensors that the kernel writes). In
+        this order, each kernel reads what earlier kernels wrote.
     """
     torch.manual_seed(0)
     scale, extra = channels**-0.5, 2 - tokens % 2
@@ -81,8 +92,8 @@ def kernels(dtype, channels, tokens, batch=1, heads=HEADS, device="cpu"):
     return {name: (partial(launch, *arguments), written) for name, (launch, arguments, written) in calls.items()}
 
 
-def launches(dtype, channels, tokens, architecture):
-    """``(name, Launch)`` of every kernel with the tile sizes for many clips, and those for few where they differ."""
+def launches(dtype: torch.dtype, channels: int, tokens: int, architecture: str) -> Iterator[tuple[str, Launch]]:
+    """Yield name and `Launch` of every kernel with the tile sizes for many clips, and for few clips if they differ."""
     for name, (launch, _) in kernels(dtype, channels, tokens).items():
         config = config_for(name, architecture, dtype, tiles.block_channels(channels))
         rows = tokens - 2 + tokens % 2 if name == "column_sums" else tokens
@@ -90,9 +101,11 @@ def launches(dtype, channels, tokens, architecture):
             yield name, launch(config=fitted)
 
 
-def compile_for(launch, architecture):
-    """The compiled kernel of a `Launch`, for a call on a GPU of that architecture, which finds it in Triton's cache."""
-    signature, constants, attributes = {}, {}, {}
+def compile_for(launch: Launch, architecture: str) -> Any:
+    """Compile the kernel of a `Launch` for an architecture. A call on such a GPU then finds it in Triton's cache."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list] = {}
     for place, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
@@ -100,7 +113,7 @@ def compile_for(launch, architecture):
             constants[(place,)] = value
             continue
         signature[parameter.name] = mangle_type(value)
-        whole = 16 if isinstance(value, torch.Tensor) else value  # pointers of PyTorch are multiples of 16
+        whole = 16 if isinstance(value, torch.Tensor) else value  # PyTorch's pointers are multiples of 16
         if isinstance(whole, int):
             attributes[(place,)] = [["tt.divisibility", 16]] if whole % 16 == 0 else []
     source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
@@ -111,12 +124,12 @@ def compile_for(launch, architecture):
     return triton.compile(source, target=target, options=options)
 
 
-def _is_cuda(architecture):
+def _is_cuda(architecture: str) -> bool:
     return architecture.startswith("sm_")
 
 
-def usage(compiled):
-    """(registers, spilled bytes) of a compiled kernel: by its listing, or the disassembler in Triton's wheel."""
+def usage(compiled: Any) -> tuple[int, int]:
+    """Registers and spilled bytes of a compiled kernel, by its listing or by the disassembler in Triton's wheel."""
     if "amdgcn" in compiled.asm:
         names = ("vgpr_count", "vgpr_spill_count")
         registers, spilled = (int(re.search(rf"\.{name}: +(\d+)", compiled.asm["amdgcn"]).group(1)) for name in names)
@@ -131,13 +144,13 @@ def usage(compiled):
     return registers, stack + local
 
 
-def matrix_instruction(listing):
-    """The instruction that multiplies tiles; ``fma`` if there is none for matrices."""
+def matrix_instruction(listing: str) -> str:
+    """Name of the matrix instruction in a listing; ``fma`` if there is none."""
     return next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "mfma") if name in listing), "fma")
 
 
-def rows_of(case, architecture):
-    """A row of the table for each kernel."""
+def rows_of(case: tuple[torch.dtype, int, int], architecture: str) -> list[tuple]:
+    """Make the table's rows of a case, one for each kernel."""
     dtype, channels, tokens = case
     rows = []
     for name, launch in launches(dtype, channels, tokens, architecture):
@@ -162,9 +175,11 @@ def rows_of(case, architecture):
     return rows
 
 
-def table(cases, architectures=tuple(MOST_SHARED)):
-    """All rows; every core compiles."""
-    rows = []
+def table(
+    cases: Sequence[tuple[torch.dtype, int, int]], architectures: Sequence[str] = tuple(MOST_SHARED)
+) -> list[tuple]:
+    """Compile on all cores, and return all rows."""
+    rows: list[tuple] = []
     for is_cuda in (True, False):
         pairs = [(case, name) for case in cases for name in architectures if _is_cuda(name) == is_cuda]
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), None if is_cuda else _as_on_rocm) as pool:
@@ -172,12 +187,13 @@ def table(cases, architectures=tuple(MOST_SHARED)):
     return rows
 
 
-def _as_on_rocm():
-    """Make this process, which has another build of PyTorch, compile what ROCm's would."""
+def _as_on_rocm() -> None:
+    """Make this process compile the same code as a process with PyTorch for ROCm."""
     tiles._FLOAT32 = tl.constexpr("ieee")
 
 
-def main(output=OUTPUT):
+def main(output: str | Path = OUTPUT) -> None:
+    """Compile all cases and write the table."""
     write(output, COLUMNS, table(CASES))
 
 

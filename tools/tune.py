@@ -2,18 +2,22 @@
 
     python -m tools.tune [--dtype bfloat16] [--head-size 64]
 
-times every kernel with all candidates at 64 clips of 513 tokens and 12 heads, and writes the fastest into
-`pruneattn/kernels/configs.json`, from where it is taken on every GPU of this architecture. A result that differs from
-that of the tile sizes so far is left out, as is what the GPU has no room for. Before, every core compiles: one after the
-other, the 170 kernels would take most of the time.
+times every kernel with all candidates at 64 clips of 513 tokens and 12 heads, and writes the fastest tile sizes into
+`pruneattn/kernels/configs.json`. Every GPU of this architecture then uses them. Candidates are left out if their result
+differs from that of the previous tile sizes, or if they need more resources than the GPU has. All cores compile the 170
+kernels first, because compiling them one after the other would take most of the time.
 """
+
+from __future__ import annotations
 
 import argparse
 import itertools
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,7 +32,7 @@ from bench.harness.guards import WrongResult, check_close
 from bench.harness.op_cases import HEADS, TOLERANCE
 from pruneattn import kernels as package
 from pruneattn.files import atomic_write
-from pruneattn.kernels.launch import SHARED_OUT, Config, architecture_of, config_for
+from pruneattn.kernels.launch import SHARED_OUT, Config, Launch, architecture_of, config_for
 from pruneattn.kernels.tiles import block_channels
 from tools.triton_resources import compile_for, kernels
 
@@ -36,14 +40,14 @@ BATCH, TOKENS, ROUNDS = 64, 513, 7
 TABLE = Path(package.__file__).with_name("configs.json")
 
 
-def candidates(kernel, dtype):
-    """The `Config`s that are tried."""
+def candidates(kernel: str, dtype: torch.dtype) -> Iterator[Config]:
+    """Tile sizes to measure."""
     if kernel == "cls_weights":
         grid = ((1,), (32, 64, 128, 256), (2, 4, 8), (1, 3))
     elif dtype == torch.float32:
         grid = ((16, 32, 64), (16, 32, 64), (4, 8), (1,))
     else:
-        # What is shared out may have 128 rows; where it has 64, eight warps have too little to do.
+        # The dimension that programs share may have tiles of 128 rows; with tiles of 64, eight warps are too many.
         grid = ((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4))
     shared, other, warps, stages = grid
     for rows, columns, *rest in itertools.product(shared, other, warps, stages):
@@ -51,9 +55,16 @@ def candidates(kernel, dtype):
             yield Config(columns, rows, *rest) if SHARED_OUT[kernel] == "BLOCK_N" else Config(rows, columns, *rest)
 
 
-def compile_first(dtype, channels, architecture, tokens=TOKENS, heads=HEADS, configs=candidates):
-    """Compile all that `tune` measures, on every core: its launches find it in Triton's cache on disk."""
-    jobs = []
+def compile_first(
+    dtype: torch.dtype,
+    channels: int,
+    architecture: str,
+    tokens: int = TOKENS,
+    heads: int = HEADS,
+    configs: Callable[[str, torch.dtype], Iterable[Config]] = candidates,
+) -> None:
+    """Compile everything that `tune` measures on all cores. Its launches then find the kernels in Triton's cache."""
+    jobs: list[tuple[str, Config]] = []
     for kernel in SHARED_OUT:
         before = config_for(kernel, architecture, dtype, block_channels(channels))
         jobs += [(kernel, config) for config in dict.fromkeys([before, *configs(kernel, dtype)])]
@@ -63,28 +74,38 @@ def compile_first(dtype, channels, architecture, tokens=TOKENS, heads=HEADS, con
             pass
 
 
-def _compile(dtype, channels, architecture, tokens, heads, job):
+def _compile(
+    dtype: torch.dtype, channels: int, architecture: str, tokens: int, heads: int, job: tuple[str, Config]
+) -> None:
     kernel, config = job
-    launch, _ = kernels(dtype, channels, tokens, heads=heads)[kernel]  # of one clip: only the grid knows of others
-    try:
+    launch, _ = kernels(dtype, channels, tokens, heads=heads)[kernel]  # one clip: only the grid depends on the batch
+    with suppress(Exception):  # `measure` raises the same error and reports it
         compile_for(launch(config=config), architecture)
-    except Exception:
-        pass  # `measure` meets it again, and says so
 
 
-def measure(kernel, launch, written, configs, before, clock):
-    """Seconds of the kernel with each config that gives the result of the one ``before``.
+def measure(
+    kernel: str,
+    launch: Callable[..., Launch],
+    written: Sequence[torch.Tensor],
+    configs: Sequence[Config],
+    before: Config,
+    clock: Callable[[Mapping], Mapping],
+) -> Mapping[Config, float]:
+    """Measure a kernel with each config whose result is that of `before`.
 
     Args:
-        kernel: its name.
+        kernel: name of the kernel.
         launch: function of a config that returns the `Launch`.
         written: tensors that the kernel writes.
-        configs: list of `Config`.
-        before: `Config` whose result is right.
-        clock: function of a dict of calls that returns a dict of seconds, with the same keys.
+        configs: tile sizes.
+        before: tile sizes whose result is correct.
+        clock: function of a dict of calls that returns a dict of seconds with the same keys.
+
+    Returns:
+        dict of config -> seconds, without the configs that were left out.
     """
 
-    def call(config):
+    def call(config: Config) -> None:
         launch(config=config).run(written[0])
 
     call(before)
@@ -100,20 +121,37 @@ def measure(kernel, launch, written, configs, before, clock):
             continue
         calls[config] = partial(call, config)
     seconds = clock(calls)
-    call(before)  # what the next kernel reads
+    call(before)  # the next kernel reads its results
     return seconds
 
 
-def tune(dtype, channels, device, architecture, clock, table=TABLE, sizes=(TOKENS, BATCH, HEADS), configs=candidates):
-    """Measure all kernels and write the fastest configs of this architecture into the table; prints what was found.
+def tune(
+    dtype: torch.dtype,
+    channels: int,
+    device: torch.device | str,
+    architecture: str,
+    clock: Callable[[Mapping], Mapping],
+    table: Path = TABLE,
+    sizes: tuple[int, int, int] = (TOKENS, BATCH, HEADS),
+    configs: Callable[[str, torch.dtype], Iterable[Config]] = candidates,
+) -> None:
+    """Measure all kernels, print the results, and write the fastest configs of an architecture into the table.
 
-    ``sizes`` are tokens, clips and heads, ``clock`` and ``configs`` are as `clock` and `candidates` below and above.
+    Args:
+        dtype: dtype of the inputs.
+        channels: head size.
+        device: device to measure on.
+        architecture: its entry in the table.
+        clock: see `measure`.
+        table: the file.
+        sizes: tokens, clips and heads.
+        configs: function like `candidates`.
     """
     found = {}
     for kernel, (launch, written) in kernels(dtype, channels, *sizes, device).items():
         before = config_for(kernel, architecture, dtype, block_channels(channels))
         seconds = measure(kernel, launch, written, list(configs(kernel, dtype)), before, clock)
-        found[kernel] = min(seconds, key=seconds.get)
+        found[kernel] = min(seconds, key=seconds.__getitem__)
         print(
             f"{kernel}: {found[kernel]}, {1e6 * seconds[found[kernel]]:.1f} us; "
             f"before: {before}, {1e6 * seconds[before]:.1f} us"
@@ -127,16 +165,21 @@ def tune(dtype, channels, device, architecture, clock, table=TABLE, sizes=(TOKEN
     print(f"{table}: {architecture}")
 
 
-def clock(calls):
-    """Median seconds of each call, on a cold L2, in turns."""
+def clock(calls: Mapping) -> Mapping:
+    """Median seconds of each call, in interleaved rounds with a cold L2 cache."""
     seconds, _ = rounds_by_events(calls, ROUNDS)
     return {name: sorted(rounds)[len(rounds) // 2] for name, rounds in seconds.items()}
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.tune", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--head-size", type=int, default=64)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the options, and tune on the current CUDA device."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.tune", description="Measure the tile sizes of the Triton kernels on this GPU."
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="dtype of the inputs"
+    )
+    parser.add_argument("--head-size", type=int, default=64, help="channels of a head")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device: torch.cuda.is_available() is False (see nvidia-smi)")

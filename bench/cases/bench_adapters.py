@@ -1,4 +1,4 @@
-"""timm's image models as they are, and what ``pruneattn.prune`` saves of their time. (`bench_model.py` has the audio ones.)"""
+"""timm's image models, unpruned and with ``pruneattn.prune``. (`bench_model.py` has the audio models.)"""
 
 import copy
 from functools import partial
@@ -7,8 +7,8 @@ import torch
 
 import pruneattn
 from bench.harness import peers
+from bench.harness.case import Provider, Work, left_out
 from bench.harness.guards import TOLERANCE, check_close, check_same
-from bench.harness.measure import Provider, Work, left_out
 from bench.harness.subject import PRUNED_TOLERANCE
 from pruneattn.constants import PATCH
 from pruneattn.models.blocks import kept_patches
@@ -50,7 +50,7 @@ def providers(case, sizes):
 
 @torch.inference_mode()
 def _exact(source, images, rate):
-    """Logits of the float64 model, pruned by the reference ops. (The tests compare with a model written straight down.)"""
+    """Logits of the float64 model, pruned by the reference ops. (Tests compare these with plain code.)"""
     model = copy.deepcopy(source).double().to(images.device)
     with pruneattn.use_backend("reference"):
         if rate < 1:
@@ -64,7 +64,7 @@ def _check_untouched(plain, images, logits):
 
 
 def _macs(model, keep_rate):
-    """Multiply-accumulates of one image as the paper counts them."""
+    """Multiply-accumulates of one image by the paper's count."""
     dim, patches = model.embed_dim, model.patch_embed.num_patches
     total = patches * 3 * PATCH**2 * dim
     for number in range(len(model.blocks)):
@@ -75,5 +75,5 @@ def _macs(model, keep_rate):
     return total
 
 
-def test_adapters(side_by_side, case, sizes):
-    side_by_side(case, list(providers(case, sizes)))
+def test_adapters(measure, case, sizes):
+    measure(case, list(providers(case, sizes)))

@@ -1,8 +1,9 @@
-"""All queries, and those of kept tokens alone, which a pruning block asks for."""
+"""Attention of all queries, and of the queries of kept tokens only, as a pruning block needs it."""
 
 import torch.nn.functional as F
 
 from bench.harness.op_cases import by_each_kernel, op_providers, random_qkv
+from bench.harness.op_peers import softmax_matrix
 from pruneattn.ops import attention
 
 LEVELS, OP = ("op",), "attention"
@@ -10,7 +11,7 @@ LEVELS, OP = ("op",), "attention"
 
 def eager(q, k, v):
     """The whole softmax matrix, in the dtype of the inputs."""
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+    return softmax_matrix(q, k) @ v
 
 
 ALTERNATIVES = {"SDPA": F.scaled_dot_product_attention, "eager": eager}
@@ -26,5 +27,5 @@ def providers(case):
     return rows
 
 
-def test_attention(side_by_side, case):
-    side_by_side(case, providers(case))
+def test_attention(measure, case):
+    measure(case, providers(case))

@@ -1,12 +1,12 @@
-"""Attention with the score, forward and backward, as in a training step."""
+"""Forward and backward pass of attention with the column-mean score, as in a training step."""
 
-from bench.cases import bench_column_mean_attention as forward
 from bench.harness.op_cases import by_each_kernel, extra_tokens, forward_and_backward, op_providers, random_qkv
+from bench.harness.op_peers import SCORED_ATTENTION
 from pruneattn.ops import column_mean_attention
 
 LEVELS, OP = ("op",), "attention_backward"
 
-ALTERNATIVES = {name: forward_and_backward(function) for name, function in forward.ALTERNATIVES.items()}
+ALTERNATIVES = {name: forward_and_backward(function) for name, function in SCORED_ATTENTION.items()}
 
 
 def providers(case):
@@ -14,9 +14,9 @@ def providers(case):
     args = q, k, v, extra_tokens(case)
     ways = ALTERNATIVES | by_each_kernel("SDPA, no score", ALTERNATIVES["SDPA, no score"], *args)
     ours = forward_and_backward(column_mean_attention)
-    ours.__name__ = OP  # whose backends the rows name
+    ours.__name__ = OP  # the op whose backends the rows name
     return op_providers(case, ours, ways, *args, macs=7 * q.numel() * case.tokens)
 
 
-def test_attention_backward(side_by_side, case):
-    side_by_side(case, providers(case))
+def test_attention_backward(measure, case):
+    measure(case, providers(case))

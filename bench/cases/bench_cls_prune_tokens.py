@@ -1,16 +1,17 @@
+"""Scores of the class token's query, selection and gather in one op."""
+
 import torch
 
-from bench.cases.bench_cls_scores import eager
-from bench.cases.bench_prune_tokens import topk_and_gathers
 from bench.harness.op_cases import compiled, extra_tokens, op_providers, random_qkv, random_tokens
+from bench.harness.op_peers import eager_cls_scores, topk_and_gathers
 from pruneattn.ops import cls_prune_tokens
 
 LEVELS, OP = ("op",), "cls_prune_tokens"
 
 
 def eager_and_topk(q_cls, k, x, y, keep, extra_tokens):
-    """In float32: in half precision, scores tie that do not."""
-    scores = eager(q_cls.float(), k.float(), extra_tokens)
+    """In float32, because different scores can be equal in half precision."""
+    scores = eager_cls_scores(q_cls.float(), k.float(), extra_tokens)
     return scores, *topk_and_gathers(scores, x, y, keep, extra_tokens)
 
 
@@ -18,7 +19,7 @@ ALTERNATIVES = {"eager": eager_and_topk, "eager, compiled": compiled(eager_and_t
 
 
 def queries_and_keys(case):
-    """As a model's projection makes them, of scores that lie apart: however they round, the selection is the same."""
+    """Strided like the output of a projection, with scores so far apart that rounding does not change the choice."""
     q, k, _ = random_qkv(case)
     q_cls = q[:, :, 0]
     share = torch.randperm(case.tokens, device=case.device) / case.tokens
@@ -45,5 +46,5 @@ def providers(case):
     )
 
 
-def test_cls_prune_tokens(side_by_side, case):
-    side_by_side(case, providers(case))
+def test_cls_prune_tokens(measure, case):
+    measure(case, providers(case))

@@ -1,4 +1,4 @@
-"""Files of ``pruneattn.export_model`` beside the model that they were made of. In the whole grid only."""
+"""Files of ``pruneattn.export_model`` compared with the original model. Only in the whole grid."""
 
 import tempfile
 from functools import partial
@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 import pruneattn
+from bench.harness.case import Provider, left_out
 from bench.harness.machine import version
-from bench.harness.measure import Provider, left_out
-from bench.harness.subject import Subject, at_keep_rate
+from bench.harness.subject import Subject, call_at_keep_rate
 
 LEVELS = ("exported",)
 
-#: What runs the file, its format, and whether it calls our kernels.
+#: Provider -> format of the file, and whether it calls our kernels.
 FILES = {
     "ONNX Runtime": ("onnx", False),
     "torch.export": ("torch", False),
@@ -26,7 +26,7 @@ def providers(case, sizes, folder):
     subject = Subject(case)
     for rate in (1.0, sizes.keep_rates[-1]):
         variant = {"check": subject.check(rate), "keep_rate": rate, "work": subject.work(rate)}
-        call = partial(at_keep_rate, subject.fast, rate, subject.input)
+        call = partial(call_at_keep_rate, subject.fast, rate, subject.input)
         yield Provider("ours", call, backend=subject.fast_backend, **variant)
         model = subject.copy_at(rate)
         for name, (kind, kernels) in FILES.items():
@@ -53,6 +53,6 @@ def _opened(path, kind):
     return lambda fbank: torch.from_numpy(session.run(None, {"fbank": fbank.numpy()})[0])
 
 
-def test_exported(side_by_side, case, sizes):
+def test_exported(measure, case, sizes):
     with tempfile.TemporaryDirectory() as folder:
-        side_by_side(case, list(providers(case, sizes, folder)))
+        measure(case, list(providers(case, sizes, folder)))

@@ -1,3 +1,5 @@
+"""Gather of the extra tokens and the kept patches."""
+
 import torch
 
 from bench.harness.op_cases import extra_tokens, op_providers, random_scores, random_tokens
@@ -27,5 +29,5 @@ def providers(case):
     )
 
 
-def test_gather_tokens(side_by_side, case):
-    side_by_side(case, providers(case))
+def test_gather_tokens(measure, case):
+    measure(case, providers(case))

@@ -1,4 +1,4 @@
-"""Whole models for inference: ours, pruned and not, beside everything that people would use instead."""
+"""Whole models for inference: ours, pruned and unpruned, compared with the alternatives."""
 
 from functools import partial
 
@@ -6,10 +6,10 @@ import torch
 
 import pruneattn
 from bench.harness import peers
+from bench.harness.case import Provider, left_out
 from bench.harness.cuda_clock import captured
 from bench.harness.guards import WrongResult
-from bench.harness.measure import Provider, left_out
-from bench.harness.subject import Subject, at_keep_rate
+from bench.harness.subject import Subject, call_at_keep_rate
 from bench.harness.token_drop import DROPS
 from bench.harness.token_merging import MergingViT, merging_for, merging_macs
 from pruneattn.runtime.timing import attention_kernels, with_sdpa
@@ -23,7 +23,7 @@ def providers(case, sizes):
     return [
         *ours(subject, sizes),
         *dense(subject, sizes),
-        *papers_way(subject, sizes),
+        *published_attention(subject, sizes),
         *library_models(subject, sizes),
         *token_merging(subject, sizes),
         *token_drops(subject, sizes),
@@ -31,21 +31,21 @@ def providers(case, sizes):
 
 
 def ours(subject, sizes):
-    """Our model by each way to run it."""
+    """Our model in each variant."""
     fbank, fast = subject.input, subject.fast_backend
     for rate in sizes.keep_rates:
         variant = {"name": "ours", "keep_rate": rate, "work": subject.work(rate)}
         check = subject.check(rate)
         kept = partial(_kept, subject.fast, rate)
         yield Provider(
-            call=partial(at_keep_rate, subject.fast, rate, fbank),
+            call=partial(call_at_keep_rate, subject.fast, rate, fbank),
             check=subject.check(rate, kept),
             backend=fast,
             **variant,
         )
         if fast != "eager" and (rate == 1 or sizes.all_ways):
             yield Provider(
-                call=partial(at_keep_rate, subject.plain, rate, fbank), check=check, backend="eager", **variant
+                call=partial(call_at_keep_rate, subject.plain, rate, fbank), check=check, backend="eager", **variant
             )
         if sizes.compiles_ours(subject.case.batch, rate):
             compiled = peers.compiled(subject.copy_at(rate), fbank)
@@ -53,19 +53,19 @@ def ours(subject, sizes):
         if fbank.is_cuda:
             model = subject.copy_at(rate)
             with torch.inference_mode():
-                model(fbank)  # what the first call compiles and allocates cannot be captured
+                model(fbank)  # compiles and allocates, which cannot be captured
                 replay = captured(partial(model, fbank))
             why_not = "" if replay else "the model cannot be captured"
             yield Provider(call=replay, check=check, backend="CUDA graph", why_not=why_not, **variant)
 
 
 def _kept(model, keep_rate, fbank):
-    model.set_keep_rate(keep_rate)
-    return pruneattn.trace(model, fbank).kept
+    with pruneattn.at_keep_rate(model, keep_rate):
+        return pruneattn.trace(model, fbank).kept
 
 
 def dense(subject, sizes):
-    """The unpruned model with PyTorch's attention, by each of its kernels, and compiled."""
+    """The unpruned model with PyTorch's attention: with each of its kernels, and compiled."""
     model, fbank = with_sdpa(subject.copy_at(1.0)), subject.input
     variant = {"name": "SDPA", "keep_rate": 1.0, "work": subject.work(), "check": subject.check()}
     yield Provider(call=partial(model, fbank), backend="eager", **variant)
@@ -82,10 +82,10 @@ def dense(subject, sizes):
         yield left_out("SDPA", "not compiled at this batch without --bench-full", backend="compiled", keep_rate=1.0)
 
 
-def papers_way(subject, sizes):
-    """Published implementations: the whole softmax matrix; and what is nearest to hand, the score in a pass of its own."""
-    ways = [("the paper's way", peers.PapersAttention, sizes.keep_rates)]
-    ways.append(("SDPA, separate score", peers.SeparateScoreAttention, sizes.peer_rates))
+def published_attention(subject, sizes):
+    """Published implementations, which compute the whole softmax matrix, and fused attention with a separate score."""
+    ways = [(peers.PAPER, peers.PapersAttention, sizes.keep_rates)]
+    ways.append((peers.SEPARATE_SCORE, peers.SeparateScoreAttention, sizes.peer_rates))
     for name, attention, rates in ways:
         for rate in rates:
             model = peers.PapersViT(subject.plain, rate, attention)
@@ -95,7 +95,7 @@ def papers_way(subject, sizes):
 
 
 def library_models(subject, sizes):
-    """The other library that has this model: eager, compiled, and pruned by ``pruneattn.prune``."""
+    """The other library's model: eager, compiled, and with ``pruneattn.prune``."""
     name, make = peers.library_model(subject.model)
     why_not = peers.why_not(name)
     if why_not:
@@ -113,7 +113,7 @@ def library_models(subject, sizes):
 
 
 def token_merging(subject, sizes):
-    """Token merging at the MACs of pruning, on our layers: guarded by giving the unpruned result where nothing merges."""
+    """Token merging on our layers, with as many MACs as pruning."""
     for rate in sizes.peer_rates:
         r = merging_for(subject.model, subject.work(rate).macs_paper // subject.case.batch)
         model = MergingViT(subject.fast, r)
@@ -124,23 +124,25 @@ def token_merging(subject, sizes):
 
 
 def _check_merging(subject, model, logits):
+    """Check that merging changes the logits, that the sizes add up, and that without merging the result is the unpruned
+    one.
+    """
     subject.check_shape(logits)
     subject.check()(MergingViT(model.model, 0)(subject.input))
     sizes = model.merge_features(subject.input)[1]
     if not torch.allclose(sizes.sum(1), sizes.new_tensor(float(subject.case.tokens))):
-        raise WrongResult("the tokens that are left do not stand for all that came in")
+        raise WrongResult("the sizes of the remaining tokens do not add up to the number of input tokens")
 
 
 def token_drops(subject, sizes):
-    """The floor: the same blocks with a choice that costs nothing."""
+    """A lower bound: the same blocks with a selection that needs no score."""
     for name, score in DROPS.items():
         model = subject.made_fast(subject.with_score(score))
         for rate in sizes.peer_rates:
-            model.set_keep_rate(rate)
-            work = subject.work(rate, macs_computed=pruneattn.count_macs(model).computed)
+            work = subject.work(rate, macs_computed=pruneattn.count_macs(model, rate).computed)
             check = partial(_check_drop, subject, model, rate)
             yield Provider(
-                name, partial(at_keep_rate, model, rate, subject.input), check, subject.fast_backend, rate, work
+                name, partial(call_at_keep_rate, model, rate, subject.input), check, subject.fast_backend, rate, work
             )
 
 
@@ -152,5 +154,5 @@ def _check_drop(subject, model, rate, logits):
             raise WrongResult(f"keeps other than {reference.shape[1]} different patches in pruning block {block}")
 
 
-def test_model(side_by_side, case, sizes):
-    side_by_side(case, providers(case, sizes))
+def test_model(measure, case, sizes):
+    measure(case, providers(case, sizes))

@@ -1,7 +1,9 @@
+"""Sum of partial scores, selection and gather of two tensors."""
+
 import torch
 
-from bench.cases.bench_prune_tokens import topk_and_gathers
 from bench.harness.op_cases import HEADS, compiled, extra_tokens, op_providers, random_scores, random_tokens
+from bench.harness.op_peers import topk_and_gathers
 from pruneattn.ops import prune_epilogue
 
 LEVELS, OP = ("op",), "prune_epilogue"
@@ -16,8 +18,8 @@ ALTERNATIVES = {"torch.topk": sum_topk_and_gathers, "torch.topk, compiled": comp
 
 
 def random_partial_scores(case):
-    """A row for each head ``[B, 12, P]``, all but one of them zeros: in whatever order they are added, the sums are
-    the same to the bit, and so is the selection.
+    """A row for each head ``[B, 12, P]``. All but one are zeros, so that the order of the sum does not change the bits
+    of the scores.
     """
     scores = random_scores(case)
     return torch.stack([scores, *[torch.zeros_like(scores)] * (HEADS - 1)], 1)
@@ -40,5 +42,5 @@ def providers(case):
     )
 
 
-def test_prune_epilogue(side_by_side, case):
-    side_by_side(case, providers(case))
+def test_prune_epilogue(measure, case):
+    measure(case, providers(case))

@@ -1,16 +1,10 @@
-import torch
+"""Selection and gather of two tensors."""
 
 from bench.harness.op_cases import extra_tokens, op_providers, random_scores, random_tokens
+from bench.harness.op_peers import topk_and_gathers
 from pruneattn.ops import prune_tokens
 
 LEVELS, OP = ("op",), "prune_tokens"
-
-
-def topk_and_gathers(scores, x, y, keep, extra_tokens):
-    index = scores.topk(keep, sorted=False).indices.sort(1).values
-    rows = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-    x, y = (torch.cat([t[:, :extra_tokens], t[:, extra_tokens:].gather(1, rows)], 1) for t in (x, y))
-    return index, x, y
 
 
 def providers(case):
@@ -30,5 +24,5 @@ def providers(case):
     )
 
 
-def test_prune_tokens(side_by_side, case):
-    side_by_side(case, providers(case))
+def test_prune_tokens(measure, case):
+    measure(case, providers(case))

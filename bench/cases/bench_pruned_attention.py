@@ -1,31 +1,30 @@
-"""From queries, keys and values to the rows that stay, beside the best that PyTorch's own operators do for that."""
+"""From queries, keys and values to the kept rows, compared with the best combinations of PyTorch's operators."""
 
 import torch
 import torch.nn.functional as F
 
-from bench.cases.bench_column_mean_attention import column_mean
-from bench.cases.bench_prune_tokens import topk_and_gathers
 from bench.harness.op_cases import by_each_kernel, compiled, extra_tokens, op_providers, random_qkv, random_tokens
+from bench.harness.op_peers import column_mean, softmax_matrix, topk_and_gathers
 from pruneattn.ops import pruned_attention
 
 LEVELS, OP = ("op",), "pruned_attention"
 
 
 def separate_passes(q, k, v, x, keep, extra_tokens):
-    """Fused attention, a pass of its own for the score, TopK and gathers.
+    """Fused attention, a separate score, TopK and gathers.
 
-    The softmax is in float32: in half precision, scores tie that do not.
+    The softmax is in float32, because different scores can be equal in half precision.
     """
     out = F.scaled_dot_product_attention(q, k, v)
-    weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1, dtype=torch.float32)
+    weights = softmax_matrix(q, k, torch.float32)
     scores = column_mean(weights, extra_tokens)
     return scores, *topk_and_gathers(scores, x, out.transpose(1, 2).flatten(2), keep, extra_tokens)
 
 
 def attention_alone(q, k, v, x, keep, extra_tokens):
-    """The floor: fused attention, no score, nothing selected."""
+    """A lower bound: fused attention without score and selection."""
     F.scaled_dot_product_attention(q, k, v)
-    return ()  # none of our results
+    return ()  # no result to compare
 
 
 ALTERNATIVES = {
@@ -36,7 +35,7 @@ ALTERNATIVES = {
 
 
 def queries_keys_and_values(case, keep):
-    """The scores of kept and of dropped patches lie apart: however they are rounded, the selection is the same."""
+    """The scores of kept and dropped patches are so far apart that rounding does not change the selection."""
     q, k, v = random_qkv(case)
     direction = torch.randn_like(q[:, :, :1])  # [B, H, 1, D]
     q.copy_(direction + q / 8)
@@ -64,5 +63,5 @@ def providers(case):
     )
 
 
-def test_pruned_attention(side_by_side, case):
-    side_by_side(case, providers(case))
+def test_pruned_attention(measure, case):
+    measure(case, providers(case))

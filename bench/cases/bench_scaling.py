@@ -1,17 +1,21 @@
-"""Time and memory by tokens and by clips: ours beside the whole softmax matrix. The report fits the exponents."""
+"""Time and memory by tokens and by batch: ours, compared with the whole softmax matrix. The report fits the exponents.
+
+This benchmark measures providers of two other benchmarks at more sizes.
+"""
 
 from bench.cases import bench_block, bench_column_mean_attention
-from bench.harness.measure import left_out
+from bench.harness.case import left_out
 from bench.harness.memory import available
 from bench.harness.op_cases import HEADS
+from bench.harness.peers import PAPER
 
 LEVELS = ("scaling by tokens", "scaling by batch")
 ATTENTION = "column_mean_attention"
-EAGER = ("eager", "the paper's way")
+EAGER = ("eager", PAPER)
 
 
 def providers(case, sizes):
-    """Ours as it runs by default, and those that hold the whole softmax matrix, where there is memory for it."""
+    """Ours with the default backend, and providers that store the whole softmax matrix if it fits into memory."""
     if case.subject == ATTENTION:
         found = bench_column_mean_attention.providers(case)
     else:
@@ -33,9 +37,9 @@ def providers(case, sizes):
 
 
 def softmax_bytes(case):
-    """Of the logits, the softmax matrix and its mean over heads, together, with the 12 heads of a base model."""
+    """Bytes of the logits, the softmax matrix and its mean over heads, with the 12 heads of a base model."""
     return 3 * case.batch * HEADS * case.tokens**2 * case.torch_dtype.itemsize
 
 
-def test_scaling(side_by_side, case, sizes):
-    side_by_side(case, providers(case, sizes))
+def test_scaling(measure, case, sizes):
+    measure(case, providers(case, sizes))

@@ -1,3 +1,5 @@
+"""Selection of the highest scores."""
+
 from bench.harness.op_cases import op_providers, random_scores
 from pruneattn.ops import select_tokens
 
@@ -13,5 +15,5 @@ def providers(case):
     return op_providers(case, select_tokens, {"torch.topk": topk}, scores, scores.shape[1] // 2)
 
 
-def test_select_tokens(side_by_side, case):
-    side_by_side(case, providers(case))
+def test_select_tokens(measure, case):
+    measure(case, providers(case))

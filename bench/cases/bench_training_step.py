@@ -1,4 +1,4 @@
-"""A training step: forward, backward and AdamW, weights in float32, half precision by autocast."""
+"""A training step: forward, backward and AdamW, with weights in float32 and half precision by autocast."""
 
 import copy
 from functools import partial
@@ -8,16 +8,17 @@ import torch.nn.functional as F
 
 import pruneattn
 from bench.harness import peers
+from bench.harness.case import TRAINING, Provider, Work, left_out
 from bench.harness.guards import TOLERANCE, check_close
-from bench.harness.measure import TRAINING, Provider, Work, left_out
 from bench.harness.subject import PRUNED_TOLERANCE, make_model
+from pruneattn.constants import MEL_BINS
 
 LEVELS = (TRAINING,)
 
 
 class Step:
-    """Training steps of a model. The learning rate is 0: all the work is done, and every step starts from the same
-    weights, so that its result can be compared.
+    """Training steps of a model. The learning rate is 0, so that every step does all the work but starts from the same
+    weights, and its result can be checked.
     """
 
     def __init__(self, case, model, fbank, targets):
@@ -26,7 +27,7 @@ class Step:
         self.embedding = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
 
     def __call__(self):
-        """Loss, and gradient of the patch embedding, through which all others went."""
+        """Return the loss, and the gradient of the patch embedding, which depends on those of all blocks."""
         self.optimizer.zero_grad(set_to_none=True)
         dtype = self.case.torch_dtype
         with torch.autocast(self.case.device, dtype, enabled=dtype != torch.float32):
@@ -39,7 +40,7 @@ class Step:
 
 def providers(case, sizes):
     model = make_model(case, num_classes=50)
-    fbank = torch.randn(case.batch, model.frames, 128, device=case.device)
+    fbank = torch.randn(case.batch, model.frames, MEL_BINS, device=case.device)
     step = partial(Step, case, fbank=fbank, targets=torch.rand(case.batch, 50, device=case.device).round())
     name, make = peers.library_model(model)
     why_not = peers.why_not(name)
@@ -48,11 +49,11 @@ def providers(case, sizes):
         model.set_keep_rate(rate)
         with pruneattn.use_backend("reference"):
             check = partial(_check, case, rate, step(copy.deepcopy(model))())
-        papers_way = peers.PapersViT(model, rate)
-        macs, papers_macs = pruneattn.count_macs(model), papers_way.macs()
+        published = peers.PapersViT(model, rate)
+        macs = pruneattn.count_macs(model)
         models = [
             ("ours", "eager", copy.deepcopy(model), macs.computed),
-            ("the paper's way", "eager", papers_way, papers_macs),
+            (peers.PAPER, "eager", published, published.macs()),
         ]
         if not why_not and (rate == 1 or rate in sizes.peer_rates):
             theirs = make(model)
@@ -60,7 +61,7 @@ def providers(case, sizes):
                 pruneattn.prune(theirs.model, rate, score=model.score)
             models.append((name, "eager" if rate == 1 else "pruneattn.prune", theirs, macs.computed))
         for who, how, other, computed in models:
-            # The backward pass has two matrix products for each of the forward pass.
+            # The backward pass has two matrix products for each product of the forward pass.
             work = Work(3 * case.batch * macs.paper, 3 * case.batch * computed)
             result.append(Provider(who, step(other), check, how, rate, work))
     return result
@@ -73,5 +74,5 @@ def _check(case, keep_rate, expected, result):
     check_close("gradients of the patch embedding", result[1], expected[1], 10 * tolerance)
 
 
-def test_training_step(side_by_side, case, sizes):
-    side_by_side(case, providers(case, sizes))
+def test_training_step(measure, case, sizes):
+    measure(case, providers(case, sizes))

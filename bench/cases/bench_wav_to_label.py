@@ -1,4 +1,4 @@
-"""Sound files to labels: decoding, filterbank and model together, and each alone."""
+"""Sound files to labels: decoding, filterbank and model together, and decoding and filterbank separately."""
 
 import tempfile
 from functools import partial
@@ -9,22 +9,22 @@ import soundfile
 import torch
 
 from bench.harness import peers
+from bench.harness.case import Provider, Work, left_out
 from bench.harness.guards import check_close
 from bench.harness.machine import version
-from bench.harness.measure import Provider, Work, left_out
-from bench.harness.subject import Subject, at_keep_rate
-from pruneattn.constants import AUDIOSET_MEAN, AUDIOSET_STD, HOP, SAMPLE_RATE
+from bench.harness.subject import Subject, call_at_keep_rate
+from pruneattn.constants import AUDIOSET_MEAN, AUDIOSET_STD, HOP, MEL_BINS, SAMPLE_RATE
 from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio
 from pruneattn.data.fbank import samples_for
 
 LEVELS = ("wav to label",)
 
-#: Normalisation of AudioSet, and the padding of Hugging Face.
+#: AudioSet's normalization, and the padding of Hugging Face.
 MEAN, STD, PADDING = AUDIOSET_MEAN, AUDIOSET_STD, "zero"
 
 
 class Files:
-    """Sound files (16 bit, 16 kHz, noise with a melody) as long as a model's input but for two frames of padding."""
+    """Sound files (16 bit, 16 kHz, noise and pulsed tones) that are two frames shorter than a model's input."""
 
     def __init__(self, case, frames, folder):
         rng = np.random.default_rng(0)
@@ -41,7 +41,7 @@ class Files:
         return torch.stack([load_audio(path) for path in self.paths]).to(self.device)
 
     def torchaudio_fbank(self):
-        """Normalised log-mel ``[B, frames, 128]`` as the published pipelines make it, clip by clip on the CPU."""
+        """Normalized log-mel ``[B, frames, 128]`` as in the published pipelines: clip by clip on the CPU."""
         from torchaudio.compliance import kaldi
 
         clips = []
@@ -53,7 +53,7 @@ class Files:
                 sample_frequency=SAMPLE_RATE,
                 use_energy=False,
                 window_type="hanning",
-                num_mel_bins=128,
+                num_mel_bins=MEL_BINS,
                 dither=0.0,
                 frame_shift=1000 * HOP / SAMPLE_RATE,
             )
@@ -70,7 +70,7 @@ def providers(case, sizes, folder):
     yield from _parts(subject, files, waves)
     for rate in sizes.keep_rates:
         call = partial(
-            _labels, subject, lambda: files.features(files.decode()), partial(at_keep_rate, subject.fast, rate)
+            _labels, subject, lambda: files.features(files.decode()), partial(call_at_keep_rate, subject.fast, rate)
         )
         yield Provider("ours", call, subject.check(rate), subject.fast_backend, rate, subject.work(rate))
     yield from _published(subject, files, sizes)
@@ -81,7 +81,7 @@ def _labels(subject, features, model):
 
 
 def _parts(subject, files, waves):
-    """What comes before the model, alone. (The rows of level "model" are the model alone.)"""
+    """Decoding and filterbank, each separately. (The rows of level "model" are the model only.)"""
     read = sum(path.stat().st_size for path in files.paths)
     decoding = partial(check_close, "samples", expected=waves, tolerance=0)
     work = Work(bytes=read + waves.numel() * waves.element_size())
@@ -93,14 +93,14 @@ def _parts(subject, files, waves):
 
 
 def _published(subject, files, sizes):
-    """torchaudio's filterbank, clip by clip, before the paper's way and the other library's model."""
+    """torchaudio's filterbank, clip by clip, with the paper's method and with the other library's model."""
     if version("torchaudio") is None:
-        yield left_out("torchaudio + the paper's way", "torchaudio is not installed: pip install 'pruneattn[audio]'")
+        yield left_out(f"torchaudio + {peers.PAPER}", "torchaudio is not installed: pip install 'pruneattn[audio]'")
         return
     for rate in (1.0, *sizes.peer_rates):
         model = peers.PapersViT(subject.plain, rate)
         call = partial(_labels, subject, files.torchaudio_fbank, model)
-        yield _other("torchaudio + the paper's way", call, subject, rate, model.macs())
+        yield _other(f"torchaudio + {peers.PAPER}", call, subject, rate, model.macs())
     name, make = peers.library_model(subject.model)
     if peers.why_not(name):
         yield left_out(f"torchaudio + {name}", peers.why_not(name))
@@ -110,10 +110,10 @@ def _published(subject, files, sizes):
 
 
 def _other(name, call, subject, rate, macs):
-    # Their log-mel is ours to 1e-5 or so, and the logits are what that makes of them.
+    # Their log-mels differ from ours by about 1e-5, so the logits can be checked against the reference.
     return Provider(name, call, subject.check(rate), "eager", rate, subject.work(rate, macs_computed=macs))
 
 
-def test_wav_to_label(side_by_side, case, sizes):
+def test_wav_to_label(measure, case, sizes):
     with tempfile.TemporaryDirectory() as folder:
-        side_by_side(case, list(providers(case, sizes, folder)))
+        measure(case, list(providers(case, sizes, folder)))

@@ -1,23 +1,40 @@
-"""Where the time of a pruning block goes, part by part."""
+"""The time of each part of a pruning block."""
+
+from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pruneattn
 from bench.harness.measure import percentiles
-from bench.harness.rows import row_of
+from bench.harness.rows import Row, row_of
+from bench.harness.subject import Subject
+from pruneattn.models import PrunedViT
 from pruneattn.models.blocks import kept_patches
 
 PARTS = ("norm", "qkv", "attention", "select+gather", "proj", "mlp", "rest", "whole")
 
 
-def part_rows(subject, x, keep_rate, rounds, seen=None):
-    """A row for each part, unpruned and at a keep-rate, of rounds that take turns.
+def part_rows(
+    subject: Subject, x: torch.Tensor, keep_rate: float, rounds: int, seen: dict[object, list] | None = None
+) -> list[Row]:
+    """Measure each part of a block in interleaved rounds, unpruned and at a keep-rate.
 
-    ``saving`` is what pruning saves of the part, ``theory`` what it saves of the part's MACs, where it has some.
-    ``seen``: see `measure.measure_case`.
+    ``saving`` is the fraction of the part's time that pruning removes. ``theory`` is the fraction of its MACs, for
+    parts that have MACs.
+
+    Args:
+        subject: model whose first block is measured.
+        x: input of the block ``[B, N, C]``.
+        keep_rate: keep-rate of the pruned variant.
+        rounds: measured rounds.
+        seen: see `measure.measure_case`.
+
+    Returns:
+        A row for each keep-rate and part.
     """
     case, block = subject.case._replace(level="block parts"), subject.fast.blocks[0]
     rates = (1.0, keep_rate)
@@ -27,9 +44,10 @@ def part_rows(subject, x, keep_rate, rounds, seen=None):
         for rate in rates if turn % 2 else reversed(rates):
             with torch.inference_mode():
                 parts = part_times(block, x, rate)
-            if turn:  # one warms up
+            if turn:  # the first round warms up
                 times[rate].append(parts)
-    rows, dense = [], {}
+    rows: list[Row] = []
+    dense: dict[str, Row] = {}
     for rate in rates:
         macs = part_macs(subject.model, rate)
         for part in PARTS:
@@ -53,16 +71,16 @@ def part_rows(subject, x, keep_rate, rounds, seen=None):
     return rows
 
 
-def part_times(block, x, keep_rate):
-    """Seconds of each part in one call of a block, as the profiler saw its operators (and on CUDA their kernels).
+def part_times(block: Callable, x: torch.Tensor, keep_rate: float) -> dict[str, float]:
+    """Profile one call of a block and return the seconds of each part.
 
-    An operator belongs to the part that its name says, or else to the part of the block that the call has reached. What
-    is fused is one part: the class token's score belongs to the selection, the selection by column means to the attention.
+    On CUDA the time of an operator is the time of its kernels. An operator belongs to the part in its name. Otherwise
+    it belongs to the part of the block that the call has reached. Fused operators belong to one part: the class token's
+    score to the selection, the selection by column means to the attention.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if x.is_cuda else [])]
-    with profile(activities=activities, acc_events=True) as profiler:
-        with record_function("block"):
-            block(x, keep_rate)
+    with profile(activities=activities, acc_events=True) as profiler, record_function("block"):
+        block(x, keep_rate)
     clock = "device_time_total" if x.is_cuda else "cpu_time_total"
     (whole,) = (event for event in profiler.events() if event.name == "block" and event.cpu_children)
     times = dict.fromkeys(PARTS, 0.0)
@@ -84,12 +102,11 @@ def part_times(block, x, keep_rate):
     return times
 
 
-def part_macs(model, keep_rate):
-    """Multiply-accumulates of the matrix products that the model's first block runs for one clip, by part."""
+def part_macs(model: PrunedViT, keep_rate: float) -> dict[str, int]:
+    """Multiply-accumulates of each part of the model's first block, for the matrix products of one clip."""
     dim, tokens = model.embed_dim, model.num_extra_tokens + model.num_patches
     kept = model.num_extra_tokens + kept_patches(model.num_patches, keep_rate)
-    model.set_keep_rate(keep_rate)
-    whole = pruneattn.count_macs(model).blocks[0][1]
+    whole = pruneattn.count_macs(model, keep_rate).blocks[0][1]
     after = {"proj": kept * dim**2, "mlp": 8 * kept * dim**2}
     qkv = 3 * tokens * dim**2
     if model.score == "cls" and keep_rate < 1:

@@ -1,19 +1,24 @@
-"""How time and memory grow with the size."""
+"""Growth of time and memory with the size."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from bench.harness.rows import name_of
+from bench.harness.rows import Row, name_of
 
 
-def exponent(sizes, values):
-    """The exponent b of ``values = a * sizes**b`` by least squares in the logarithms, and its standard error.
+def exponent(sizes: Sequence[float], values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Fit ``values = a * sizes**b`` by least squares of the logarithms.
 
-    None for both with fewer than three different sizes, or with values that have no logarithm.
+    Returns:
+        The exponent b and its standard error. Both are None for fewer than three different sizes, and for values that
+        have no logarithm.
     """
     if len(set(sizes)) < 3 or any(value is None or value <= 0 for value in values):
         return None, None
-    x, y = ([math.log(number) for number in numbers] for numbers in (sizes, values))
+    x, y = ([math.log(number) for number in numbers if number is not None] for numbers in (sizes, values))
     count, mean_x, mean_y = len(x), sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - mean_x) ** 2 for a in x)
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / spread
@@ -21,10 +26,13 @@ def exponent(sizes, values):
     return slope, math.sqrt(rest / (count - 2) / spread)
 
 
-def scaling_groups(rows, level):
-    """The timed rows of a level that differ in their size alone, each list by size."""
+def scaling_groups(rows: Iterable[Row], level: str) -> list[list[Row]]:
+    """Group the timed rows of a level that differ in their size only; each group is sorted by size."""
     size, other = ("tokens", "batch") if level == "scaling by tokens" else ("batch", "tokens")
-    key = lambda row: (row["subject"], row["device"], row["dtype"], row[other], name_of(row))
+
+    def key(row: Row) -> tuple:
+        return row["subject"], row["device"], row["dtype"], row[other], name_of(row)
+
     timed = [row for row in rows if row["level"] == level and row["status"] == "ok"]
     groups = [list(group) for _, group in groupby(sorted(timed, key=key), key=key)]
     return [sorted(group, key=lambda row: row[size]) for group in groups]

@@ -1,10 +1,12 @@
-"""At which sizes each level is measured: few by default, so that two CPU cores need no ten minutes, or the whole grid."""
+"""Sizes at which each level is measured: the small grid takes less than ten minutes on two cores."""
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
 
-from bench.harness.measure import TRAINING, Case
+from bench.harness.case import TRAINING, Case
 
 MODELS = ("audiomae_base", "ast_base")
 SMALL_MODELS = ("audiomae_small", "ast_small")
@@ -14,37 +16,51 @@ FEW_RATES = (1.0, 0.7, 0.5)
 
 
 class Sizes(NamedTuple):
-    """Sizes of one level. ``lengths`` are the tokens of an op, and the patches of everything else."""
+    """Sizes of one level.
 
-    dtypes: tuple
-    batches: tuple
-    lengths: tuple
+    Attributes:
+        dtypes: names of dtypes.
+        batches: clips per call.
+        lengths: tokens of an op, patches of everything else.
+        rounds: rounds of timing in each visit.
+        models: names of models.
+        keep_rates: keep-rates of our models and of the paper's method.
+        peer_rates: keep-rates of all other providers.
+        all_ways: also compile pruned models, and run the slower variants of our models.
+        compiled_batches: batches at which models are compiled, which takes half a minute for each model on two cores.
+            None: all batches.
+        compiled_rates: keep-rates at which our model is compiled. With `all_ways` it is compiled at all of them.
+    """
+
+    dtypes: tuple[str, ...]
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
     rounds: int
-    models: tuple = ()
-    keep_rates: tuple = FEW_RATES  # of ours and the paper's way
-    peer_rates: tuple = FEW_RATES[-1:]  # at which all others prune
-    all_ways: bool = (
-        False  # compile pruned models too (half a minute each on two cores), run the slower ways of ours too
-    )
-    compiled_batches: tuple | None = None  # at which models are compiled, half a minute each; None: at all of them
-    compiled_rates: tuple = ()  # of ours, beside the dense model; with `all_ways` all of them
+    models: tuple[str, ...] = ()
+    keep_rates: tuple[float, ...] = FEW_RATES
+    peer_rates: tuple[float, ...] = FEW_RATES[-1:]
+    all_ways: bool = False
+    compiled_batches: tuple[int, ...] | None = None
+    compiled_rates: tuple[float, ...] = ()
 
-    def compiles(self, batch):
+    def compiles(self, batch: int) -> bool:
+        """Whether dense models are compiled at this batch."""
         return self.compiled_batches is None or batch in self.compiled_batches
 
-    def compiles_ours(self, batch, rate):
+    def compiles_ours(self, batch: int, rate: float) -> bool:
+        """Whether our model is compiled at this batch and keep-rate."""
         return self.all_ways or (rate in self.compiled_rates and self.compiles(batch))
 
 
-# Without instructions for it, a product in bfloat16 takes some hundred times as long as in float32.
+# On a CPU without bfloat16 instructions, a product in bfloat16 takes about a hundred times as long as in float32.
 _FLOATS = ("float32", "bfloat16") if torch.cpu._is_avx512_bf16_supported() else ("float32",)
 _HALVES = ("bfloat16", "float16", "float32")
 _LENGTHS = (64, 256, 512)
 _POWERS = (64, 128, 256, 512, 1024, 2048, 4096)
 _SCALED = ("column_mean_attention", *MODELS)
 
-#: ``GRIDS[device, full][level]``; a level that is not there is not measured.
-GRIDS = {
+#: ``GRIDS[device, full][level]``; levels without an entry are not measured.
+GRIDS: dict[tuple[str, bool], dict[str, Sizes]] = {
     ("cpu", False): {
         "op": Sizes(("float32",), (1, 4), (65, 513), 5),
         "block": Sizes(("float32",), (1,), (512,), 9, MODELS),
@@ -71,7 +87,7 @@ GRIDS = {
     ("cuda", False): {
         "op": Sizes(("bfloat16",), (1, 64), (257, 513, 514), 9),
         "block": Sizes(("bfloat16",), (1, 64), (512,), 9, MODELS),
-        # A single clip is bound by launches, and a CUDA graph of the model is what to beat.
+        # The time of a single clip is the time of its launches. There the baseline is a CUDA graph, not compiled code.
         "model": Sizes(("bfloat16",), (1, 64), (512,), 9, MODELS, compiled_batches=(64,), compiled_rates=(1.0, 0.5)),
         "adapters": Sizes(("bfloat16",), (64,), (196,), 9, IMAGE_MODELS[:1], compiled_batches=()),
         TRAINING: Sizes(("bfloat16",), (32,), (512,), 5, MODELS),
@@ -93,8 +109,15 @@ GRIDS = {
 }
 
 
-def cases(level, device, sizes, op=None):
-    """The cases of a level's `Sizes`; of an op by its name."""
+def cases(level: str, device: str, sizes: Sizes, op: str | None = None) -> list[Case]:
+    """List the cases of a level.
+
+    Args:
+        level: name of the level.
+        device: ``"cpu"`` or ``"cuda"``.
+        sizes: sizes of the level.
+        op: name of the op, if the level is about an op.
+    """
     return [
         Case(level, subject, device, dtype, batch, length if op else length + extra_tokens(subject))
         for dtype in sizes.dtypes
@@ -104,5 +127,6 @@ def cases(level, device, sizes, op=None):
     ]
 
 
-def extra_tokens(model):
+def extra_tokens(model: str) -> int:
+    """Number of tokens of a model that are not patches, by its name."""
     return 2 if model.startswith("ast") or "distilled" in model else 1

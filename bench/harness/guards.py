@@ -1,23 +1,36 @@
-"""Whether a provider computes what it claims: nothing that does not is timed."""
+"""Checks that a provider computes the expected result. Providers that fail a check are not timed."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
-#: Largest difference from the reference, as a share of its largest value.
+from pruneattn.models.trace import Trace
+
+#: Largest difference from the reference, relative to the reference's largest value.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-#: Scores of one block nearer than this share of the highest are the same to rounding: either patch may stay.
+#: Scores of one block that differ by less than this fraction of the largest score are equal up to rounding, so that
+#: either patch may be kept.
 SAME_SCORE = 1e-4
 
 
 class WrongResult(Exception):
-    """A provider does not compute what it is compared with."""
+    """The result of a provider differs from the reference."""
 
 
-def check_close(what, result, expected, tolerance):
-    """Raise unless no value is further from the reference than ``tolerance`` times the reference's largest value.
+def check_close(what: str, result: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Check that all values are close to the reference.
 
-    ``what``: the values in words, in the plural.
+    Args:
+        what: name of the values, in the plural, for the message.
+        result: values of the provider.
+        expected: values of the reference.
+        tolerance: largest difference, relative to the largest value of `expected`.
+
+    Raises:
+        WrongResult: the shapes differ, a value differs by more, or a value is not finite.
     """
     if result.shape != expected.shape:
         raise WrongResult(f"{what} have shape {list(result.shape)}, not {list(expected.shape)}")
@@ -26,14 +39,26 @@ def check_close(what, result, expected, tolerance):
         raise WrongResult(f"{what} differ by {difference:.2g} of the largest value, allowed are {tolerance:g}")
 
 
-def check_same(what, result, expected):
-    """Raise unless all values are the reference's."""
+def check_same(what: str, result: torch.Tensor, expected: torch.Tensor) -> None:
+    """Check that all values are equal to the reference.
+
+    Raises:
+        WrongResult: a value or the shape differs.
+    """
     if not torch.equal(result, expected):
         raise WrongResult(f"{what} are not the reference's")
 
 
-def check_kept(kept, trace):
-    """Raise unless these are the patches of a ``pruneattn.trace``, but for scores that are the same to rounding."""
+def check_kept(kept: Sequence[torch.Tensor], trace: Trace) -> None:
+    """Check that the patches kept are those of a ``pruneattn.trace``, except where scores are equal up to rounding.
+
+    Args:
+        kept: numbers of the input patches that each pruning block keeps ``[B, k_i]``.
+        trace: the trace of the reference.
+
+    Raises:
+        WrongResult: other patches were kept.
+    """
     for clip in range(len(trace.logits)):
         numbers = torch.arange(trace.scores[0].shape[1])
         for block, (theirs, ours, scores) in enumerate(zip(kept, trace.kept, trace.scores, strict=True)):
@@ -43,5 +68,5 @@ def check_kept(kept, trace):
                 values = [score_of.get(number, math.inf) for number in disputed]
                 if not max(values) - min(values) <= SAME_SCORE * scores[clip].max().item():
                     raise WrongResult(f"keeps other patches in pruning block {block} of clip {clip}")
-                break  # what follows has another input
+                break  # the later blocks have different inputs
             numbers = ours[clip]

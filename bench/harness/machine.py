@@ -1,4 +1,6 @@
-"""The machine, the versions and the commit that a result file was measured with, and how fast the machine can be."""
+"""Description of the machine, the versions and the commit of a result file, and the peak speeds of the machine."""
+
+from __future__ import annotations
 
 import datetime
 import json
@@ -8,12 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from bench.harness.case import Work
 from pruneattn.runtime import timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,13 +25,18 @@ RESULTS = ROOT / "bench" / "results"
 
 
 class Peaks(NamedTuple):
-    """Speeds that nothing beats: bytes per second of a large copy, and FLOP per second of a large matrix product."""
+    """Peak speeds of a machine.
+
+    Attributes:
+        copy: bytes per second of a large copy, read and written.
+        product: dict of dtype name -> FLOP per second of a large matrix product.
+    """
 
     copy: float
-    product: dict  # by dtype
+    product: dict[str, float]
 
-    def floor_ms(self, dtype, work):
-        """Milliseconds below which a call with this `measure.Work` cannot get; None if neither MACs nor bytes are known."""
+    def floor_ms(self, dtype: str, work: Work) -> float | None:
+        """Lower bound of the milliseconds of a call with this work; None if neither MACs nor bytes are known."""
         floors = []
         if work.macs_computed and dtype in self.product:
             floors.append(2e3 * work.macs_computed / self.product[dtype])
@@ -36,14 +45,18 @@ class Peaks(NamedTuple):
         return max(floors, default=None)
 
 
-def measure_peaks(device, dtypes, size=2048, copied=2**27):
-    """The `Peaks` of a device for some dtypes (names), by matrices ``[size, size]`` and a copy of so many bytes.
+def measure_peaks(device: str, dtypes: Sequence[str], size: int = 2048, copied: int = 2**27) -> Peaks:
+    """Measure the `Peaks` of a device. Each is the fastest of a few rounds, because a peak is an upper bound.
 
-    The fastest of a few calls: a peak is what the machine can do, not what it usually does.
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        dtypes: names of the dtypes.
+        size: rows and columns of the matrices.
+        copied: bytes of the copy.
     """
     source = torch.empty(copied, dtype=torch.int8, device=device).fill_(1)
     target = torch.empty_like(source)
-    variants = {"copy": lambda: target.copy_(source)}
+    variants: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
     for dtype in dtypes:
         matrix = torch.randn(size, size, device=device).to(getattr(torch, dtype))
         variants[dtype] = lambda matrix=matrix: matrix @ matrix
@@ -52,8 +65,8 @@ def measure_peaks(device, dtypes, size=2048, copied=2**27):
     return Peaks(2 * copied / best["copy"], {dtype: 2 * size**3 / best[dtype] for dtype in dtypes})
 
 
-def output(*command, lines=1):
-    """The first lines of what a command prints, "unknown" if it cannot run."""
+def output(*command: str, lines: int | None = 1) -> str:
+    """First lines of a command's output (all with None); "unknown" if the command fails or does not exist."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     except FileNotFoundError:
@@ -61,16 +74,16 @@ def output(*command, lines=1):
     return "\n".join(run.stdout.strip().split("\n")[:lines]) if run.returncode == 0 else "unknown"
 
 
-def version(package):
-    """Version of a package, None if it is not installed."""
+def version(package: str) -> str | None:
+    """Version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def describe_machine(device):
-    """What every result file says first: flat, but for what names its parts."""
+def describe_machine(device: str) -> dict[str, Any]:
+    """Describe machine, versions and commit. Values are numbers and strings, or flat dicts of them."""
     packages = ("triton", "numpy", "torchaudio", "timm", "transformers", "onnxruntime")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -91,8 +104,8 @@ def describe_machine(device):
     }
 
 
-def _clocks(device):
-    """Clock frequencies in MHz, as the driver or the system says: now, and the most there is (CUDA)."""
+def _clocks(device: str) -> dict[str, Any]:
+    """Current clock frequencies in MHz by the driver or the system; on CUDA also the maximum ones."""
     if device == "cuda":
         return {
             name: _nvidia_smi(f"clocks.{name}") for name in ("current.sm", "max.sm", "current.memory", "max.memory")
@@ -102,19 +115,19 @@ def _clocks(device):
     return {f"cpu {number}": float(clock) for number, clock in enumerate(clocks)}
 
 
-def _nvidia_smi(field):
+def _nvidia_smi(field: str) -> str:
     return output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits")
 
 
-def _nvcc():
-    """Version of the compiler that the build takes if none is named."""
+def _nvcc() -> str | None:
+    """Version of the compiler that the build uses by default."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     found = re.search(r"V([\d.]+)", output(nvcc, "--version", lines=None))
     return found.group(1) if found else None
 
 
-def _build_info():
-    # In another process: where the extension is broken, the rest can still be measured.
-    code = "import torch; from pruneattn import _C; import json; print(json.dumps(_C.build_info() | {'isa': _C.cpu_isa()}))"
+def _build_info() -> dict[str, Any] | None:
+    # In a separate process: if the extension is broken, everything else can still be measured.
+    code = "import json, torch; from pruneattn import _C; print(json.dumps(_C.build_info() | {'isa': _C.cpu_isa()}))"
     build = output(sys.executable, "-c", code)
     return json.loads(build) if build != "unknown" else None

@@ -1,89 +1,47 @@
-"""One case: its providers checked, then timed in turns, as rows of the schema."""
+"""Measurement of a case: checks its providers, times them in interleaved rounds, and returns rows of the schema."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
+from bench.harness.case import TRAINING, Case, Provider
 from bench.harness.cuda_clock import rounds_by_events
 from bench.harness.guards import WrongResult
+from bench.harness.machine import Peaks
 from bench.harness.memory import peak_growth
-from bench.harness.rows import key_of, row_of
+from bench.harness.rows import Row, key_of, row_of
 from pruneattn.runtime.timing import rounds_side_by_side
 
-TRAINING = "training step"
 
-
-class Case(NamedTuple):
-    """What all providers of a comparison do: the columns of `rows.CASE`. ``tokens`` counts extra tokens too."""
-
-    level: str
-    subject: str  # op or model
-    device: str
-    dtype: str
-    batch: int
-    tokens: int
-
-    @property
-    def torch_dtype(self):
-        return getattr(torch, self.dtype)
-
-    def __str__(self):
-        return f"{self.subject}-{self.device}-{self.dtype}-{self.batch}x{self.tokens}"
-
-
-class Work(NamedTuple):
-    """What one call has to do; None where it is not counted."""
-
-    macs_paper: int | None = None
-    macs_computed: int | None = None
-    bytes: int | None = None
-
-
-class Provider(NamedTuple):
-    """One way to do the work of a case.
-
-    Attributes:
-        name: who: "ours", "timm ViT", ...
-        call: function without arguments; None if it cannot run, for the reason in ``why_not``.
-        check: function of what ``call`` returns that raises `WrongResult`.
-        backend: how, where there are several ways: "cpu", "compiled", ...
-        keep_rate: share of the patches that each pruning block keeps; 1 is unpruned, None has no such thing.
-        work: `Work`.
-        part: of the work, where a row is about a part alone.
-    """
-
-    name: str
-    call: Callable | None
-    check: Callable
-    backend: str | None = None
-    keep_rate: float | None = None
-    work: Work = Work()
-    why_not: str = ""
-    part: str | None = None
-
-
-def left_out(name, why_not, **variant):
-    """A provider that cannot run here."""
-    return Provider(name, None, None, why_not=why_not, **variant)
-
-
-def measure_case(case, providers, peaks, rounds, hot=False, seen=None):
-    """Rows of the providers, in their order. A provider whose result is wrong is not timed; its row says so.
+def measure_case(
+    case: Case,
+    providers: Sequence[Provider],
+    peaks: Peaks,
+    rounds: int,
+    hot: bool = False,
+    seen: dict[tuple, list[float]] | None = None,
+) -> list[Row]:
+    """Check and time the providers of a case. Providers with a wrong result are not timed; their rows say so.
 
     Args:
-        case: `Case`.
-        providers: list of `Provider`.
-        peaks: `machine.Peaks` of this run.
-        rounds: of timing.
+        case: the case.
+        providers: its providers.
+        peaks: peak speeds of this run.
+        rounds: number of rounds.
         hot: on CUDA, do not clear the L2 cache before each call.
-        seen: dict of the rounds of earlier visits, which count as well; those of this one are added.
+        seen: seconds of the rounds of earlier visits by row key. They count too; this visit adds its own.
+
+    Returns:
+        A row for each provider, in their order.
     """
     with nullcontext() if case.level == TRAINING else torch.inference_mode():
         status = [_checked(provider) for provider in providers]
-        calls = {i: provider.call for i, provider in enumerate(providers) if status[i] == "ok"}
+        calls = {i: provider.call for i, provider in enumerate(providers) if provider.call and status[i] == "ok"}
         memory = {i: peak_growth(call, case.device) for i, call in calls.items()}
         seconds, timing = _clock(case, calls, rounds, hot)
     seen = {} if seen is None else seen
@@ -110,9 +68,9 @@ def measure_case(case, providers, peaks, rounds, hot=False, seen=None):
     return with_savings(rows)
 
 
-def _checked(provider):
-    """The provider's status."""
-    if provider.call is None:
+def _checked(provider: Provider) -> str:
+    """Call a provider, check its result and return its status."""
+    if provider.call is None or provider.check is None:
         return f"left out: {provider.why_not}"
     try:
         provider.check(provider.call())
@@ -124,7 +82,9 @@ def _checked(provider):
     return "ok"
 
 
-def _clock(case, calls, rounds, hot):
+def _clock(
+    case: Case, calls: Mapping[int, Callable[[], Any]], rounds: int, hot: bool
+) -> tuple[dict[int, list[float]], dict[int, str]]:
     if case.device == "cuda":
         return rounds_by_events(calls, rounds, hot, graphs=case.level in ("op", "block"))
     return rounds_side_by_side(calls, case.device, rounds, called_before=True), dict.fromkeys(
@@ -132,13 +92,13 @@ def _clock(case, calls, rounds, hot):
     )
 
 
-def percentiles(seconds):
-    """Columns of the 20th, 50th and 80th percentile."""
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """The columns of the 20th, 50th and 80th percentile."""
     return dict(zip(("p20_ms", "p50_ms", "p80_ms"), np.quantile(np.array(seconds) * 1e3, (0.2, 0.5, 0.8)).tolist()))
 
 
-def with_savings(rows):
-    """The rows of a case with ``saving``, ``theory`` and ``realised`` where something was pruned."""
+def with_savings(rows: list[Row]) -> list[Row]:
+    """Fill ``saving``, ``theory`` and ``realised`` in the rows of a case that prune. Returns the same list."""
     dense = [row for row in rows if row["keep_rate"] == 1 and row["p50_ms"] is not None and row["macs_paper"]]
     if not dense:
         return rows

@@ -1,19 +1,25 @@
 """Memory that a call adds while it runs."""
 
+from __future__ import annotations
+
 import ctypes
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 
-def peak_growth(call, device):
-    """MiB by which the memory in use grows at most during ``call()``; None where that cannot be told.
+def peak_growth(call: Callable[[], object], device: torch.device | str) -> float | None:
+    """Measure the MiB by which the memory in use grows at most during a call.
 
-    On CUDA what PyTorch's allocator gives out, on Linux the memory of the process, which first gives back what it holds
-    but does not use: else a call would find its memory there already.
+    On CUDA this is the memory of PyTorch's allocator. On Linux it is the memory of the process. Before the call, the
+    process returns free memory to the system, because the call would otherwise reuse it without any growth.
+
+    Returns:
+        MiB, or None where the growth cannot be measured.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -22,16 +28,16 @@ def peak_growth(call, device):
         call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    if sys.platform != "linux" or not _give_back():
+    if sys.platform != "linux" or not _trim():
         return None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is in use
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the memory in use
     before = _peak_kib()
     call()
     return (_peak_kib() - before) / 1024
 
 
-def available(device):
-    """Bytes that a call could take on a device."""
+def available(device: torch.device | str) -> float:
+    """Bytes of memory that a call can use on a device; infinity if unknown."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info()[0]
     info = Path("/proc/meminfo")
@@ -39,8 +45,8 @@ def available(device):
     return math.inf if found is None else 1024 * int(found[1])
 
 
-def _give_back():
-    """Whether glibc, the only one that can, gave its free memory back to the system."""
+def _trim() -> bool:
+    """Return free memory to the system. False if the C library, which is not glibc, cannot."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
         return False
@@ -48,5 +54,7 @@ def _give_back():
     return True
 
 
-def _peak_kib():
-    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+def _peak_kib() -> int:
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None  # Linux has this line for every process
+    return int(found[1])

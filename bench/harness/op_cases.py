@@ -1,60 +1,73 @@
-"""What the benchmarks of the ops share: inputs, and how a result is held against the reference."""
+"""Inputs, providers and checks that the benchmarks of the ops share."""
 
-from contextlib import contextmanager
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
+from bench.harness.case import Case, Provider, Work
 from bench.harness.guards import check_close, check_same
-from bench.harness.measure import Provider, Work
 from pruneattn import backends, use_backend
 from pruneattn.ops.backend import _C, DEVICES, NAMES
 from pruneattn.runtime.timing import attention_kernels
 
 HEADS, HEAD_DIM, DIM = 12, 64, 768
 
-#: Ops whose CPU kernels are chosen by instruction set.
+#: Ops with a CPU kernel for each instruction set.
 BY_INSTRUCTION_SET = ("attention", "column_mean_attention", "cls_scores", "cls_prune_tokens", "pruned_attention")
 
-#: Largest difference of an op's result from the float32 reference, as a share of the largest value.
+#: Largest difference of an op's result from the float32 reference, relative to the largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
-def extra_tokens(case):
-    """Of the 65, 257 and 513 tokens of an AudioMAE one is no patch, of the 66, 258 and 514 of an AST two."""
+def extra_tokens(case: Case) -> int:
+    """Number of tokens that are not patches: 1 of the 65, 257 or 513 of AudioMAE, 2 of the 66, 258 or 514 of AST."""
     return 2 - case.tokens % 2
 
 
-def random_qkv(case):
-    """q, k, v ``[B, H, N, 64]`` as views of one tensor, as a model's projection makes them."""
+def random_qkv(case: Case) -> Sequence[torch.Tensor]:
+    """q, k, v ``[B, H, N, 64]`` as views of one tensor, like the output of a model's projection."""
     torch.manual_seed(0)
     packed = torch.randn(case.batch, case.tokens, 3, HEADS, HEAD_DIM, device=case.device).to(case.torch_dtype)
     return packed.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def random_tokens(case):
+def random_tokens(case: Case) -> torch.Tensor:
     """Tokens ``[B, N, C]``."""
     torch.manual_seed(0)
     return torch.randn(case.batch, case.tokens, DIM, device=case.device).to(case.torch_dtype)
 
 
-def random_scores(case):
+def random_scores(case: Case) -> torch.Tensor:
     """Scores float32 ``[B, N - extra]``."""
     torch.manual_seed(1)
     return torch.rand(case.batch, case.tokens - extra_tokens(case), device=case.device)
 
 
-def op_providers(case, op, alternatives, *args, macs=None, tolerance=None, unread=0):
-    """Our op by each of its backends, and alternatives to it.
+def op_providers(
+    case: Case,
+    op: Callable,
+    alternatives: Mapping[str, Callable],
+    *args: Any,
+    macs: int | None = None,
+    tolerance: float | None = None,
+    unread: int = 0,
+) -> list[Provider]:
+    """List the providers of an op: each of its backends, and alternatives.
 
     Args:
-        case: `Case`.
-        op: one of ours.
-        alternatives: dict of name -> function of the same arguments. One that returns less is compared in that.
-        *args: what they are called with.
-        macs: multiply-accumulates of the call; None where there are none.
-        tolerance: in place of `TOLERANCE`.
-        unread: rows of tokens that need not be read, since they are dropped.
+        case: the case.
+        op: op of ``pruneattn.ops``.
+        alternatives: dict of name -> function with the same arguments. If a function returns fewer results than the op,
+            only these are compared.
+        *args: arguments of the op and of the alternatives.
+        macs: multiply-accumulates of the call, if it has any.
+        tolerance: replaces `TOLERANCE`.
+        unread: rows of tokens in each clip that need not be read, because they are dropped.
     """
     with torch.no_grad(), use_backend("reference"):
         expected = _as_tuple(op(*map(_exact, args)))
@@ -62,21 +75,19 @@ def op_providers(case, op, alternatives, *args, macs=None, tolerance=None, unrea
     unread *= case.batch * DIM * case.torch_dtype.itemsize
     work = Work(None, macs, sum(map(_bytes, (*args, *sample))) - unread)
     check = partial(_check, expected, TOLERANCE[case.torch_dtype] if tolerance is None else tolerance)
-    providers = []
-    for backend, call in _ours(case, op, args):
-        providers.append(Provider("ours", call, check, backend=backend, work=work))
+    providers = [Provider("ours", call, check, backend=backend, work=work) for backend, call in _ours(case, op, args)]
     for name, function in alternatives.items():
         providers.append(Provider(name, partial(function, *args), check, work=work))
     return providers
 
 
-def _ours(case, op, args):
-    """Backends and calls of an op of ours on the case's device, what runs by default first."""
+def _ours(case: Case, op: Callable, args: Sequence[Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Backends of an op on the case's device and their calls; the default backend first."""
     call = partial(op, *args)
     states = backends()[op.__name__]
     here = [name for name in NAMES if DEVICES.get(name, case.device) == case.device and not states[name].reason]
     if case.device == "cpu" and "triton" in here:
-        here.remove("triton")  # its interpreter is no way to run anything
+        here.remove("triton")  # runs in the interpreter, for tests only
     here.sort(key=lambda name: states[name].state != "used")
     yield here[0], call
     for name in here[1:]:
@@ -86,32 +97,37 @@ def _ours(case, op, args):
             yield f"cpu, {isa}", within(partial(instruction_set, isa), call)
 
 
-def within(context, function):
-    """The function, each call of it in a new ``context()``."""
+def within(context: Callable[[], AbstractContextManager], function: Callable[[], Any]) -> Callable[[], Any]:
+    """Wrap a function so that each call runs in a new ``context()``."""
 
-    def call():
+    def call() -> Any:
         with context():
             return function()
 
     return call
 
 
-def compiled(function):
-    """The function by ``torch.compile``, at its first call for each shape."""
+def compiled(function: Callable) -> Callable:
+    """The function with ``torch.compile``, which compiles at the first call with each shape."""
     return torch.compile(function, dynamic=False)
 
 
-def by_each_kernel(name, function, *args):
-    """The function by each of PyTorch's attention kernels that runs these arguments; none on a CPU, which has but one."""
-    kernels = attention_kernels(function, *args) if args[0].is_cuda else ()
+def by_each_kernel(name: str, function: Callable, *args: torch.Tensor | int) -> dict[str, Callable]:
+    """The function with each of PyTorch's attention kernels that supports these arguments. Empty on a CPU, which has
+    only one kernel.
+    """
+    kernels = attention_kernels(function, *args) if isinstance(args[0], torch.Tensor) and args[0].is_cuda else ()
     return {f"{name}, {kernel}": forced for kernel, forced, why_not in kernels if not why_not}
 
 
-def forward_and_backward(function):
-    """The function of q, k and v with gradients: returns those of its output times a fixed one, after the output."""
+def forward_and_backward(function: Callable) -> Callable:
+    """Wrap a function of q, k and v so that it also runs the backward pass for output gradients of 1.
 
-    def call(q, k, v, *args):
-        # The benchmarks of the ops run in inference mode.
+    The wrapped function returns the output and the gradients of q, k and v.
+    """
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+        # The harness runs ops in inference mode.
         with torch.inference_mode(False), torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
             out = function(*inputs, *args)
@@ -122,8 +138,8 @@ def forward_and_backward(function):
 
 
 @contextmanager
-def instruction_set(name):
-    """Make the attention kernels use this instruction set."""
+def instruction_set(name: str) -> Iterator[None]:
+    """Context in which the attention kernels use an instruction set."""
     before = _C.cpu_isa()
     _C.cpu_use_isa(name)
     try:
@@ -132,7 +148,7 @@ def instruction_set(name):
         _C.cpu_use_isa(before)
 
 
-def _check(expected, tolerance, result):
+def _check(expected: Sequence[torch.Tensor], tolerance: float, result: Any) -> None:
     for number, (ours, reference) in enumerate(zip(_as_tuple(result), expected)):
         what = f"the values of result {number}"
         if reference.is_floating_point():
@@ -141,14 +157,14 @@ def _check(expected, tolerance, result):
             check_same(what, ours, reference)
 
 
-def _as_tuple(result):
+def _as_tuple(result: Any) -> tuple:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _exact(argument):
+def _exact(argument: Any) -> Any:
     floating = isinstance(argument, torch.Tensor) and argument.is_floating_point()
     return argument.float() if floating else argument
 
 
-def _bytes(argument):
+def _bytes(argument: Any) -> int:
     return argument.numel() * argument.element_size() if isinstance(argument, torch.Tensor) else 0

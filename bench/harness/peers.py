@@ -1,4 +1,9 @@
-"""What people run instead of a model of ours, with its weights."""
+"""Alternatives to our models with the same weights: the paper's method in plain PyTorch, other libraries' models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -6,48 +11,56 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from bench.harness.machine import version
-from pruneattn.constants import PATCH
+from bench.harness.op_peers import softmax_matrix
+from pruneattn.checkpoints.converters import AST_HUGGING_FACE_MODULES
+from pruneattn.constants import MEL_BINS, PATCH
+from pruneattn.models import PrunedViT
 from pruneattn.models.blocks import MLP_RATIO, kept_patches
 from pruneattn.models.macs import block_macs
 
+#: Names of the providers in the result files. They do not change, so that results remain comparable.
+PAPER, SEPARATE_SCORE = "the paper's way", "SDPA, separate score"
+
 
 class PapersAttention(nn.Module):
-    """Attention of published code: packed projection, then the whole softmax matrix, which is the score's source too."""
+    """Attention of published implementations: the whole softmax matrix, which also gives the score."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, scored_queries):
-        """The output ``[B, N, C]`` and the rows ``scored_queries`` (a slice) of the softmax matrix ``[B, H, .., N]``."""
+    def forward(self, x: torch.Tensor, scored_queries: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the output ``[B, N, C]`` and the rows `scored_queries` of the softmax matrix ``[B, H, .., N]``."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D]
         out, weights = self.attend(q, k, v, scored_queries)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)), weights
 
-    def attend(self, q, k, v, scored_queries):
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scored_queries: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         weights = softmax_matrix(q, k)
         return weights @ v, weights[:, :, scored_queries]
 
 
 class SeparateScoreAttention(PapersAttention):
-    """The nearest way out: PyTorch's attention, and the queries that are scored times the keys once more."""
+    """PyTorch's fused attention, then a second product of scored queries and keys for the score."""
 
-    def attend(self, q, k, v, scored_queries):
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scored_queries: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return F.scaled_dot_product_attention(q, k, v), softmax_matrix(q[:, :, scored_queries], k)
 
 
-def softmax_matrix(q, k):
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
-
-
 class PapersBlock(nn.Module):
-    """A block that drops patches after the attention's residual add, so that dropped rows are finished first."""
+    """A block that drops patches after the attention's residual addition, so that it also computes the dropped rows."""
 
-    def __init__(self, dim, heads, extra, score, keep_rate, attention):
+    def __init__(
+        self, dim: int, heads: int, extra: int, score: str, keep_rate: float, attention: type[PapersAttention]
+    ):
         super().__init__()
         self.extra, self.score, self.keep_rate = extra, score, keep_rate
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -55,8 +68,8 @@ class PapersBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, MLP_RATIO * dim), "fc2": nn.Linear(MLP_RATIO * dim, dim)})
 
-    def forward(self, x):
-        """The tokens left, and the places ``[B, keep]`` of the patches that stay (best first), None if all do."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the remaining tokens, and the positions ``[B, keep]`` of the kept patches, best first (None: all)."""
         attended, weights = self.attn(self.norm1(x), self.scored_queries())
         x = x + attended
         index = None
@@ -64,32 +77,39 @@ class PapersBlock(nn.Module):
             x, index = self.prune(x, weights)
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))), index
 
-    def scored_queries(self):
+    def scored_queries(self) -> slice:
+        """The queries whose rows of the softmax matrix give the score."""
         if self.keep_rate == 1:
             return slice(0, 0)
         return slice(0, 1) if self.score == "cls" else slice(self.extra, None)
 
-    def macs(self, patches):
-        """Multiply-accumulates of one clip, a separate score included; and how many patches are left."""
+    def macs(self, patches: int) -> tuple[int, int]:
+        """Multiply-accumulates of one clip, including a separate score, and the number of remaining patches."""
         dim, tokens, left = self.norm1.weight.numel(), self.extra + patches, kept_patches(patches, self.keep_rate)
         macs = block_macs(tokens, self.extra + left, dim)
         if isinstance(self.attn, SeparateScoreAttention):
             macs += len(range(tokens)[self.scored_queries()]) * tokens * dim
         return macs, left
 
-    def prune(self, x, weights):
-        scores = weights.mean(1)[:, :, self.extra :].mean(1)  # [B, P]; five times as fast as mean((1, 2))
+    def prune(self, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the remaining tokens and the positions of the kept patches, best first."""
+        scores = weights.mean(1)[:, :, self.extra :].mean(1)  # [B, P]; mean((1, 2)) is five times slower
         index = scores.topk(kept_patches(scores.shape[1], self.keep_rate)).indices  # [B, keep]
         rows = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return torch.cat([x[:, : self.extra], x[:, self.extra :].gather(1, rows)], 1), index
 
 
 class PapersViT(nn.Module):
-    """A model of ours the paper's way, with the same weights: the whole softmax matrix in every block, in the dtype of
-    the model, and its means rank the patches. ``attention``: `PapersAttention`, or `SeparateScoreAttention`.
+    """The paper's method in plain PyTorch: every block computes the whole softmax matrix in the dtype of the model. Its
+    means rank the patches.
+
+    Args:
+        model: model of ``pruneattn.create_model``, whose weights are copied.
+        keep_rate: fraction of the patches that each pruning block keeps.
+        attention: `PapersAttention` or `SeparateScoreAttention`.
     """
 
-    def __init__(self, model, keep_rate=1.0, attention=PapersAttention):
+    def __init__(self, model: PrunedViT, keep_rate: float = 1.0, attention: type[PapersAttention] = PapersAttention):
         super().__init__()
         dim, extra = model.embed_dim, model.num_extra_tokens
         self.extra, self.time_major = extra, model.time_major
@@ -112,11 +132,11 @@ class PapersViT(nn.Module):
         self.load_state_dict(model.state_dict())
         self.to(model.pos_embed).eval()
 
-    def forward(self, fbank):
+    def forward(self, fbank: torch.Tensor) -> torch.Tensor:
         return self.run(fbank)[0]
 
-    def run(self, fbank):
-        """Logits, and of each pruning block the places of the patches that stay among those that came."""
+    def run(self, fbank: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the logits, and for each pruning block the positions of the kept patches among its input patches."""
         image = (fbank if self.time_major else fbank.transpose(1, 2)).unsqueeze(1)
         x = self.patch_embed["proj"](image).flatten(2).transpose(1, 2)  # [B, P, C]
         front = self.cls_token if self.extra == 1 else torch.cat([self.cls_token, self.dist_token], 1)
@@ -131,8 +151,8 @@ class PapersViT(nn.Module):
         x = self.norm(x)
         return self.head(self.head_norm((x[:, 0] + x[:, 1]) / 2)), places
 
-    def macs(self):
-        """Multiply-accumulates of one clip, head and separate scores included."""
+    def macs(self) -> int:
+        """Multiply-accumulates of one clip, including head and separate scores."""
         dim, patches = self.pos_embed.shape[2], self.pos_embed.shape[1] - self.extra
         total = patches * PATCH**2 * dim + self.head.weight.numel()
         for block in self.blocks:
@@ -140,8 +160,8 @@ class PapersViT(nn.Module):
             total += macs
         return total
 
-    def kept(self, fbank):
-        """Numbers of the input patches that each pruning block keeps, ascending, as ``pruneattn.trace`` gives them."""
+    def kept(self, fbank: torch.Tensor) -> list[torch.Tensor]:
+        """Ascending numbers of the input patches that each pruning block keeps, as in ``pruneattn.trace``."""
         numbers = torch.arange(self.pos_embed.shape[1] - self.extra, device=fbank.device).expand(len(fbank), -1)
         kept = []
         for index in self.run(fbank)[1]:
@@ -153,13 +173,13 @@ class PapersViT(nn.Module):
 TIMM, HUGGINGFACE = "timm ViT", "Hugging Face AST"
 
 
-def library_model(model):
-    """Name of the library model that is a model of ours, and the function that makes it with the same weights."""
+def library_model(model: PrunedViT) -> tuple[str, Callable[[PrunedViT], Adapter]]:
+    """Name of the equivalent model of another library, and the function that makes it with the same weights."""
     return (TIMM, timm_vit) if model.num_extra_tokens == 1 else (HUGGINGFACE, huggingface_ast)
 
 
-def huggingface_ast(model):
-    """Hugging Face's AST with the weights of an AST of ours."""
+def huggingface_ast(model: PrunedViT) -> Adapter:
+    """Make Hugging Face's AST with the weights of our AST."""
     import transformers
 
     theirs = transformers.ASTForAudioClassification(
@@ -177,47 +197,16 @@ def huggingface_ast(model):
         )
     )
     theirs.classifier.layernorm.eps = 1e-5
-    theirs.load_state_dict(huggingface_state(model.state_dict()))
+    theirs.load_state_dict(AST_HUGGING_FACE_MODULES.from_ours(model.state_dict()))
     return Adapter(theirs.to(model.pos_embed).eval(), lambda theirs, fbank: theirs(fbank).logits)
 
 
-def huggingface_state(state):
-    """Names of transformers 5 for a state dict of ours."""
-    renamed = {
-        "cls_token": "embeddings.cls_token",
-        "dist_token": "embeddings.distillation_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
-        "blocks.": "layers.",
-        "norm.": "layernorm.",
-    }
-    parts = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.o_proj"}
-    out = {}
-    for name, tensor in state.items():
-        if name.startswith("head"):
-            out[name.replace("head_norm", "classifier.layernorm").replace("head.", "classifier.dense.")] = tensor
-            continue
-        for ours, theirs in renamed.items():
-            if name.startswith(ours):
-                name = theirs + name[len(ours) :]
-                break
-        for ours, theirs in parts.items():
-            name = name.replace(f".{ours}.", f".{theirs}.")
-        name = f"audio_spectrogram_transformer.{name}"
-        if ".attn.qkv." in name:
-            for part, rows in zip("qkv", tensor.chunk(3)):
-                out[name.replace("attn.qkv", f"attention.{part}_proj")] = rows
-        else:
-            out[name] = tensor
-    return out
-
-
-def timm_vit(model):
-    """timm's vision transformer with the weights of an AudioMAE of ours."""
+def timm_vit(model: PrunedViT) -> Adapter:
+    """Make timm's vision transformer with the weights of our AudioMAE."""
     from timm.models.vision_transformer import VisionTransformer
 
     theirs = VisionTransformer(
-        img_size=(model.frames, 128),
+        img_size=(model.frames, MEL_BINS),
         in_chans=1,
         embed_dim=model.embed_dim,
         depth=len(model.blocks),
@@ -231,18 +220,18 @@ def timm_vit(model):
 
 
 class Adapter(nn.Module):
-    """Another library's model that takes ``[B, frames, 128]`` and gives logits."""
+    """Another library's model with our interface: input ``[B, frames, 128]``, output logits ``[B, K]``."""
 
-    def __init__(self, model, call):
+    def __init__(self, model: nn.Module, call: Callable[[Any, torch.Tensor], torch.Tensor]):
         super().__init__()
         self.model, self.call = model, call
 
-    def forward(self, fbank):
+    def forward(self, fbank: torch.Tensor) -> torch.Tensor:
         return self.call(self.model, fbank)
 
 
-def why_not(name):
-    """Why a peer cannot be had on this machine; empty if it can."""
+def why_not(name: str) -> str:
+    """Why another library's model cannot run on this machine; empty if it can."""
     if name == TIMM and version("timm") is None:
         return "timm is not installed"
     if name == HUGGINGFACE and int((version("transformers") or "0").split(".")[0]) < 5:
@@ -250,13 +239,13 @@ def why_not(name):
     return ""
 
 
-def compiled(model, fbank):
-    """The model by ``torch.compile``, its weights frozen into the code, for inputs like ``fbank``.
+def compiled(model: nn.Module, fbank: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Compile a model with ``torch.compile`` and frozen weights, for inputs like `fbank`.
 
-    Compiled here, without gradients; to be called in ``torch.inference_mode()``.
+    The model is compiled without gradients. Call it in ``torch.inference_mode()``.
     """
     model = torch.compile(model, dynamic=False)
-    # Each of our models and rates is a program of its own, and all count against the limit of one forward function.
+    # Each model and keep-rate is compiled separately, and all of them count toward the limit of one forward function.
     with torch.inference_mode(), inductor.patch(freezing=True), torch._dynamo.config.patch(recompile_limit=64):
         model(fbank)
     return model

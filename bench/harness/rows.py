@@ -1,30 +1,40 @@
-"""The rows of all benchmarks: one versioned schema for JSON and CSV."""
+"""Rows of all benchmarks: one versioned schema for JSON and CSV."""
+
+from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pruneattn.errors import UserError
 from pruneattn.files import atomic_write, write_csv
 
-#: Changes whenever a column changes its name or its meaning.
+#: A row of a result: dict with `COLUMNS`.
+Row = dict[str, Any]
+
+#: Increased when a column changes its name or its meaning.
 SCHEMA = 1
 
 #: What was run.
 CASE = ("level", "subject", "device", "dtype", "batch", "tokens")
-#: Who ran it and how. With the case this names a row.
+#: Who ran it and how. `CASE` and `VARIANT` together identify a row.
 VARIANT = ("provider", "backend", "keep_rate", "part")
-#: What came of it. Times, multiply-accumulates (MACs) and bytes are those of one call with its whole batch.
+#: Measurements. Times, multiply-accumulates (MACs) and bytes are those of one call with its whole batch.
 #:
-#: - ``status``: "ok", or why there is no time: "left out: ...", "out of memory", "wrong: ..." (not the reference's result)
-#: - ``timing``: which clock; see `measure`
-#: - ``p20_ms``, ``p50_ms``, ``p80_ms``: percentiles of ``rounds`` rounds, in which the providers of a case take turns
-#: - ``macs_paper``, ``macs_computed``: as the paper counts, and of the matrix products that are really run
-#: - ``bytes``: what has to be read and written at least
-#: - ``floor_ms``: the longer of the computed MACs at the speed of a large matrix product and the bytes at that of a large
-#:   copy, both measured in the same run; ``floor_share``: floor_ms / p50_ms (above 1 where caches beat the copy)
-#: - ``peak_memory_mib``: what a call adds at most to the memory in use
-#: - ``saving`` = 1 - p50_ms / that of the fastest unpruned provider of the case; ``theory`` = 1 - macs_paper / the
-#:   unpruned macs_paper; ``realised`` = saving / theory. None where nothing is pruned.
+#: - ``status``: "ok", or why there is no time: "left out: ...", "out of memory", "wrong: ..." (not the reference's
+#:   result)
+#: - ``timing``: the clock; see `measure`
+#: - ``p20_ms``, ``p50_ms``, ``p80_ms``: percentiles of ``rounds`` rounds, interleaved over the providers of a case
+#: - ``macs_paper``: MACs by the paper's count; ``macs_computed``: MACs of the matrix products that run
+#: - ``bytes``: bytes that must be read and written at least
+#: - ``floor_ms``: the longer of two times: the computed MACs at the speed of a large matrix product, and the bytes at
+#:   the speed of a large copy, both measured in the same run
+#: - ``floor_share``: floor_ms / p50_ms; above 1 where caches are faster than the copy
+#: - ``peak_memory_mib``: memory that a call adds at its peak
+#: - ``saving``: 1 - p50_ms / p50_ms of the fastest unpruned provider of the case
+#: - ``theory``: 1 - macs_paper / macs_paper without pruning
+#: - ``realised``: saving / theory. These three are None where nothing is pruned.
 MEASURED = (
     "status",
     "timing",
@@ -46,47 +56,65 @@ MEASURED = (
 COLUMNS = CASE + VARIANT + MEASURED
 
 
-def row_of(**values):
-    """A row with every column, None where nothing is given."""
+def row_of(**values: Any) -> Row:
+    """Make a row with every column. Columns without a value are None.
+
+    Raises:
+        TypeError: a name is not a column.
+    """
     unknown = values.keys() - set(COLUMNS)
     if unknown:
         raise TypeError(f"no such columns: {', '.join(sorted(unknown))}")
     return {name: values.get(name) for name in COLUMNS}
 
 
-def key_of(row):
-    """What names a row: its case and its variant, as a tuple."""
+def key_of(row: Row) -> tuple:
+    """The case and the variant of a row, which identify it."""
     return tuple(row[name] for name in CASE + VARIANT)
 
 
-def name_of(row):
+def name_of(row: Row) -> str:
     """A row's variant in words: ``"ours, cpu, 0.5"``."""
     return ", ".join(
         f"{row[name]:g}" if name == "keep_rate" else row[name] for name in VARIANT if row[name] is not None
     )
 
 
-def case_name(row):
+def case_name(row: Row) -> str:
     """A row's case in words."""
     return f"{row['subject']}, {row['device']}, {row['dtype']}, batch {row['batch']}, {row['tokens']} tokens"
 
 
 class ResultFile:
-    """A result on disk as it grows: JSON, and the same rows as CSV with the machine in front.
+    """A result on disk that grows: JSON, and CSV with the same rows and the machine in the first columns.
 
-    It is written again, completely or not at all, after each case, so that a run that is stopped leaves what it has. A
-    row takes the place of the one with its key.
+    Each `add` writes the files atomically, so that an interrupted run leaves its results.
+
+    Args:
+        folder: folder of the files.
+        kind: first part of the file names, ``"cpu"`` or ``"gpu"``.
+        machine: description of the machine; its ``date`` is the second part of the file names.
+
+    Attributes:
+        path: the JSON file.
     """
 
-    def __init__(self, folder, kind, machine):
-        self.machine, self._rows = machine, {}
+    def __init__(self, folder: str | Path, kind: str, machine: Mapping[str, Any]):
+        self.machine = machine
+        self._rows: dict[tuple, Row] = {}
         self.path = Path(folder) / f"{kind}-{machine['date'][:19].replace(':', '')}.json"
 
     @property
-    def rows(self):
+    def rows(self) -> list[Row]:
+        """All rows so far."""
         return list(self._rows.values())
 
-    def add(self, rows):
+    def add(self, rows: Iterable[Row]) -> None:
+        """Add rows and write the files. A row replaces an earlier row with the same key.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         self._rows |= {key_of(row): row for row in rows}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,11 +131,11 @@ class ResultFile:
         write_csv(self.path.with_suffix(".csv"), [{"schema": SCHEMA, **machine, **row} for row in self.rows])
 
 
-def read_result(path):
-    """``machine`` (dict) and ``rows`` (list of dicts with `COLUMNS`) of a result file (JSON).
+def read_result(path: str | Path) -> tuple[dict[str, Any], list[Row]]:
+    """Read ``machine`` and ``rows`` of a result file (JSON).
 
     Raises:
-        UserError: no such file, no result of these benchmarks, or one of another schema.
+        UserError: the file does not exist, is not a result of these benchmarks, or has another schema.
     """
     remedy = "give the .json file that `pytest bench/ --benchmark-only` wrote"
     try:

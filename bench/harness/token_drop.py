@@ -1,4 +1,8 @@
-"""Pruning that knows nothing of the patches: the floor that any selection must be compared with."""
+"""Pruning without a score: a lower bound on the time of any selection."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -7,23 +11,23 @@ from pruneattn.models.scores import InputPruning
 
 
 class RandomDrop(InputPruning):
-    """Keeps patches drawn anew in every call: the cost of TopK and gathering, with a score for nothing."""
+    """Keeps random patches, drawn in every call. It has the cost of TopK and gather, but not of a score."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(statistic=None)
 
-    def __call__(self, attn, x, y, keep, extra, values):
+    def __call__(self, attn: Any, x: torch.Tensor, y: torch.Tensor, keep: int, extra: int, values: Any) -> Any:
         scores = torch.rand(x.shape[0], x.shape[1] - extra, device=x.device)
         return super().__call__(attn, x, y, keep, extra, scores)
 
 
 class StrideDrop(InputPruning):
-    """Keeps patches at even distances: not even a selection, only gathering."""
+    """Keeps patches at regular intervals. It has the cost of gather only."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(statistic=None)
 
-    def __call__(self, attn, x, y, keep, extra, values):
+    def __call__(self, attn: Any, x: torch.Tensor, y: torch.Tensor, keep: int, extra: int, values: Any) -> Any:
         patches = x.shape[1] - extra
         index = (torch.arange(keep, device=x.device) * patches // keep).expand(x.shape[0], -1)  # [B, keep]
         x, rows = ops.gather_tokens(x, index, extra), ops.gather_tokens(y, index, extra)

@@ -8,8 +8,8 @@
 namespace pruneattn::cpu {
 namespace {
 
-// Memory that is kept between calls: fresh pages would cost more than a small call itself.
-float* kept_memory(size_t floats) {
+// Scratch memory that each thread keeps between calls. New pages would cost more than a small call itself.
+float* scratch_memory(size_t floats) {
   struct Free {
     void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
   };
@@ -30,13 +30,13 @@ void attention(const Attention& args, int threads) {
   const Isa& kernels = isa();
   const int64_t products = args.batch * args.heads * args.queries * args.tokens * args.channels;
   const int workers = threads_for(products / 16, threads);
-  const size_t each = kernels.attention_scratch(args);
-  float* scratch = kept_memory(workers * each);
+  const size_t per_thread = kernels.attention_scratch(args);
+  float* scratch = scratch_memory(workers * per_thread);
 #pragma omp parallel num_threads(workers) if (workers > 1)
   {
     const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
     const int64_t first = args.units() * thread / count, last = args.units() * (thread + 1) / count;
-    if (first < last) kernels.attention(args, first, last, scratch + thread * each);
+    if (first < last) kernels.attention(args, first, last, scratch + thread * per_thread);
   }
 }
 

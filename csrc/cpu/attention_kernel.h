@@ -1,8 +1,8 @@
 // Attention with column sums of the softmax matrix, for one instruction set.
 //
-// A few rows of the softmax matrix live in the cache at a time: logits (a product), exponentials (one per cell), column
-// sums, output (a product). Both products are the same routine over packed panels; an operand is made of 32-bit words,
-// which are floats, or pairs of bfloat16 for the dot product instruction.
+// The kernel processes a few rows of the softmax matrix at a time, so that they stay in the cache: logits (a
+// product), exponentials, column sums, output (a product). One routine computes both products over packed panels.
+// Operands consist of 32-bit words: floats, or pairs of bfloat16 for the dot product instruction.
 #pragma once
 
 #include "isa.h"
@@ -10,7 +10,7 @@
 
 namespace pruneattn::cpu::PRUNEATTN_ISA {
 
-// A tile of kRows x kVecs vectors is summed up in registers.
+// A tile of kRows x kVecs vectors is accumulated in registers.
 constexpr int kRows = 6;
 #if defined(__AVX512F__)
 constexpr int kVecs = 4;
@@ -18,11 +18,11 @@ constexpr int kVecs = 4;
 constexpr int kVecs = 2;
 #endif
 constexpr int64_t kPanel = kVecs * kLanes;
-constexpr int64_t kChain = 192;            // so many products at most are added up one after the other
-constexpr int64_t kLastKeys = 4;           // so few keys after the last whole vector are multiplied one by one
-constexpr int64_t kBlockBytes = 48 << 10;  // of logits: they share the level-2 cache with a head's keys and values
+constexpr int64_t kChain = 192;   // maximum number of products in a chain of additions
+constexpr int64_t kLastKeys = 4;  // maximum number of keys after the last whole vector that are multiplied singly
+constexpr int64_t kBlockBytes = 48 << 10;  // of logits, which share the L2 cache with the keys and values of a head
 
-// Words are floats; elements of type T are converted when they are packed.
+// Words are floats. Elements of type T are converted during packing.
 template <class T>
 struct FloatWords {
   static constexpr int kElements = 1;
@@ -32,7 +32,7 @@ struct FloatWords {
 };
 
 #if defined(__AVX512BF16__)
-// Words are pairs of bfloat16, multiplied exactly and added up in float32.
+// Words are pairs of bfloat16. Products are exact, sums are in float32.
 struct PairWords {
   static constexpr int kElements = 2;
   static Vec multiply_add(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
@@ -46,6 +46,7 @@ struct PairWords {
 #endif
 
 // sum[row][column] += a[row][i] * b[i][column] over begin <= i < end, for Rows rows and Columns vectors of columns.
+// a: [Rows, depth] with stride a_stride, b: [depth, Columns * kLanes]
 template <class Words, int Rows, int Columns>
 inline void add_products(Vec (&sum)[Rows][Columns], const float* a, int64_t a_stride, const float* b, int64_t begin,
                          int64_t end) {
@@ -62,7 +63,8 @@ inline void add_products(Vec (&sum)[Rows][Columns], const float* a, int64_t a_st
   }
 }
 
-// The product over i < depth. Long sums are made of shorter ones, or their rounding would grow with the tokens.
+// The product over i < depth. Long sums are split into chains, so that rounding errors do not grow with the number of
+// tokens.
 template <class Words, int Rows, int Columns, class Store>
 inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth, const Store& store_vec) {
   Vec sum[Rows][Columns] = {};
@@ -127,7 +129,7 @@ class HeadAttention {
     inverse_ = take(block_);
   }
 
-  // Floats of scratch memory that this takes.
+  // The number of floats of scratch memory.
   size_t size() const { return size_; }
 
   void run(int64_t first, int64_t last) {
@@ -149,7 +151,7 @@ class HeadAttention {
   }
 
  private:
-  // Rows that do not lie a power of two apart, or they would fall on each other in the cache.
+  // Avoids strides that are multiples of a large power of two, which cause conflict misses in the cache.
   static int64_t padded_stride(int64_t tokens) {
     const int64_t stride = round_up(tokens, 16);
     return stride % 256 == 0 ? stride + 16 : stride;
@@ -163,14 +165,14 @@ class HeadAttention {
     return reinterpret_cast<T*>(x.data) + head / args_.heads * x.batch_stride + head % args_.heads * x.head_stride;
   }
 
-  // The words of one row from word `word` on, zero beyond its end.
+  // The words of a row from `word` on. Words beyond the end are zero.
   Vec row_words(const T* row, int64_t word) const {
     const int64_t element = word * Words::kElements, left = args_.channels - element;
     const T* p = row + element;
     return left >= kLanes * Words::kElements ? Words::words(p) : Words::first_words(p, left);
   }
 
-  // Panels of up to kPanel keys: [word][key]. The last few keys as they are: [key][word].
+  // Packs k [N, D] into panels of up to kPanel keys, each [words, keys]. The last few keys stay [keys, words].
   void pack_keys(const T* k) {
     for (int64_t panel = 0; panel < panel_tokens_; panel += kPanel) {
       const int64_t width = smaller(kPanel, panel_tokens_ - panel);
@@ -181,8 +183,8 @@ class HeadAttention {
             square[i] = key + i < args_.tokens ? row_words(k + (key + i) * args_.k.token_stride, word) : Vec{};
           }
           transpose(square);
-          float* to = keys_ + panel * words_ + word * width + key - panel;
-          for (int64_t i = 0; i < smaller(kLanes, words_ - word); ++i) store(to + i * width, square[i]);
+          float* panel_words = keys_ + panel * words_ + word * width + key - panel;
+          for (int64_t i = 0; i < smaller(kLanes, words_ - word); ++i) store(panel_words + i * width, square[i]);
         }
       }
     }
@@ -194,7 +196,7 @@ class HeadAttention {
     }
   }
 
-  // Panels of up to kPanel channels: [word of neighbouring tokens][channel].
+  // Packs v [N, D] into panels of up to kPanel channels, each [words of adjacent tokens, channels].
   void pack_values(const T* v) {
     const int64_t padded = round_up(args_.channels, kLanes);
     for (int64_t panel = 0; panel < padded; panel += kPanel) {
@@ -220,7 +222,7 @@ class HeadAttention {
     }
   }
 
-  // Floats are scaled here; pairs must not be rounded again, so only the sign of the scale goes in.
+  // Packs q [rows, D]. Floats are multiplied by the scale. Pairs are multiplied only by its sign, to avoid rounding.
   void pack_queries(const T* q, int64_t rows) {
     for (int64_t row = 0; row < rows; ++row, q += args_.q.token_stride) {
       for (int64_t word = 0; word < words_; word += kLanes) {
@@ -235,7 +237,7 @@ class HeadAttention {
     }
   }
 
-  // In a packed qkv the rows of a head lie pages apart, where no hardware prefetcher looks.
+  // In a packed qkv, the rows of a head are pages apart, and hardware prefetchers do not cross pages.
   void prefetch(const Heads& x, int64_t head, int64_t first, int64_t rows) const {
     const T* row = at(x, head) + first * x.token_stride;
     for (int64_t i = 0; i < rows; ++i, row += x.token_stride) {
@@ -285,13 +287,13 @@ class HeadAttention {
             store_first(to, sum, left);
           }
         };
-        multiply<Words>(rows - row, smaller(kPanel, padded - panel) / kLanes, pairs_ + row * pairs_stride,
-                        pairs_stride, values_ + panel * value_words_, value_words_, put);
+        multiply<Words>(rows - row, smaller(kPanel, padded - panel) / kLanes, pairs_ + row * pairs_stride, pairs_stride,
+                        values_ + panel * value_words_, value_words_, put);
       }
     }
   }
 
-  // The logits of the last few keys, in the first lanes of a vector.
+  // Computes the logits of the last few keys in the first lanes of a vector.
   void multiply_last(int64_t row) {
     float logits[kLanes] = {};
     for (int64_t i = 0; i < last_keys_; ++i) {
@@ -305,18 +307,19 @@ class HeadAttention {
     store(weights_ + row * stride_ + panel_tokens_, load(logits));
   }
 
-  // Logits to exp(logit - largest), and the inverse of their sum. Returns the log-sum-exp of the logits.
+  // Replaces logits by exp(logit - maximum). Computes the inverse of their sum. Returns the log-sum-exp of the
+  // logits.
   float exponentiate(int64_t row) {
     float* x = weights_ + row * stride_;
     const int64_t last = padded_tokens_ - kLanes;
     if (args_.tokens < padded_tokens_) store(x + last, load(x + last) + padding());
-    Vec most = load(x + last);
-    for (int64_t i = 0; i < last; i += kLanes) most = max(most, load(x + i));
-    const Vec largest = reduce_max(most);
+    Vec lane_max = load(x + last);
+    for (int64_t i = 0; i < last; i += kLanes) lane_max = max(lane_max, load(x + i));
+    const Vec largest = reduce_max(lane_max);
     float scale = 1.0f;
     if constexpr (Words::kElements == 2) {
       scale = args_.scale < 0 ? -args_.scale : args_.scale;
-      if (scale < 0x1p-126f) scale = 0x1p-126f;  // 0 would make NaN of the padding's -Inf
+      if (scale < 0x1p-126f) scale = 0x1p-126f;  // with a scale of 0, the padding's 0 * -Inf would be NaN
     }
     const float slope = scale * 1.44269504f;  // log2(e)
     Vec sum = {};
@@ -324,7 +327,7 @@ class HeadAttention {
       const int64_t end = smaller(begin + kChain * kLanes, padded_tokens_);
       Vec part = {};
       for (int64_t i = begin; i < end; i += kLanes) {
-        // The difference comes first: rounded products of large logits would be far from 0 at the largest one.
+        // Subtracts before it scales: otherwise the largest weight of large logits would be inexact.
         const Vec weight = exp2_of_nonpositive((load(x + i) - largest) * slope);
         part += weight;
         store(x + i, weight);
@@ -343,7 +346,7 @@ class HeadAttention {
     for (int64_t i = 0; i < padded_tokens_; i += kLanes) store(sums_ + i, load(sums_ + i) + load(x + i) * inverse);
   }
 
-  // Added to the last logits of a row: -Inf for those that stand for no key.
+  // The addend for the last logits of a row: -Inf for padding.
   Vec padding() const {
     float lanes[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {

@@ -6,7 +6,7 @@
 
 namespace pruneattn::cpu {
 
-void cls_scores(ClassScores args, int64_t extra_tokens, float* scores, int threads) {
+void cls_scores(ClsScores args, int64_t extra_tokens, float* scores, int threads) {
   const Isa& kernels = isa();
   const int64_t heads = args.batch * args.heads, blocks = args.batch * args.key_blocks();
   const std::unique_ptr<float[]> weights(new float[heads * args.tokens]);
@@ -15,9 +15,9 @@ void cls_scores(ClassScores args, int64_t extra_tokens, float* scores, int threa
 #pragma omp parallel num_threads(workers) if (workers > 1)
   {
     const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-    kernels.class_logits(args, blocks * thread / count, blocks * (thread + 1) / count);
+    kernels.cls_logits(args, blocks * thread / count, blocks * (thread + 1) / count);
 #pragma omp barrier
-    kernels.class_softmax(args, heads * thread / count, heads * (thread + 1) / count);
+    kernels.cls_softmax(args, heads * thread / count, heads * (thread + 1) / count);
   }
   average(weights.get(), args.batch, args.heads, args.tokens, extra_tokens, 1.0f / static_cast<float>(args.heads),
           scores, threads);

@@ -14,13 +14,12 @@ void gather_tokens(const int64_t* index, int64_t batch, int64_t patches, int64_t
   const int64_t tokens = extra_tokens + keep;
   int64_t bytes = 0;
   for (int t = 0; t < rows.count; ++t) bytes += batch * tokens * rows.tensor[t].row_bytes;
-  // Shared out by rows, not by clips: a single clip uses all threads too.
+  // Parallel over rows instead of clips, so that a single clip uses all threads.
   const int workers = threads_for(bytes / 8, threads);
 #pragma omp parallel for schedule(static) num_threads(workers) if (workers > 1)
   for (int64_t row = 0; row < batch * tokens; ++row) {
     const int64_t clip = row / tokens, token = row % tokens;
-    const int64_t from =
-        token < extra_tokens ? token : extra_tokens + index[clip * keep + token - extra_tokens];
+    const int64_t from = token < extra_tokens ? token : extra_tokens + index[clip * keep + token - extra_tokens];
     for (int t = 0; t < rows.count; ++t) {
       const Rows& r = rows.tensor[t];
       std::memcpy(r.dst + row * r.row_bytes, r.src + clip * r.src_batch_stride + from * r.src_token_stride,

@@ -58,7 +58,7 @@ int64_t Attention::rows_per_unit() const {
 int64_t Attention::units_per_head() const { return (queries + rows_per_unit() - 1) / rows_per_unit(); }
 int64_t Attention::units() const { return batch * heads * units_per_head(); }
 
-int64_t ClassScores::key_blocks() const { return (tokens + kKeyBlock - 1) / kKeyBlock; }
+int64_t ClsScores::key_blocks() const { return (tokens + kKeyBlock - 1) / kKeyBlock; }
 
 const Isa& isa() { return *current(); }
 
@@ -77,7 +77,7 @@ void use_isa(const std::string& name) {
     }
     names += (names.empty() ? "" : ", ") + std::string(isa->name);
   }
-  throw std::invalid_argument("instruction set '" + name + "' is not one of those of this machine: " + names);
+  throw std::invalid_argument("instruction set '" + name + "' is not supported on this machine, choose from: " + names);
 }
 
 }  // namespace pruneattn::cpu

@@ -1,4 +1,4 @@
-// The attention kernels, compiled once per instruction set and chosen at run time.
+// The attention kernels, which are compiled once per instruction set and chosen at run time.
 #pragma once
 
 #include <cstddef>
@@ -13,17 +13,18 @@ namespace pruneattn::cpu {
 struct Attention {
   Dtype dtype;
   int64_t batch, heads, queries, tokens, channels;
-  Heads q, k, v, out;
-  float* lse;  // log of the sum of exp(logit): [B, H, queries]
+  Heads q, k, v, out;  // [B, H, queries or N, D]
+  float* lse;          // log of the sum of exp(logit): [B, H, queries]
   float scale;
-  // Column sums of the softmax matrix over each unit's rows from `first_scored` on: [B, H, units of a head, N];
-  // null: not wanted.
+  // Column sums of the softmax matrix over the rows of each unit, without rows before `first_scored`:
+  // [B, H, units per head, N]. Not computed if null.
   float* column_sums;
   int64_t first_scored;
 
-  // The rows of one head are shared out in units, whose size depends on nothing but the shape, so that the sums are
-  // added up in the same order whatever the threads. At most 8 a head: their sums stay small beside q, k and v.
-  // (Defined in isa.cpp: an inline function could end up with one set's instructions.)
+  // The rows of a head are divided into units. The unit size depends only on the shape, so that the order of
+  // summation does not depend on the number of threads. At most 8 units per head keep the sums small compared with q,
+  // k and v. These functions are defined in isa.cpp, because the linker could choose an inline copy with unsupported
+  // instructions.
   int64_t rows_per_unit() const;
   int64_t units_per_head() const;
   int64_t units() const;
@@ -31,10 +32,10 @@ struct Attention {
 
 constexpr int64_t kKeyBlock = 16;
 
-struct ClassScores {
+struct ClsScores {
   Dtype dtype;
   int64_t batch, heads, tokens, channels;
-  Heads q, k;     // of q, token_stride is not used
+  Heads q, k;  // q.token_stride is not used
   float scale;
   float* weights;  // the class token's row of the softmax matrix: [B, H, N]
 
@@ -43,20 +44,20 @@ struct ClassScores {
 
 struct Isa {
   const char* name;
-  // Floats of scratch memory that a thread needs.
+  // The number of floats of scratch memory per thread.
   size_t (*attention_scratch)(const Attention&);
-  // Units [first, last) of the work. `scratch` is aligned to 64 bytes.
+  // Computes units [first, last). `scratch` must be aligned to 64 bytes.
   void (*attention)(const Attention&, int64_t first, int64_t last, float* scratch);
-  // Logits (times log2(e)) into the weights: blocks [first, last) of batch * key_blocks().
-  void (*class_logits)(const ClassScores&, int64_t first, int64_t last);
-  // Their softmax in place: heads [first, last) of batch * heads.
-  void (*class_softmax)(const ClassScores&, int64_t first, int64_t last);
+  // Writes the logits, times log2(e), to the weights: blocks [first, last) of batch * key_blocks().
+  void (*cls_logits)(const ClsScores&, int64_t first, int64_t last);
+  // Computes the softmax of the weights in place: heads [first, last) of batch * heads.
+  void (*cls_softmax)(const ClsScores&, int64_t first, int64_t last);
 };
 
-// The instruction sets that this machine has, the best one first, and the one in use.
+// The instruction sets that this machine supports, best first, and the instruction set in use.
 std::vector<std::string> isas();
 const Isa& isa();
-// Throws std::invalid_argument for one that this machine lacks. Not while kernels run.
+// Throws std::invalid_argument for an unsupported instruction set. Must not be called while kernels run.
 void use_isa(const std::string& name);
 
 }  // namespace pruneattn::cpu

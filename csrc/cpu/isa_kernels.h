@@ -1,6 +1,7 @@
-// Everything that is compiled once per instruction set; included by the files isa_*.cpp, whose flags setup.py knows.
+// All code that is compiled once per instruction set. The files isa_*.cpp include this header; setup.py has their
+// flags.
 #include "attention_kernel.h"
-#include "class_scores_kernel.h"
+#include "cls_scores_kernel.h"
 
 #define PRUNEATTN_STRING_OF(x) #x
 #define PRUNEATTN_STRING(x) PRUNEATTN_STRING_OF(x)
@@ -8,7 +9,6 @@
 namespace pruneattn::cpu::PRUNEATTN_ISA {
 
 extern const Isa kIsa;
-const Isa kIsa = {PRUNEATTN_STRING(PRUNEATTN_ISA), attention_scratch, attention, class_logits,
-                  class_softmax};
+const Isa kIsa = {PRUNEATTN_STRING(PRUNEATTN_ISA), attention_scratch, attention, cls_logits, cls_softmax};
 
 }  // namespace pruneattn::cpu::PRUNEATTN_ISA

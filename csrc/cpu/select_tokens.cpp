@@ -13,8 +13,9 @@ int64_t count_at_least(const uint32_t* keys, int64_t patches, uint32_t bound) {
   return count;
 }
 
-// Builds the keep-th largest key from its highest bit down: a bit is set if enough keys are at least that large.
-// Scores of one clip are close to each other, so few bits differ and few passes are needed.
+// Determines the keep-th largest key from the highest bit down: a bit is set if at least `keep` keys reach the
+// resulting value. The scores of a clip are close to each other, so few bits differ and few passes are needed.
+// scores: [patches] -> index: [keep]
 void select_clip(const float* scores, int64_t patches, int64_t keep, uint32_t* keys, int64_t* index) {
   uint32_t all = 0xffffffffu, any = 0;
   for (int64_t i = 0; i < patches; ++i) {
@@ -23,7 +24,7 @@ void select_clip(const float* scores, int64_t patches, int64_t keep, uint32_t* k
     any |= keys[i];
   }
   uint32_t threshold = all;  // invariant: at least `keep` keys reach it
-  int64_t above = 0;         // keys larger than the final threshold
+  int64_t above = 0;         // number of keys greater than the final threshold
   for (uint32_t open = all ^ any; open != 0;) {
     uint32_t bit = 0x80000000u;
     while (!(open & bit)) bit >>= 1;
@@ -36,7 +37,7 @@ void select_clip(const float* scores, int64_t patches, int64_t keep, uint32_t* k
       above = count;
     }
   }
-  int64_t ties = keep - above;  // of the keys equal to the threshold, the first ones
+  int64_t ties = keep - above;  // how many of the keys equal to the threshold are kept: the first ones
   for (int64_t i = 0; i < patches; ++i) {
     if (keys[i] > threshold || (keys[i] == threshold && ties-- > 0)) *index++ = i;
   }

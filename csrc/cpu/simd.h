@@ -1,6 +1,6 @@
-// Vectors of float for whatever instruction set this file is compiled for: one source, several objects (setup.py).
-// Everything lies in a namespace of the set's own and calls no function template of the standard library: of such a
-// function the linker keeps one copy for all objects, and that could be the one with the newest instructions.
+// Vectors of floats for the instruction set of the compiler flags. setup.py compiles this code once per instruction
+// set. All code is in a namespace of its instruction set and calls no function template of the standard library: the
+// linker keeps one copy of such a function for all objects, and this copy could contain unsupported instructions.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ constexpr int kLanes = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Mask __attribute__((vector_size(4 * kLanes)));      // 0 or -1 per lane
+typedef int32_t Mask __attribute__((vector_size(4 * kLanes)));  // 0 or -1 per lane
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 using bf16 = uint16_t;
 
@@ -64,7 +64,7 @@ inline Bits widen(const bf16* p) {
 }
 inline Vec load(const bf16* p) { return (Vec)(widen(p) << 16); }
 
-// Rounds to nearest even, as PyTorch does; a NaN stays one.
+// Rounds to nearest, ties to even, as PyTorch does. A NaN stays a NaN.
 inline void store(bf16* p, Vec v) {
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh(v);
@@ -76,7 +76,7 @@ inline void store(bf16* p, Vec v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// The first `count` lanes; zero beyond them.
+// Loads or stores the first `count` lanes. The other lanes are zero.
 template <class T>
 Vec load_first(const T* p, int64_t count) {
   T lanes[kLanes] = {};
@@ -90,7 +90,7 @@ void store_first(T* p, Vec v, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
-// A NaN in b wins, one in a is lost.
+// Returns b if either operand is NaN.
 inline Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -101,13 +101,13 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
-// 2^t for t <= 0: a minimax polynomial on [-1/2, 1/2], relative error below 2e-7; 0 below the normal numbers or close
-// to it, NaN for NaN.
+// 2^t for t <= 0, by a minimax polynomial on [-1/2, 1/2]. Relative error below 2e-7. Subnormal results can be 0. NaN
+// for NaN.
 inline Vec exp2_of_nonpositive(Vec t) {
 #if defined(__AVX512F__)
   const Vec whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const Vec shifted = t + 12582912.0f;  // 1.5 * 2^23: its last bits now hold the whole number
+  const Vec shifted = t + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the rounded integer
   const Vec whole = shifted - 12582912.0f;
 #endif
   const Vec f = t - whole;
@@ -118,14 +118,14 @@ inline Vec exp2_of_nonpositive(Vec t) {
   p = p * f + broadcast(0x1.62e42ap-1f);
   p = p * f + broadcast(1.0f);
 #if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, whole);  // 0 for t = -Inf, although p is NaN then
+  return _mm512_scalef_ps(p, whole);  // 0 for t = -Inf, even though p is NaN
 #else
   p = p * (Vec)(((Bits)shifted << 23) + 0x3f800000u);
   return t < -126.0f ? Vec{} : p;
 #endif
 }
 
-// One step of a transposition: swaps the blocks off the diagonal of a pair of rows that are `Step` apart.
+// One step of a transposition: swaps the off-diagonal blocks of two rows that are `Step` apart.
 template <int Step, int... Lane>
 void exchange(Vec& a, Vec& b, std::integer_sequence<int, Lane...>) {
   const Vec upper = __builtin_shufflevector(a, b, (Lane & Step ? kLanes + Lane - Step : Lane)...);
@@ -145,7 +145,7 @@ void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// The sum of each row, in its lane.
+// Lane i of the result is the sum of row i.
 template <int Step = 1>
 Vec sum_rows(Vec (&rows)[kLanes]) {
   if constexpr (Step == kLanes) {
@@ -160,7 +160,7 @@ Vec sum_rows(Vec (&rows)[kLanes]) {
   }
 }
 
-// All lanes combined, in every lane.
+// Combines all lanes. Every lane of the result has the combined value.
 template <int Step, int... Lane>
 Vec swap(Vec v, std::integer_sequence<int, Lane...>) {
   return __builtin_shufflevector(v, v, (Lane ^ Step)...);

@@ -1,10 +1,9 @@
 // Attention of a single query by a whole block, without tensor cores. 513 tokens are 8 tiles of 64 queries and one
-// query: a tile for that one would cost as much as the others.
+// more query. A ninth tile for that query would cost as much as each full tile.
 #pragma once
 
 #include "block.cuh"
-#include "numbers.cuh"
-#include "tile.cuh"
+#include "unpack.cuh"
 
 namespace pruneattn::cuda {
 
@@ -14,8 +13,9 @@ struct RowMemory {
   float partial[kWarps][kHeadSize];
 };
 
-// Writes output and log-sum-exp of a query; keys and values lie in tiles. weights[0..tokens) is left with the row of the
-// softmax matrix, to be read after a barrier. All threads call it.
+// Writes the output and the log-sum-exp of one query. keys and values are tiles. Stores the query's row of the
+// softmax matrix in weights[0..tokens), which other threads can read after a barrier. All threads of the block must
+// call this function.
 template <typename T, int kMostKeys>
 __device__ void attend_row(const T* query, const unsigned char* keys, const unsigned char* values, int tokens,
                            float scale, T* out, float* lse, float* weights, RowMemory& shared) {
@@ -42,7 +42,7 @@ __device__ void attend_row(const T* query, const unsigned char* keys, const unsi
     }
     largest = fmaxf(largest, logit[i]);
   }
-  largest = over_block(largest, shared.largest, [](float a, float b) { return fmaxf(a, b); });
+  largest = block_reduce(largest, shared.largest, [](float a, float b) { return fmaxf(a, b); });
   const float base = __fmul_ru(largest, scale);
 
   float sum = 0;
@@ -51,7 +51,7 @@ __device__ void attend_row(const T* query, const unsigned char* keys, const unsi
     logit[i] = exp2_approximate(fmaf(logit[i], scale, -base));
     if (thread + i * kThreads < tokens) sum += logit[i];
   }
-  sum = over_block(sum, shared.sum, [](float a, float b) { return a + b; });
+  sum = block_reduce(sum, shared.sum, [](float a, float b) { return a + b; });
   const float share = reciprocal_approximate(sum);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
@@ -60,17 +60,17 @@ __device__ void attend_row(const T* query, const unsigned char* keys, const unsi
   if (thread == 0) *lse = (base + log2_approximate(sum)) * 0.6931471805599453f;
   __syncthreads();
 
-  // A warp takes every eighth key, a lane two channels.
-  float mine[2] = {0, 0};
+  // Each warp processes every eighth key, each lane two channels.
+  float channels[2] = {0, 0};
 #pragma unroll 8
   for (int key = warp; key < tokens; key += kWarps) {
     float pair[2];
     unpack<T>(*reinterpret_cast<const uint32_t*>(values + tile_offset(key, lane / 4) + lane % 4 * 4), pair);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) mine[i] = fmaf(weights[key], pair[i], mine[i]);
+    for (int i = 0; i < 2; ++i) channels[i] = fmaf(weights[key], pair[i], channels[i]);
   }
-  shared.partial[warp][2 * lane] = mine[0];
-  shared.partial[warp][2 * lane + 1] = mine[1];
+  shared.partial[warp][2 * lane] = channels[0];
+  shared.partial[warp][2 * lane + 1] = channels[1];
   __syncthreads();
   if (thread < kHeadSize) {
     float total = 0;

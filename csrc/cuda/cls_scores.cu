@@ -3,28 +3,29 @@
 #include "block.cuh"
 #include "kernels.h"
 #include "launch.h"
-#include "numbers.cuh"
+#include "unpack.cuh"
 
 namespace pruneattn::cuda {
 namespace {
 
-constexpr int kKeysInFlight = 6;  // loads per thread: what 64 registers hold
+constexpr int kKeysInFlight = 6;  // loads in flight per thread, limited by 64 registers
 
-// logits[token] = factor * (q . k[token]). `lanes` neighbouring threads (a power of two, at most a warp) share a key, and
-// each has every lanes-th access, so that loads coalesce whatever the head's size.
+// logits[token] = factor * (q . k[token]). `lanes` adjacent threads (a power of two, at most a warp) share a key.
+// Each of them does every lanes-th access, so that loads coalesce for any head size.
+// q: [channels], k: [tokens, channels], logits: [tokens]
 template <typename T, typename Access>
 __device__ void logits_of_head(const T* q, const T* k, int64_t token_stride, int tokens, int channels, int lanes,
                                float factor, float* logits) {
   constexpr int kNumbers = sizeof(Access) / sizeof(T);
   const int accesses = channels / kNumbers, keys_at_once = kThreads / lanes;
-  const int lane = threadIdx.x % lanes, mine = threadIdx.x / lanes;
+  const int lane = threadIdx.x % lanes, own_key = threadIdx.x / lanes;
   for (int first = 0; first < tokens; first += kKeysInFlight * keys_at_once) {
     float sum[kKeysInFlight] = {};
     for (int a = lane; a < accesses; a += lanes) {
       Access key[kKeysInFlight];
 #pragma unroll
       for (int u = 0; u < kKeysInFlight; ++u) {
-        const int token = first + u * keys_at_once + mine;
+        const int token = first + u * keys_at_once + own_key;
         key[u] = Access{};
         if (token < tokens) key[u] = __ldg(reinterpret_cast<const Access*>(k + token * token_stride) + a);
       }
@@ -44,45 +45,48 @@ __device__ void logits_of_head(const T* q, const T* k, int64_t token_stride, int
     }
 #pragma unroll
     for (int u = 0; u < kKeysInFlight; ++u) {
-      const int token = first + u * keys_at_once + mine;
+      const int token = first + u * keys_at_once + own_key;
       if (lane == 0 && token < tokens) logits[token] = sum[u] * factor;
     }
   }
 }
 
-// One block per clip and head.
+// One block per clip and head. partials: [B, H, tokens - extra_tokens]
 template <typename T, typename Access>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     cls_scores_kernel(const Heads q, const Heads k, int heads, int tokens, int channels, int lanes, float factor,
                       int extra_tokens, float* partials) {
   __shared__ float row[kMaxTokens];
-  __shared__ float largest[kWarps], sums[kWarps];
+  __shared__ float warp_max[kWarps], warp_sum[kWarps];
   const int64_t clip = blockIdx.x / heads, head = blockIdx.x % heads;
   logits_of_head<T, Access>(reinterpret_cast<const T*>(q.data) + clip * q.batch_stride + head * q.head_stride,
                             reinterpret_cast<const T*>(k.data) + clip * k.batch_stride + head * k.head_stride,
                             k.token_stride, tokens, channels, lanes, factor, row);
   __syncthreads();
-  // fmaxf passes over NaN, but its exponential is NaN, as is that of Inf - Inf, and the sum takes it to the whole row.
-  float most = -INFINITY;
-  for (int token = threadIdx.x; token < tokens; token += kThreads) most = fmaxf(most, row[token]);
-  most = over_block(most, largest, [](float a, float b) { return fmaxf(a, b); });
+  // fmaxf ignores NaN. But the exponentials of NaN and of Inf - Inf are NaN, and the sum spreads NaN to the whole
+  // row.
+  float row_max = -INFINITY;
+  for (int token = threadIdx.x; token < tokens; token += kThreads) row_max = fmaxf(row_max, row[token]);
+  row_max = block_reduce(row_max, warp_max, [](float a, float b) { return fmaxf(a, b); });
   float sum = 0;
   for (int token = threadIdx.x; token < tokens; token += kThreads) {
-    row[token] = exp2_approximate(row[token] - most);
+    row[token] = exp2_approximate(row[token] - row_max);
     sum += row[token];
   }
-  sum = over_block(sum, sums, [](float a, float b) { return a + b; });
+  sum = block_reduce(sum, warp_sum, [](float a, float b) { return a + b; });
   const float share = 1.0f / (sum * heads);
   const int patches = tokens - extra_tokens;
   partials += static_cast<int64_t>(blockIdx.x) * patches - extra_tokens;
-  for (int token = threadIdx.x; token < tokens; token += kThreads) {  // each thread those that it wrote
+  for (int token = threadIdx.x; token < tokens; token += kThreads) {  // the same tokens as above: no barrier
     if (token >= extra_tokens) partials[token] = row[token] * share;
   }
 }
 
 bool aligned(const Heads& x, int size) {
   return (reinterpret_cast<uintptr_t>(x.data) | static_cast<uint64_t>(x.batch_stride) * size |
-          static_cast<uint64_t>(x.head_stride) * size | static_cast<uint64_t>(x.token_stride) * size) % 16 == 0;
+          static_cast<uint64_t>(x.head_stride) * size | static_cast<uint64_t>(x.token_stride) * size) %
+             16 ==
+         0;
 }
 
 }  // namespace
@@ -103,8 +107,8 @@ void cls_scores(Dtype dtype, int64_t batch, int64_t heads, int64_t tokens, int64
            partials);
   };
   const int size = dtype == Dtype::float32 ? 4 : 2;
-  const bool wide = aligned({q.data, q.batch_stride, q.head_stride, 0}, size) && aligned(k, size) &&
-                    channels * size % 16 == 0;
+  const bool wide =
+      aligned({q.data, q.batch_stride, q.head_stride, 0}, size) && aligned(k, size) && channels * size % 16 == 0;
   const int64_t accesses = wide ? channels * size / 16 : channels;
   switch (dtype) {
     case Dtype::float32:

@@ -1,17 +1,16 @@
 #include <algorithm>
 
 #include "column_mean_attention.cuh"
-#include "dynamic_shared.cuh"
 #include "launch.h"
 
 namespace pruneattn::cuda {
 namespace {
 
-// Blocks of a multiprocessor that the registers are to be enough for.
+// The number of concurrent blocks per multiprocessor for which the registers must suffice.
 template <int kKeys>
 constexpr int kBlocks = kKeys <= 48 ? 2 : 1;
 
-// Calls f(T{}, integral_constant<int, keys of half a block>) with the smallest instantiation that holds all keys.
+// Calls f(T{}, integral_constant<int, keys of half a block>) for the smallest instantiation that holds all keys.
 template <typename F>
 void with_dtype_and_keys(Dtype dtype, int64_t tokens, F&& f) {
   const auto with_keys = [&](auto type) {
@@ -28,13 +27,12 @@ void with_dtype_and_keys(Dtype dtype, int64_t tokens, F&& f) {
 
 size_t attention_memory(int64_t tokens) {
   size_t bytes = 0;
-  with_dtype_and_keys(Dtype::float16, tokens, [&](auto, auto keys) {
-    bytes = sizeof(AttentionMemory<decltype(keys)::value>);
-  });
+  with_dtype_and_keys(Dtype::float16, tokens,
+                      [&](auto, auto keys) { bytes = sizeof(AttentionMemory<decltype(keys)::value>); });
   return bytes;
 }
 
-// `parts` blocks per head.
+// `parts` blocks per head. partials: [B, H * parts, N - extra_tokens]
 template <typename T, int kKeys>
 __global__ void __launch_bounds__(kThreads, kBlocks<kKeys>)
     column_mean_attention_kernel(const __grid_constant__ Attention attention, float* partials, int parts) {
@@ -45,15 +43,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kKeys>)
 }
 
 std::string describe(Dtype dtype, int64_t batch, const Attention& a) {
-  return std::string("column_mean_attention(") + (dtype == Dtype::float16 ? "float16" : "bfloat16") + ", batch=" +
-         std::to_string(batch) + ", heads=" + std::to_string(a.heads) + ", tokens=" + std::to_string(a.tokens) +
-         ", extra_tokens=" + std::to_string(a.extra_tokens) + ")";
+  return std::string("column_mean_attention(") + (dtype == Dtype::float16 ? "float16" : "bfloat16") +
+         ", batch=" + std::to_string(batch) + ", heads=" + std::to_string(a.heads) +
+         ", tokens=" + std::to_string(a.tokens) + ", extra_tokens=" + std::to_string(a.extra_tokens) + ")";
 }
 
 }  // namespace
 
-// Blocks that share the queries of a head. Each loads all keys and values, which costs it about as much as a tile of
-// queries; of the splits, the one whose longest multiprocessor has least to do.
+// Each block loads all keys and values of its head, which costs about as much as a tile of queries. Returns the split
+// that minimizes the work of the busiest multiprocessor.
 int attention_parts(int64_t heads, int64_t tokens, int device) {
   const int64_t tiles = tiles_of(static_cast<int>(tokens)), processors = multiprocessors(device);
   int64_t best = 1, least = INT64_MAX;
@@ -80,10 +78,9 @@ void column_mean_attention(Dtype dtype, int64_t batch, const Attention& attentio
   const DeviceGuard guard(device);
   with_dtype_and_keys(dtype, attention.tokens, [&](auto type, auto keys) {
     constexpr int kKeys = decltype(keys)::value;
-    launch([&] { return describe(dtype, batch, attention); },
-           column_mean_attention_kernel<decltype(type), kKeys>,
-           {batch * attention.heads * parts, kThreads, sizeof(AttentionMemory<kKeys>)}, stream, attention,
-           partials, parts);
+    launch([&] { return describe(dtype, batch, attention); }, column_mean_attention_kernel<decltype(type), kKeys>,
+           {batch * attention.heads * parts, kThreads, sizeof(AttentionMemory<kKeys>)}, stream, attention, partials,
+           parts);
   });
 }
 

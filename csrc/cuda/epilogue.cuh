@@ -1,5 +1,5 @@
-// What ends a pruning block's attention, for one clip by one block of kThreads threads: partial scores are added up, the
-// best patches selected, their rows gathered. For a kernel of its own, and for the end of one that has the scores.
+// The epilogue of attention in a pruning layer, for one clip by one block of kThreads threads: sums the partial
+// scores, selects the best patches and gathers their rows.
 #pragma once
 
 #include "kernels.h"
@@ -10,15 +10,15 @@ namespace pruneattn::cuda {
 struct Epilogue {
   PartialScores partials;  // [B, rows, patches]
   int patches, keep, extra_tokens;
-  float* scores;   // [B, patches], or null
-  int64_t* index;  // [B, keep]
-  RowCopies copies;
+  float* scores;     // [B, patches], or null
+  int64_t* index;    // [B, keep]
+  RowCopies copies;  // [B, extra_tokens + patches, ...] -> [B, extra_tokens + keep, ...]
 };
 
-// All threads call it, after a barrier if others wrote the partial scores or the rows; kKeys * kThreads >= patches
-// (with_keys_per_thread). `kept` is shared memory for `keep` numbers. Of several blocks for a clip (`parts` of them,
-// this is number `part`), each repeats sum and selection, which is cheap beside the copies; the first one writes them,
-// and each copies its share of the rows.
+// All threads must call this function, after a barrier if other threads wrote the partial scores or the rows. kKeys *
+// kThreads >= patches (with_keys_per_thread). `kept` is shared memory for `keep` numbers. `parts` blocks can share a
+// clip. Each of them repeats the sum and the selection, which is cheap compared with the copies. Block 0 writes both,
+// and block `part` copies its share of the rows.
 template <int kKeys>
 __device__ void prune_clip(const Epilogue& work, int64_t clip, int part, int parts, uint16_t* kept) {
   float score[kKeys];

@@ -4,7 +4,7 @@
 namespace pruneattn::cuda {
 namespace {
 
-// `parts` blocks per clip.
+// `parts` blocks per clip. index: [B, keep]
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     gather_tokens_kernel(const int64_t* index, int patches, int keep, int extra_tokens, int parts,
                          const __grid_constant__ RowCopies copies) {

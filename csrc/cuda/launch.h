@@ -1,4 +1,4 @@
-// One way to launch a kernel: on the right device and stream, with an error that says which kernel and which shapes.
+// Launches a kernel on a device and stream. The error of a failed launch names the kernel and the shapes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,11 +13,11 @@ namespace pruneattn::cuda {
 
 inline void check_cuda(cudaError_t status, const std::string& what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // cleared: it is reported here, not again by the next call
+  cudaGetLastError();  // clears the error, or the next call would report it again
   throw std::runtime_error(what + ": " + cudaGetErrorString(status));
 }
 
-// Makes `device` current for a scope.
+// Makes `device` the current device for a scope.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -45,13 +45,13 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
 
 inline int multiprocessors(int device) { return device_attribute(cudaDevAttrMultiProcessorCount, device); }
 
-// The most shared memory that a block can have, in bytes.
+// The maximum shared memory of a block, in bytes.
 inline int shared_limit(int device) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
 
-// More than 48 KB of shared memory have to be asked for, once for each kernel and device.
+// Kernels need permission for more than 48 KB of shared memory, once per kernel and device.
 inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
-  constexpr size_t kWithoutAsking = 48 << 10;
-  if (bytes <= kWithoutAsking) return cudaSuccess;
+  constexpr size_t kDefaultLimit = 48 << 10;
+  if (bytes <= kDefaultLimit) return cudaSuccess;
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, size_t> allowed;
   int device = 0;
@@ -67,11 +67,11 @@ inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
 
 struct Grid {
   int64_t blocks;
-  int threads;        // of a block
-  size_t shared = 0;  // bytes of dynamic shared memory of a block
+  int threads;        // per block
+  size_t shared = 0;  // bytes of dynamic shared memory per block
 };
 
-// `describe` returns the kernel's name and shapes; it is called only for an error.
+// `describe` returns the kernel's name and shapes. It is called only in case of an error.
 template <typename Describe, typename... Parameters, typename... Arguments>
 void launch(const Describe& describe, void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
             Arguments... arguments) {

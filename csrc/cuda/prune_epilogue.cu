@@ -19,8 +19,9 @@ void prune_epilogue(const PartialScores& partials, int64_t batch, int64_t patche
   if (batch == 0) return;
   const DeviceGuard guard(device);
   const int parts = blocks_per_clip(batch, extra_tokens + keep, device);
-  const Epilogue work = {partials, static_cast<int>(patches), static_cast<int>(keep), static_cast<int>(extra_tokens),
-                         scores,   index,                     plan_copies(rows)};
+  const Epilogue work = {
+      partials, static_cast<int>(patches), static_cast<int>(keep), static_cast<int>(extra_tokens), scores,
+      index,    plan_copies(rows)};
   with_keys_per_thread(patches, [&](auto keys) {
     launch([&] { return describe("prune_epilogue", batch, patches, keep, extra_tokens, rows); },
            prune_epilogue_kernel<keys()>, {batch * parts, kThreads}, stream, parts, work);

@@ -1,4 +1,4 @@
-// Copies of token rows by the threads of a block, in the widest accesses that addresses and sizes allow.
+// Copies token rows by the threads of a block, with the widest accesses that addresses and sizes allow.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace pruneattn::cuda {
 
-constexpr uint16_t kNoPatch = 0xffffu;  // in a list of kept patches: write zeros
+constexpr uint16_t kNoPatch = 0xffffu;  // in a list of kept patches: the row is filled with zeros
 constexpr int kUnroll = 4;              // loads in flight per thread
 
 struct RowCopy {
@@ -34,13 +34,13 @@ inline RowCopies plan_copies(const RowsList& list) {
   return plan;
 }
 
-// Blocks that share the rows of one clip: enough in all to fill the device, with at least one row for every warp.
+// The number of blocks that share the rows of one clip: enough to fill the device, with at least one row per warp.
 inline int blocks_per_clip(int64_t batch, int64_t tokens, int device) {
   const int64_t wanted = (kBlocksPerMultiprocessor * multiprocessors(device) + batch - 1) / batch;
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, tokens / kWarps)));
 }
 
-// The output tokens of a clip that block `part` of `parts` copies: [first, last).
+// The range [first, last) of a clip's output tokens that block `part` of `parts` copies.
 struct Share {
   int first, last;
 };
@@ -53,7 +53,7 @@ __device__ inline Share share_of(int part, int parts, int tokens) {
 template <typename Access>
 __device__ void copy_rows_as(const Rows& rows, int64_t clip, int tokens, Share share, int extra_tokens,
                              const uint16_t* kept) {
-  // The accesses of the share, in the order of the output, are dealt to the threads in turn.
+  // The threads do the accesses of the share in a cycle, in the order of the output.
   const int per_row = static_cast<int>(rows.row_bytes / sizeof(Access));
   const int row_step = kThreads / per_row, access_step = kThreads % per_row;
   const char* src = rows.src + clip * rows.src_batch_stride;
@@ -71,7 +71,7 @@ __device__ void copy_rows_as(const Rows& rows, int64_t clip, int tokens, Share s
         const int patch = token < extra_tokens ? token - extra_tokens : kept[token - extra_tokens];
         if (patch != kNoPatch) {
           const char* row = src + (extra_tokens + patch) * rows.src_token_stride;
-          // Each is read once, and maybe was written in this launch: past the caches of the multiprocessor.
+          // Bypasses the L1 cache: each row is read once, and another block may have written it in this launch.
           value[u] = __ldcg(reinterpret_cast<const Access*>(row) + access);
         }
       }
@@ -89,7 +89,7 @@ __device__ void copy_rows_as(const Rows& rows, int64_t clip, int tokens, Share s
   }
 }
 
-// kept[i]: the patch of output token extra_tokens + i; only the share's entries are read.
+// kept[i] is the patch of output token extra_tokens + i. The function reads only the entries of the share.
 __device__ inline void copy_rows(const RowCopies& copies, int64_t clip, int tokens, Share share, int extra_tokens,
                                  const uint16_t* kept) {
   for (int t = 0; t < copies.count; ++t) {
@@ -104,7 +104,7 @@ __device__ inline void copy_rows(const RowCopies& copies, int64_t clip, int toke
   }
 }
 
-// "name(batch=.., ...)" for an error message.
+// Returns "name(batch=.., ...)" for an error message.
 inline std::string describe(const char* name, int64_t batch, int64_t patches, int64_t keep, int64_t extra_tokens,
                             const RowsList& rows) {
   std::string text = std::string(name) + "(batch=" + std::to_string(batch) + ", patches=" + std::to_string(patches) +

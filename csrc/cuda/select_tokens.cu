@@ -5,7 +5,7 @@
 namespace pruneattn::cuda {
 namespace {
 
-// One block per clip.
+// One block per clip. scores: [B, patches] -> index: [B, keep]
 template <int kKeys>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     select_tokens_kernel(const PartialScores scores, int patches, int keep, int64_t* index) {

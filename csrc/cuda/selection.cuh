@@ -1,4 +1,4 @@
-// Exact, stable selection of the `keep` best of up to kMaxPatches scores by one block, keys in registers.
+// Exact, stable selection of the `keep` best of up to kMaxPatches scores by one block, with the keys in registers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,8 +19,8 @@ void with_keys_per_thread(int64_t patches, F&& f) {
   f(std::integral_constant<int, kMaxPatches / kThreads>{});
 }
 
-// Sums, over the block, a value of each warp (the same in all its lanes). `slots` must not be in use by another
-// sum since the last barrier but one: callers alternate between two.
+// Sums one value per warp, which is the same in all lanes of the warp, over the block. Consecutive calls must
+// alternate between two `slots`: a thread can still read those of the previous call.
 __device__ inline uint32_t sum_over_warps(uint32_t value, uint32_t (&slots)[kWarps]) {
   if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = value;
   __syncthreads();
@@ -30,28 +30,28 @@ __device__ inline uint32_t sum_over_warps(uint32_t value, uint32_t (&slots)[kWar
   return sum;
 }
 
-// A thread's patches are first_patch(), that + 32, ..., kKeys in all: a warp owns 32 * kKeys patches in a row, so loads
-// coalesce, and the order of patches is (warp, key, lane).
+// The patches of a thread are first_patch() + 32 * i for i < kKeys. A warp owns 32 * kKeys consecutive patches, so
+// that loads coalesce and the order of patches is (warp, key, lane).
 template <int kKeys>
 __device__ int first_patch() {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   return warp * kWarp * kKeys + lane;
 }
 
-// The scores of this thread's patches: the clip's rows added up from the first to the last. What other blocks wrote in
-// this launch is seen, if the caller has waited for it.
+// The scores of this thread's patches: the sums of the clip's rows, from the first to the last. Reads bypass the L1
+// cache, so the function sees data that other blocks wrote in this launch, if the caller has waited for them.
 template <int kKeys>
 __device__ void sum_rows(const PartialScores& partials, int64_t clip, int patches, float (&score)[kKeys]) {
   constexpr int kRows = kKeys < 16 ? 32 / kKeys : 1;  // 32 loads in flight per thread
-  constexpr float kNothing = -0.0f;                   // that plus x is x, to the bit
-  int patch[kKeys];                                   // beyond the last one, the last one again
+  constexpr float kNothing = -0.0f;                   // kNothing + x is equal to x, to the bit
+  int patch[kKeys];                                   // the last patch is repeated beyond the end
 #pragma unroll
   for (int i = 0; i < kKeys; ++i) {
     patch[i] = min(first_patch<kKeys>() + i * kWarp, patches - 1);
     score[i] = kNothing;
   }
   const float* data = partials.data + clip * partials.batch_stride;
-  const auto add = [&](int rows) {  // the next ones, at most kRows
+  const auto add = [&](int rows) {  // adds the next `rows` rows, at most kRows
     float value[kRows][kKeys];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -71,17 +71,17 @@ __device__ void sum_rows(const PartialScores& partials, int64_t clip, int patche
   if (left > 0) add(left);
 }
 
-// Writes the numbers of the kept patches to kept[0..keep), ascending. All threads call it, each with the scores of its
-// patches (those beyond the last patch may be anything); ends with a barrier. A rank is a sum over earlier warps plus
-// ballots inside this one.
+// Writes the numbers of the kept patches to kept[0..keep) in ascending order. All threads of the block must call this
+// function with the scores of their patches. Scores beyond the last patch are ignored. Ends with a barrier. The rank
+// of a kept patch is a sum over the previous warps plus ballots within its warp.
 template <int kKeys>
 __device__ void select_block(const float (&score)[kKeys], int patches, int keep, uint16_t* kept) {
-  __shared__ uint32_t all_of_warp[kWarps], any_of_warp[kWarps];
+  __shared__ uint32_t warp_all[kWarps], warp_any[kWarps];
   __shared__ uint32_t counts[2][kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int first = first_patch<kKeys>();
 
-  uint32_t key[kKeys];  // 0 where there is no patch: below every real key
+  uint32_t key[kKeys];  // 0 where there is no patch: less than the key of any patch
   uint32_t all = 0xffffffffu, any = 0;
 #pragma unroll
   for (int i = 0; i < kKeys; ++i) {
@@ -95,28 +95,29 @@ __device__ void select_block(const float (&score)[kKeys], int patches, int keep,
   all = __reduce_and_sync(kAllLanes, all);
   any = __reduce_or_sync(kAllLanes, any);
   if (lane == 0) {
-    all_of_warp[warp] = all;
-    any_of_warp[warp] = any;
+    warp_all[warp] = all;
+    warp_any[warp] = any;
   }
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    all &= all_of_warp[w];
-    any |= any_of_warp[w];
+    all &= warp_all[w];
+    any |= warp_any[w];
   }
 
-  // The keep-th largest key from its highest bit down: a bit is set if enough keys are at least that large. Scores of
-  // one clip are close to each other, so few bits differ and few rounds are needed; each costs one barrier.
-  uint32_t threshold = all;  // at least `keep` keys reach it
-  uint32_t above = 0;        // keys larger than the final threshold
+  // Determines the keep-th largest key from the highest bit down: a bit is set if at least `keep` keys reach the
+  // resulting value. The scores of a clip are close to each other, so few bits differ and few rounds are needed. Each
+  // round has one barrier.
+  uint32_t threshold = all;  // invariant: at least `keep` keys reach it
+  uint32_t above = 0;        // number of keys greater than the final threshold
   int round = 0;
   for (uint32_t open = all ^ any; open != 0;) {
     const uint32_t bit = 0x80000000u >> __clz(static_cast<int>(open));
     open ^= bit;
-    uint32_t mine = 0;
+    uint32_t own = 0;
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) mine += key[i] >= (threshold | bit);
-    const uint32_t count = sum_over_warps(__reduce_add_sync(kAllLanes, mine), counts[round++ % 2]);
+    for (int i = 0; i < kKeys; ++i) own += key[i] >= (threshold | bit);
+    const uint32_t count = sum_over_warps(__reduce_add_sync(kAllLanes, own), counts[round++ % 2]);
     if (count >= static_cast<uint32_t>(keep)) {
       threshold |= bit;
       if (count == static_cast<uint32_t>(keep)) break;
@@ -124,15 +125,16 @@ __device__ void select_block(const float (&score)[kKeys], int patches, int keep,
       above = count;
     }
   }
-  const uint32_t ties = keep - above;  // of the keys equal to the threshold, the first ones
+  const uint32_t ties = keep - above;  // how many of the keys equal to the threshold are kept: the first ones
 
-  // Of this warp: keys above the threshold in the high half, equal ones in the low half. Padding has key 0 < threshold.
-  uint32_t mine = 0;
+  // Counts of this warp: keys above the threshold in the high half, keys equal to it in the low half. Padding has key
+  // 0, which is less than the threshold.
+  uint32_t own = 0;
 #pragma unroll
-  for (int i = 0; i < kKeys; ++i) mine += key[i] > threshold ? 1u << 16 : key[i] == threshold ? 1u : 0u;
-  mine = __reduce_add_sync(kAllLanes, mine);
-  uint32_t(&totals)[kWarps] = counts[round % 2];
-  if (lane == 0) totals[warp] = mine;
+  for (int i = 0; i < kKeys; ++i) own += key[i] > threshold ? 1u << 16 : key[i] == threshold ? 1u : 0u;
+  own = __reduce_add_sync(kAllLanes, own);
+  uint32_t (&totals)[kWarps] = counts[round % 2];
+  if (lane == 0) totals[warp] = own;
   __syncthreads();
   uint32_t before = 0;
 #pragma unroll

@@ -180,7 +180,7 @@ def cpu_kernel():
     drawing.text(485, 202, "4", "mid head")
     drawing.arrow((634, 170), (676, 170))
     drawing.text(280, 175, "2  exp, once per entry", "mid head over")
-    steps = "1 logits   2 exp(logit − largest), row sums   3 add to column sums   4 times values / row sum"
+    steps = "1 logits   2 exp(logit - largest), row sums   3 add to column sums   4 times values / row sum"
     drawing.text(24, 306, steps.replace("   ", " · "))
     return drawing
 

@@ -38,7 +38,7 @@ class BlockView(MultiHead):
 
     @classmethod
     def check(cls, block: Any, path: str) -> None:
-        """Check that the block has all parts of the family, and no others.
+        """Check that the block has exactly the parts of the family.
 
         ``checks.py`` has ``expect_parts``, ``expect_linear`` and ``expect_heads`` for this.
 

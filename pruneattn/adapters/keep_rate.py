@@ -39,11 +39,6 @@ def at_keep_rate(model: _Model, keep_rate: float | Sequence[float]) -> Iterator[
     """Context manager that runs a model at another keep-rate. On exit it restores the previous keep-rates, also after
     an exception.
 
-    .. code-block:: python
-
-        with pruneattn.at_keep_rate(model, 0.5):
-            logits = model(fbank)
-
     Args:
         model: model of ``create_model``, or a model that :func:`prune` changed; also wrapped by ``torch.compile``.
         keep_rate: fraction of the patches that each pruning block keeps, in (0, 1]: one number, or one per pruning
@@ -54,6 +49,10 @@ def at_keep_rate(model: _Model, keep_rate: float | Sequence[float]) -> Iterator[
 
     Raises:
         UserError: not a valid keep-rate, or the model does not prune. The model is not changed.
+
+    Examples:
+        >>> with pruneattn.at_keep_rate(model, 0.5):
+        ...     logits = model(fbank)
     """
     own = unwrapped(model)
     if isinstance(own, PrunedViT):
@@ -70,7 +69,7 @@ def at_keep_rate(model: _Model, keep_rate: float | Sequence[float]) -> Iterator[
     try:
         yield model
     finally:
-        # If the model was pruned anew in between, these no longer belong to it, and it keeps its new keep-rates.
+        # If prune was called inside the block, these settings no longer belong to the model, and its new rates remain.
         _set_rates(prunings, rates)
 
 

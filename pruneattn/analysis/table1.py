@@ -195,6 +195,7 @@ class Table:
             model = load_pretrained(self.output / cell.name)
             multilabel = bool(model.multilabel)
             dataset = open_split(options, recipe, "test", multilabel) or open_split(options, recipe, "val", multilabel)
+            assert dataset is not None  # open_split requires the validation split
             features = FeatureExtractor(features_of(model)).to(device)
             loader = make_loader(dataset, recipe.batch_size, train=False, workers=options.workers)
             model.set_keep_rate(recipe.keep_rates)

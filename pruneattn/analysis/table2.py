@@ -16,7 +16,7 @@ from ..files import write_json
 from ..models import create_model
 from ..models.macs import count_macs
 from ..ops.backend import ENVIRONMENT, ISA_ENVIRONMENT
-from ..plot import FAINT, INK, matplotlib_figure, plain_axis
+from ..plot import FAINT, INK, KeepRate, matplotlib_figure, plain_axis
 from ..report import Column, Row, gmacs_text, markdown_lines
 from ..runtime.timing import Speed, measure_speed
 
@@ -149,7 +149,9 @@ class Timings:
             return
         try:
             for entry in json.loads(path.read_text(encoding="utf-8")):
-                seconds = {float(keep_rate): variants for keep_rate, variants in entry["seconds"].items()}
+                seconds: dict[KeepRate, Any] = {
+                    float(keep_rate): variants for keep_rate, variants in entry["seconds"].items()
+                }
                 self._entries.append((entry["options"], Speed(seconds)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(

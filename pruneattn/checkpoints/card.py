@@ -1,16 +1,25 @@
-"""The model card: ``README.md`` beside the weights, as people and the Hugging Face Hub read it."""
+"""Model cards: the ``README.md`` next to the weights, for readers and for the Hugging Face Hub."""
+
+from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
+from ..constants import MEL_BINS, SAMPLE_RATE
+from ..data.fbank import LOG_FLOOR, FeatureConfig
 from ..files import atomic_write
+from ..models.description import Description
 from ..models.macs import count_macs
 from ..models.scores import ADAPTED_SCORES
+from ..models.vit import PrunedViT
 
 CARD = "README.md"
+#: Last line of a card, with a digest of the lines before it. It must stay as it is: cards on disk end in it.
 _MARK = "<!-- written by pruneattn, which replaces this file as long as nobody edits it: {} -->\n"
 
-# How each library reads the weights, and what it makes of them.
+#: How each library loads and calls the model.
 _USE = {
     "pruneattn": """```python
 model = pruneattn.load_pretrained("USER/NAME")  # or the path of this folder
@@ -18,7 +27,7 @@ fbank = pruneattn.data.FeatureExtractor(model.features)(waves)  # waves [B, samp
 scores = model(fbank).{activation}  # [B, {classes}], in the order of model.labels
 ```
 
-`python -m pruneattn.predict USER/NAME clip.wav` does the same for sound files of any format and length.
+`pruneattn predict USER/NAME clip.wav` does the same for sound files of any format and length.
 """,
     "transformers": """```python
 classify = transformers.pipeline("audio-classification", "USER/NAME")  # or the path of this folder
@@ -27,54 +36,57 @@ print(classify("clip.wav", function_to_apply="{function}"))
 """,
     "timm": """```python
 model = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()  # or "local-dir:" and the path of this folder
-logits = model(fbank.unsqueeze(1))  # fbank [B, {frames}, 128] -> [B, {classes}]
+logits = model(fbank.unsqueeze(1))  # fbank [B, {frames}, {bins}] -> [B, {classes}]
 ```
 """,
 }
-_UNPRUNED = "\nThese files say nothing of token pruning: as they are, every patch is computed. "
-_PRUNE = """To prune as the model was saved:
+_UNPRUNED = "\n{library} does not prune tokens: the model computes every patch. "
+_PRUNE = """To prune it as it was saved:
 
 ```python
-pruneattn.prune(model, keep_rate={rates}, blocks={blocks}, score="{score}")
+pruneattn.prune(model, keep_rate={rates}, prune_blocks={blocks}, score="{score}")
 ```
 """
-_ONLY_HERE = """The model was saved with a ranking of the patches by {score},
-which `pruneattn.prune` does not offer: use `pruneattn.load_checkpoint`.
+_ONLY_HERE = """It was saved with a score
+that `pruneattn.prune` does not support ({score}): load the weights with `pruneattn.load_checkpoint`.
 """
 
 
-def make_card(model, features, labels, multilabel, extra=None, library="pruneattn"):
-    """The card's text: Markdown behind the Hub's YAML.
+def make_card(
+    model: PrunedViT, description: Description, library: Literal["pruneattn", "transformers", "timm"] = "pruneattn"
+) -> str:
+    """Return the text of a model card: YAML for the Hub, then Markdown.
 
     Args:
-        model, features, labels, multilabel, extra: as of :func:`~pruneattn.save_pretrained`; labels and multilabel
-            may be None where nobody knows them.
-        library: that the weights beside the card are for: ``"pruneattn"``, ``"transformers"`` or ``"timm"``.
+        model: a model of :func:`~pruneattn.create_model`.
+        description: features (required), labels, multilabel and extra values; the card leaves out unknown ones.
+        library: library that loads the weights next to the card.
     """
-    family = model.name.partition("_")[0]
-    padding = {"zero": "0", "min": "the log-mel's floor, -15.94"}[features.padding]
-    score = model.score if isinstance(model.score, str) else "a function of its author's"
+    features = description.features
+    if features is None:
+        raise ValueError("description: a card needs its features")
+    score = model.score if isinstance(model.score, str) else "a custom function"
     rates = model.keep_rates
     rows = {
-        "model": f"{model.name}: {len(model.blocks)} blocks, {model.embed_dim} wide, {model.num_heads} heads",
-        "input": f"16 kHz mono, log-mel of 128 bins, {features.frames} frames of 10 ms "
-        f"({model.num_patches} patches), short clips padded with {padding}, minus {features.mean:g}, over twice "
-        f"{features.std:g}",
-        "output": f"{model.num_classes} classes" + _classes(labels, multilabel),
+        "model": f"{model.name}: {len(model.blocks)} blocks, width {model.embed_dim}, {model.num_heads} heads",
+        "input": _input(model, features),
+        "output": f"{model.num_classes} classes" + _classes(description.labels, description.multilabel),
         "pruning": _pruning(model, score),
-        "multiply-accumulates a clip": _macs(model),
+        "multiply-accumulates per clip": _macs(model),
     }
-    if extra:
-        rows["recorded"] = ", ".join(f"{name}: {value}" for name, value in extra.items())
+    if description.extra:
+        rows["recorded"] = ", ".join(f"{name}: {value}" for name, value in description.extra.items())
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
     use = _USE[library]
     if library != "pruneattn" and rates:
         use += _UNPRUNED + (_PRUNE if score in ADAPTED_SCORES else _ONLY_HERE)
     use = use.format(
-        activation="sigmoid()" if multilabel else "softmax(-1)",
-        function="sigmoid" if multilabel else "softmax",
+        library=library,
+        activation="sigmoid()" if description.multilabel else "softmax(-1)",
+        function="sigmoid" if description.multilabel else "softmax",
         classes=model.num_classes,
         frames=features.frames,
+        bins=MEL_BINS,
         rates=rates,
         blocks=model.prune_blocks,
         score=score,
@@ -84,7 +96,7 @@ def make_card(model, features, labels, multilabel, extra=None, library="pruneatt
 library_name: {library}
 pipeline_tag: audio-classification
 tags:
-- {family}
+- {model.name.partition("_")[0]}
 - token-pruning
 ---
 
@@ -100,16 +112,34 @@ tags:
     return text + _MARK.format(_digest(text))
 
 
-def write_card(folder, *arguments, **options):
-    """Write :func:`make_card` of the arguments as ``README.md``, atomically, over nothing that anybody else wrote."""
+def write_card(
+    folder: str | Path,
+    model: PrunedViT,
+    *,
+    features: FeatureConfig,
+    labels: Sequence[str] | None,
+    multilabel: bool | None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write a card as ``README.md``, atomically. A file that somebody else wrote or edited stays.
+
+    Args:
+        folder: an existing folder.
+        model: a model of :func:`~pruneattn.create_model`.
+        features: how waveforms become the model's input.
+        labels: name of each class; None if unknown.
+        multilabel: whether several classes can hold at once; None if unknown.
+        extra: further values for the card.
+    """
     path = Path(folder) / CARD
     if may_replace(path):
+        description = Description(features, None if labels is None else list(labels), multilabel, extra or {})
         with atomic_write(path) as temporary:
-            temporary.write_text(make_card(*arguments, **options), encoding="utf-8")
+            temporary.write_text(make_card(model, description), encoding="utf-8")
 
 
-def may_replace(path):
-    """Whether there is no file at `path`, or a card of ours that nobody has edited."""
+def may_replace(path: Path) -> bool:
+    """Whether `path` does not exist, or is a card that any version of pruneattn wrote and nobody edited."""
     if not path.exists():
         return True
     try:
@@ -119,35 +149,39 @@ def may_replace(path):
     return bool(lines) and lines[-1] == _MARK.format(_digest("".join(lines[:-1])))
 
 
-def _classes(labels, multilabel):
-    kind = {None: "", True: ", several at once (sigmoid)", False: ", one of them (softmax)"}[multilabel]
+def _input(model: PrunedViT, features: FeatureConfig) -> str:
+    padding = {"zero": "0", "min": f"the smallest log-mel value ({LOG_FLOOR:.2f})"}[features.padding]
+    return (
+        f"{SAMPLE_RATE // 1000} kHz mono; log-mel, {MEL_BINS} bins, {features.frames} frames of 10 ms "
+        f"({model.num_patches} patches); short clips padded with {padding}; normalized as (x - mean) / (2 * std) with "
+        f"mean {features.mean:g} and std {features.std:g}"
+    )
+
+
+def _classes(labels: Sequence[str] | None, multilabel: bool | None) -> str:
+    kind = {None: "", True: ", multilabel (sigmoid)", False: ", single-label (softmax)"}[multilabel]
     names = "" if labels is None else f": {', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''}"
     return kind + names
 
 
-def _pruning(model, score):
-    blocks = ", ".join(f"{rate:g} after block {block}" for block, rate in zip(model.prune_blocks, model.keep_rates))
-    return f"ranked by {score}, share kept: {blocks} (blocks from 0)" if blocks else "none"
+def _pruning(model: PrunedViT, score: str) -> str:
+    blocks = zip(model.prune_blocks, model.keep_rates, strict=True)
+    rates = ", ".join(f"{rate:g} in block {block}" for block, rate in blocks)
+    return f"score {score}; keep rate {rates} (blocks counted from 0)" if rates else "none"
 
 
-def _macs(model):
-    """At the model's keep-rates, beside what they save."""
-    pruned, rates = count_macs(model), model.keep_rates
-    try:
-        model.set_keep_rate(1.0)
-        dense = count_macs(model)
-    finally:
-        model.set_keep_rate(rates)
+def _macs(model: PrunedViT) -> str:
+    pruned, dense = count_macs(model), count_macs(model, 1.0)
     return (
-        f"{pruned.computed / 1e9:.3g} G as computed by pruneattn, {pruned.paper / 1e9:.3g} G as the paper counts, "
-        f"of {dense.paper / 1e9:.3g} G without pruning"
+        f"{pruned.computed / 1e9:.3g} G computed by pruneattn; by the paper's count {pruned.paper / 1e9:.3g} G, and "
+        f"{dense.paper / 1e9:.3g} G without pruning"
     )
 
 
-def _cell(text):
-    """Text that a Markdown table's cell shows as it is."""
+def _cell(text: str) -> str:
+    """Escape text for a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _digest(text):
+def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]

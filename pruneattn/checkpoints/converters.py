@@ -1,12 +1,18 @@
-"""The checkpoint formats people have: how each is told from its keys, and what its keys are called here.
+"""Checkpoint formats: how to recognize each one, and how its keys map to the model's.
 
-One table for each format, read in both directions: :mod:`~pruneattn.checkpoints.load_checkpoint` takes other people's keys to
-ours, :mod:`~pruneattn.checkpoints.save_checkpoint` ours to theirs.
+Each format is one table that works in both directions. :mod:`~pruneattn.checkpoints.load_checkpoint` maps the keys of
+other projects to those of the model, :mod:`~pruneattn.checkpoints.save_checkpoint` maps them back.
 """
 
+from __future__ import annotations
+
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from pathlib import Path
+
+import torch
 
 from ..errors import UserError
 
@@ -16,15 +22,15 @@ class Format:
     """Keys of one checkpoint format.
 
     Attributes:
-        name: as reports and errors call it.
-        family: model it belongs to, ``"audiomae"`` or ``"ast"``.
-        marks: keys that are all there in this format.
-        renames: (their key, ours), where ``#`` stands for a number and ``*`` for any text, the same on both sides.
-            Several of their keys with the same name of ours are parts of one tensor, in this order, as query, key and
-            value are of ``qkv``. Keys that match nothing are not used.
-        prefix: what keys may lack at the front, as those of a trunk that was saved without its head.
-        absent: keys that are never there.
-        strided: whether models with a patch stride of 10 come in this format.
+        name: name in reports and error messages.
+        family: model family, ``"audiomae"`` or ``"ast"``.
+        marks: keys that every checkpoint of this format has.
+        renames: pairs (their key, our key). ``#`` stands for a number and ``*`` for any text, equal on both sides. If
+            several of their keys map to one of ours, they are parts of one tensor, in this order; for example query,
+            key and value are the parts of ``qkv``. Keys that match no pair are not used.
+        prefix: text that all keys may lack at the front, as in a trunk that was saved without its head.
+        absent: keys that no checkpoint of this format has.
+        strided: whether checkpoints with a patch stride of 10 exist in this format.
     """
 
     name: str
@@ -35,13 +41,16 @@ class Format:
     absent: tuple[str, ...] = ()
     strided: bool = False
 
-    def fits(self, keys):
-        keys = {*keys, *(self.prefix + key for key in keys)}
+    def fits(self, keys: Iterable[str]) -> bool:
+        """Whether a checkpoint with these keys has this format."""
+        keys = {*keys}
+        keys |= {self.prefix + key for key in keys}
         return keys.issuperset(self.marks) and keys.isdisjoint(self.absent)
 
-    def sources(self, keys):
-        """Our names, each with the keys that make it up; and the keys without use."""
-        found, unused = {}, []
+    def sources(self, keys: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+        """Map our names to the keys of their parts, and list the unused keys."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        unused = []
         for key in keys:
             for part, (theirs, ours) in enumerate(self.renames):
                 name = _renamed(key, theirs, ours) or _renamed(self.prefix + key, theirs, ours)
@@ -52,13 +61,30 @@ class Format:
                 unused.append(key)
         return {name: [key for _, key in sorted(parts)] for name, parts in found.items()}, unused
 
-    def targets(self, name):
-        """The keys that make up our tensor `name` in this format, in order: the inverse of ``sources``."""
+    def targets(self, name: str) -> list[str]:
+        """Return the keys of the parts of our tensor `name` in order; the inverse of ``sources``."""
         return [key for theirs, ours in self.renames if (key := _renamed(name, ours, theirs))]
 
+    def from_ours(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Rename the state dict of a model of this family to the keys of this format.
 
-def _renamed(name, pattern, other):
-    """`name` with the texts that fill the places of `pattern` put into those of `other`; None if it does not fit."""
+        Args:
+            state: ``model.state_dict()`` of a model of :func:`~pruneattn.create_model`.
+
+        Returns:
+            Tensors by their keys. A tensor with several parts is split into contiguous copies along the first
+            dimension. Tensors that are contiguous and have one part share memory with `state`.
+        """
+        renamed = {}
+        for name, tensor in state.items():
+            keys = self.targets(name)
+            parts = tensor.chunk(len(keys))
+            renamed.update({key: part.contiguous() for key, part in zip(keys, parts, strict=True)})
+        return renamed
+
+
+def _renamed(name: str, pattern: str, other: str) -> str | None:
+    """Match `name` with `pattern` and put the matched texts into the places of `other`; None if it does not match."""
     match = _compiled(pattern).fullmatch(name)
     if match is None:
         return None
@@ -66,8 +92,8 @@ def _renamed(name, pattern, other):
     return re.sub(r"[#*]", lambda _: next(texts), other)
 
 
-@lru_cache(maxsize=None)
-def _compiled(pattern):
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)"))
 
 
@@ -82,8 +108,10 @@ _AST_OFFICIAL = (
 _HF = "audio_spectrogram_transformer."
 
 
-def _hugging_face(layer, query, key, value, output, fc1, fc2):
-    """Renames of Hugging Face's AST, whose names inside a layer depend on the version and on memory or disk."""
+def _hugging_face(
+    layer: str, query: str, key: str, value: str, output: str, fc1: str, fc2: str
+) -> tuple[tuple[str, str], ...]:
+    """Renames of Hugging Face's AST. transformers 5 has other names inside a layer in memory than on disk."""
     layer = f"{_HF}{layer}.#"
     return (
         (f"{_HF}embeddings.cls_token", "cls_token"),
@@ -130,31 +158,41 @@ AUDIOMAE_FINE_TUNED = Format(
     _AUDIOMAE,
     absent=("dist_token",),
 )
+#: Names of the modules, thus of ``state_dict()``, in transformers 5. Its files have the names of ``AST_HUGGING_FACE``.
+AST_HUGGING_FACE_MODULES = Format(
+    "AST, Hugging Face (module names of transformers 5)",
+    "ast",
+    (f"{_HF}embeddings.position_embeddings", f"{_HF}layers.0.attention.q_proj.weight"),
+    _HF_MEMORY,
+    prefix=_HF,
+    strided=True,
+)
 FORMATS = (
     AST_OFFICIAL,
     AST_HUGGING_FACE,
-    Format(
-        "AST, Hugging Face (module names of transformers 5)",
-        "ast",
-        (f"{_HF}embeddings.position_embeddings", f"{_HF}layers.0.attention.q_proj.weight"),
-        _HF_MEMORY,
-        prefix=_HF,
-        strided=True,
-    ),
+    AST_HUGGING_FACE_MODULES,
     Format("AST, pruneattn", "ast", ("pos_embed", "dist_token", "head_norm.weight", QKV), _AST),
     Format("AudioMAE, pre-trained", "audiomae", ("pos_embed", "mask_token", QKV), _AUDIOMAE, absent=("dist_token",)),
     AUDIOMAE_FINE_TUNED,
 )
 
 
-def detect_format(state, path):
-    """The :class:`Format` of a state dict; `path` is for the message of the UserError raised if none fits."""
+def detect_format(state: Mapping[str, torch.Tensor], path: str | Path) -> Format:
+    """Find the :class:`Format` of a state dict.
+
+    Args:
+        state: tensors by key.
+        path: the file, for error messages.
+
+    Raises:
+        UserError: no format fits, or the patches have more than one channel.
+    """
     for key, value in state.items():
-        # A colour image model has the very names of AudioMAE's trunk; say what is wrong before anything else does.
+        # The trunk of an RGB image model has the same keys as AudioMAE's, so check the channels first.
         if key.endswith(("patch_embed.proj.weight", "projection.weight")) and value.dim() == 4 and value.shape[1] != 1:
             raise UserError(
-                f"{path}: {key} is {list(value.shape)}: patches of {value.shape[1]} channels, as of an image model, "
-                "where a spectrogram has 1; give a checkpoint trained on audio"
+                f"{path}: {key} is {list(value.shape)}: patches of {value.shape[1]} channels, as in an image model, "
+                "but a spectrogram has 1; give a checkpoint that was trained on audio"
             )
     for format_ in FORMATS:
         if format_.fits(state):

@@ -1,8 +1,13 @@
-"""A folder with a model's weights, what configures them and a card, as it is put on the Hugging Face Hub."""
+"""A folder with weights, configuration and model card, in the layout of the Hugging Face Hub."""
+
+from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from ..errors import UserError
@@ -13,23 +18,31 @@ from .hub import CONFIG
 WEIGHTS = "model.safetensors"
 
 
-def write_folder(folder, state, configs, card, *, own, metadata=None):
-    """Write ``model.safetensors``, JSON files and a card into a folder: all of them or, when that fails, none.
+def write_folder(
+    folder: str | Path,
+    state: dict[str, torch.Tensor],
+    configs: Mapping[str, Mapping[str, Any]],
+    card: str,
+    *,
+    own: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write ``model.safetensors``, JSON files and a card into a folder: all of them, or none on an error.
 
     Args:
-        folder: made where it is absent.
+        folder: created if it does not exist.
         state: tensors by key.
-        configs: dicts by file name, ``config.json`` among them.
-        card: text of ``README.md``; it is left out where there is one of somebody else's.
-        own: key of ``config.json`` by which an older one, which may be replaced, is known to be of this kind.
+        configs: contents of the JSON files by file name, including ``config.json``.
+        card: text of ``README.md``. A ``README.md`` that somebody else wrote or edited stays.
+        own: a key of ``config.json``. An existing ``config.json`` is replaced only if it has this key.
         metadata: further strings by key for the safetensors file.
 
     Raises:
-        UserError: the files cannot be written, or the folder holds the ``config.json`` of something else.
+        UserError: the files cannot be written, or the folder holds another kind of ``config.json``.
     """
     folder = Path(folder)
     if (folder / CONFIG).exists() and own not in _keys(folder / CONFIG):
-        raise UserError(f"{folder} holds a {CONFIG} of something else, as of a training run; choose another folder")
+        raise UserError(f"{folder} holds a {CONFIG} of something else, such as a training run; choose another folder")
     texts = {name: json.dumps(values, indent=2, ensure_ascii=False) + "\n" for name, values in configs.items()}
     if may_replace(folder / CARD):
         texts[CARD] = card
@@ -39,7 +52,7 @@ def write_folder(folder, state, configs, card, *, own, metadata=None):
             temporary[name].write_text(text, encoding="utf-8")
 
 
-def _keys(path):
+def _keys(path: Path) -> Collection[str]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,34 +1,39 @@
-"""Checkpoints by their name on the Hugging Face Hub."""
+"""Checkpoints on the Hugging Face Hub, by name."""
+
+from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
 
-# What tells how the weights are to be used; fetched with them, so that both lie in one folder.
+#: Files that say how to use the weights. They are downloaded into the folder of the weights.
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^@\s]+)?")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-def is_hub_name(path):
-    """Whether `path` can be a repository on the Hub, ``user/name`` or ``user/name@revision``, and not a file's name."""
+def is_hub_name(path: str | Path) -> bool:
+    """Whether `path` has the form of a Hub repository, ``user/name`` or ``user/name@revision``, not of a file name."""
     return _NAME.fullmatch(str(path)) is not None and not str(path).endswith(_WEIGHTS)
 
 
-def download(name, weights):
-    """Path of a Hub repository's weights in the local cache, downloaded if need be, with its configuration beside.
+def download(name: str, weights: Sequence[str]) -> Path:
+    """Download the weights and configuration of a Hub repository into the local cache, unless they are there.
 
-    Everything comes from one commit. With ``HF_HUB_OFFLINE=1``, and when the Hub does not answer, only the cache is
-    looked at.
+    All files come from one commit. Only the cache is used if ``HF_HUB_OFFLINE=1`` or if the Hub does not answer.
 
     Args:
         name: ``user/name``, or ``user/name@revision`` with a branch, tag or commit.
-        weights: names of weights files; the first that the repository has is taken.
+        weights: file names of weights; the first one that the repository has is downloaded.
+
+    Returns:
+        Path of the weights. The configuration files are in the same folder.
 
     Raises:
-        UserError: huggingface_hub is not installed, or neither Hub nor cache has such a file. Every message says that
-            there is no local file of this name either, since that may be what was meant.
+        UserError: huggingface_hub is not installed, or neither the Hub nor the cache has such weights. Every message
+            also says that no local file has this name.
     """
     absent = f"{name}: no such file or folder in {Path.cwd()}"
     try:
@@ -36,15 +41,17 @@ def download(name, weights):
         from huggingface_hub import constants, errors
     except ImportError:
         raise UserError(
-            f"{absent}; to look for it on the Hugging Face Hub as well: pip install 'pruneattn[hub]'"
+            f"{absent}, and huggingface_hub, which could look for it on the Hugging Face Hub, is not installed: "
+            "pip install 'pruneattn[hub]'"
         ) from None
     repository, _, revision = name.partition("@")
-    files, local_only, silence = [CONFIG, PREPROCESSOR, *weights], constants.HF_HUB_OFFLINE, None
+    files, local_only = [CONFIG, PREPROCESSOR, *weights], constants.HF_HUB_OFFLINE
+    silence: Exception | None = None
     try:
         if not local_only:
             timeout = constants.HF_HUB_ETAG_TIMEOUT
             info = huggingface_hub.HfApi().model_info(repository, revision=revision or None, timeout=timeout)
-            present = {file.rfilename for file in info.siblings}
+            present = {file.rfilename for file in info.siblings or ()}
             files = [file for file in files if file in present]
     except errors.RevisionNotFoundError as error:
         raise UserError(f"{absent}, and {repository} on the Hugging Face Hub has no revision {revision}") from error
@@ -54,8 +61,8 @@ def download(name, weights):
             "or log in with `hf auth login`"
         ) from error
     except errors.HFValidationError as error:
-        raise UserError(f"{absent}, and no name that the Hugging Face Hub allows ({_line(error)})") from error
-    except Exception as error:  # of requests, httpx or the Hub itself, by version: no connection, or no answer
+        raise UserError(f"{absent}, and not a valid name on the Hugging Face Hub ({_line(error)})") from error
+    except Exception as error:  # requests, httpx or the Hub itself, depending on the version: no connection or answer
         local_only, silence = True, error
     for file in files:
         try:
@@ -74,11 +81,11 @@ def download(name, weights):
             raise UserError(f"{name}: {file} cannot be fetched from the Hugging Face Hub: {_line(error)}") from error
         if file in weights:
             return Path(path)
-        revision = Path(path).parent.name  # a snapshot's folder has the name of its commit: the rest is of it, too
+        revision = Path(path).parent.name  # the folder of a snapshot is named after its commit: pin the other files
     if silence is None:
         raise UserError(
             f"{absent}, and {repository} on the Hugging Face Hub holds none of {', '.join(weights)}; give the name of "
-            "a repository with the weights in one such file"
+            "a repository with its weights in one of these files"
         )
     cache = f"not in the Hugging Face Hub's cache ({constants.HF_HUB_CACHE})"
     if constants.HF_HUB_OFFLINE:
@@ -89,5 +96,5 @@ def download(name, weights):
     ) from silence
 
 
-def _line(error):
+def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__

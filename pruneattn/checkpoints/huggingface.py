@@ -1,31 +1,47 @@
-"""Hugging Face's AST as a folder or Hub repository describes it, in ``config.json`` beside the weights."""
+"""Hugging Face's AST, as ``config.json`` and ``preprocessor_config.json`` next to the weights describe it."""
+
+from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from ..constants import MEL_BINS, PATCH
+from ..data.fbank import FeatureConfig
 from ..errors import UserError
 from ..models import create_model, name_of_size
 from ..models.blocks import MLP_RATIO
+from ..models.description import Description
 from ..models.scores import ADAPTED_SCORES
+from ..models.vit import PrunedViT
 from .hub import CONFIG, PREPROCESSOR
+from .load_checkpoint import load_complete
 
 MODEL_TYPE = "audio-spectrogram-transformer"
 _MULTILABEL, _SINGLE = "multi_label_classification", "single_label_classification"
+_PRUNE_BLOCKS = (3, 6, 9)
 
 
-def to_config(model, labels, multilabel):
-    """``config.json`` of a model of ours, as a dict. Its ``pruneattn`` holds the arguments of ``pruneattn.prune``: a
-    model of Hugging Face's keeps it as ``model.config.pruneattn``, and does not act on it.
+def to_config(model: PrunedViT, description: Description) -> dict[str, Any]:
+    """Return the ``config.json`` of a model.
 
-    ``layer_norm_eps`` is one number there: 1e-6, right for all norms but the head's, whose 1e-5 is a difference of
-    about 5e-6 of its output.
+    Its entry ``pruneattn`` holds the arguments of :func:`~pruneattn.prune`. transformers keeps the entry as
+    ``model.config.pruneattn`` and does not use it. The entry names the pruning blocks ``blocks``, since older
+    versions of pruneattn read only that name.
+
+    transformers has a single ``layer_norm_eps``. It is 1e-6 here, the value of every norm except the head's (1e-5);
+    this changes the head's output by about 5e-6.
 
     Args:
-        labels: names of the classes, or None for numbered ones.
-        multilabel: see :func:`~pruneattn.save_pretrained`; None says nothing, which Hugging Face takes for False.
+        model: an AST.
+        description: labels of the model (None: numbered labels) and whether it is multilabel (None: no
+            ``problem_type``, which transformers treats as single-label).
     """
-    labels = [f"LABEL_{number}" for number in range(model.num_classes)] if labels is None else labels
+    labels = description.labels
+    if labels is None:
+        labels = [f"LABEL_{number}" for number in range(model.num_classes)]
     config = {
         "architectures": ["ASTForAudioClassification"],
         "model_type": MODEL_TYPE,
@@ -45,32 +61,30 @@ def to_config(model, labels, multilabel):
         "num_mel_bins": MEL_BINS,
         "id2label": {str(number): label for number, label in enumerate(labels)},
         "label2id": {label: number for number, label in enumerate(labels)},
-        "torch_dtype": str(model.head.weight.dtype).removeprefix("torch."),
+        "torch_dtype": str(model.get_parameter("head.weight").dtype).removeprefix("torch."),
     }
     if model.prune_blocks and model.score in ADAPTED_SCORES:
         blocks, rates = list(model.prune_blocks), list(model.keep_rates)
         config["pruneattn"] = {"keep_rate": rates, "blocks": blocks, "score": model.score}
-    if multilabel is not None:
-        config["problem_type"] = _MULTILABEL if multilabel else _SINGLE
+    if description.multilabel is not None:
+        config["problem_type"] = _MULTILABEL if description.multilabel else _SINGLE
     return config
 
 
-def load_from_config(path):
-    """Make the model whose weights are `path`, from the files beside it; pruned as ``pruneattn`` in ``config.json`` says.
+def load_from_config(path: Path) -> PrunedViT | None:
+    """Create and load the model whose weights are `path`, pruned as ``pruneattn`` in ``config.json`` says.
 
     Args:
         path: weights of an ``ASTForAudioClassification``.
 
     Returns:
-        The model with its attributes as of :func:`~pruneattn.load_pretrained`, or None where no ``config.json`` of
-        such a model lies beside the weights. ``model.multilabel`` is what ``problem_type`` says, and False without.
+        The model with its description, as from :func:`~pruneattn.load_pretrained`, or None if there is no
+        ``config.json`` of such a model next to the weights. ``model.multilabel`` follows ``problem_type``; it is False
+        if there is none.
 
     Raises:
-        UserError: the model is not one that AST here can be, or weights and configuration do not go together.
+        UserError: this package cannot build the model, or weights and configuration do not match.
     """
-    from ..data.fbank import FeatureConfig
-    from .load_checkpoint import load_complete
-
     place = path.with_name(CONFIG)
     config = _read(place) if place.is_file() else {}
     if config.get("model_type") != MODEL_TYPE:
@@ -82,8 +96,8 @@ def load_from_config(path):
     place = path.with_name(PREPROCESSOR)
     if not place.is_file():
         raise UserError(
-            f"{place}: no such file, so mean and std of the model's input are unknown; take it from where the weights "
-            "are from (or give them: create_model, load_checkpoint; on the command line --model, --mean, --std)"
+            f"{place}: no such file, so mean and std of the model's input are unknown; copy the file from the source "
+            "of the weights, or open the checkpoint with model, mean and std (--model, --mean, --std)"
         )
     try:
         features = FeatureConfig.from_hugging_face(_read(place))
@@ -92,41 +106,38 @@ def load_from_config(path):
     if features.frames // PATCH * PATCH != model.frames:
         raise UserError(f"{place}: max_length is {features.frames}, and in {CONFIG} it is {config.get('max_length')}")
     load_complete(model, path, stride)
-    model.features = replace(features, frames=model.frames)  # the convolution leaves out what fills no patch
-    model.labels, model.multilabel, model.extra = labels, config.get("problem_type") == _MULTILABEL, {}
+    features = replace(features, frames=model.frames)  # the patch embedding skips frames that fill no patch
+    model.description = Description(features, labels, config.get("problem_type") == _MULTILABEL)
     return model.eval()
 
 
-def _make(config):
-    """A fresh model for ``config.json``, its labels, and the stride of the patches; what is absent has Hugging Face's
-    default.
+def _make(config: Mapping[str, Any]) -> tuple[PrunedViT, list[str], int]:
+    """Create a model from ``config.json``; return it with its labels and the stride of its patches.
+
+    Absent values have the defaults of transformers.
     """
     width, depth = config.get("hidden_size", 768), config.get("num_hidden_layers", 12)
     strides = (config.get("frequency_stride", 10), config.get("time_stride", 10))
-    only = {
+    supported: dict[str, tuple[Any, ...]] = {
         "patch_size": (config.get("patch_size", PATCH), PATCH, [PATCH, PATCH]),
         "num_mel_bins": (config.get("num_mel_bins", MEL_BINS), MEL_BINS),
         "intermediate_size": (config.get("intermediate_size", 3072), MLP_RATIO * width),
         "hidden_act": (config.get("hidden_act", "gelu"), "gelu"),
         "qkv_bias": (config.get("qkv_bias", True), True),
-        "frequency_stride, time_stride": (strides, (PATCH, PATCH), (10, 10)),  # 10 is resampled by fit_positions
+        "frequency_stride, time_stride": (strides, (PATCH, PATCH), (10, 10)),  # fit_positions resamples 10
     }
-    for name, (value, *usable) in only.items():
+    for name, (value, *usable) in supported.items():
         if value not in usable:
             raise ValueError(f"{name} is {value!r}, not {' or '.join(map(repr, usable))}")
     names = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     labels = [names[str(number)] for number in range(len(names))]
-    pruning = {
-        "blocks": [block for block in (3, 6, 9) if block < depth],
-        "keep_rate": 1.0,
-        **config.get("pruneattn", {}),
-    }
+    pruning = {**config.get("pruneattn", {})}  # a TypeError, if it is no mapping
     model = create_model(
         name_of_size("ast", width, depth) or "ast_base",
         num_classes=len(labels),
         frames=config.get("max_length", 1024) // PATCH * PATCH,
-        keep_rate=pruning["keep_rate"],
-        prune_blocks=pruning["blocks"],
+        keep_rate=pruning.get("keep_rate", 1.0),
+        prune_blocks=_prune_blocks(pruning, depth),
         score=pruning.get("score"),
         embed_dim=width,
         depth=depth,
@@ -135,7 +146,15 @@ def _make(config):
     return model, labels, strides[0]
 
 
-def _read(path):
+def _prune_blocks(pruning: Mapping[str, Any], depth: int) -> list[int]:
+    """Read the pruning blocks, under either of the names that :func:`~pruneattn.prune` accepts."""
+    given = [pruning[name] for name in ("prune_blocks", "blocks") if name in pruning]
+    if len(given) == 2 and given[0] != given[1]:
+        raise ValueError(f"pruneattn: prune_blocks is {given[0]} and blocks, its other name, is {given[1]}")
+    return given[0] if given else [block for block in _PRUNE_BLOCKS if block < depth]
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSON or UTF-8

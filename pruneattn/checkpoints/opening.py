@@ -1,58 +1,69 @@
-"""Checkpoints of any origin as models that know their features and labels, and datasets that fit them."""
+"""Any checkpoint as a model with features and labels, and datasets with the same classes."""
 
-import dataclasses
+from __future__ import annotations
+
+import copy
 import hashlib
 import json
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..data import FeatureConfig, load_dataset
 from ..data.catalog import dataset_info
+from ..data.clips import ClipDataset
 from ..data.manifest import read_label_csv
 from ..errors import UserError
 from ..models import create_model
+from ..models.description import Description
+from ..models.vit import PrunedViT
 from .load_checkpoint import load_complete
 from .pretrained import load_pretrained
 
 
 def open_checkpoint(
-    checkpoint,
+    checkpoint: str | Path,
     *,
-    model=None,
-    dataset="as20k",
-    num_classes=None,
-    frames=None,
-    mean=None,
-    std=None,
-    padding="zero",
-    score=None,
-):
+    model: str | None = None,
+    dataset: str = "as20k",
+    num_classes: int | None = None,
+    frames: int | None = None,
+    mean: float | None = None,
+    std: float | None = None,
+    padding: str = "zero",
+    score: str | None = None,
+) -> PrunedViT:
     """Open a checkpoint of this package, or with ``model`` one of another project, in eval mode on the CPU.
 
     Args:
-        checkpoint: path or Hub name, as of :func:`~pruneattn.load_pretrained`; with ``model`` the path or Hub name of
+        checkpoint: path or Hub name, as for :func:`~pruneattn.load_pretrained`; with ``model`` the path or Hub name of
             any file that :func:`~pruneattn.load_checkpoint` reads.
-        model: name of the model that the weights are for, such as ``"ast_base"``; None for checkpoints that say it
-            themselves.
-        dataset: name of the dataset that the checkpoint was trained for. It gives the values that are None below.
+        model: name of the model that the weights are for, such as ``"ast_base"``; None for checkpoints that contain
+            their configuration. ``num_classes``, ``frames``, ``mean``, ``std`` and ``padding`` apply only with
+            ``model``.
+        dataset: name of the dataset that the checkpoint was trained for. It supplies the arguments below that are None.
         num_classes: classes of the head.
-        frames: 10 ms frames of the input.
+        frames: number of 10 ms frames of the input.
         mean: mean of the log-mel values of the training data.
-        std: their standard deviation.
-        padding: ``"zero"`` or ``"min"``, the value after a short clip.
-        score: ranks the patches; None: the checkpoint's.
+        std: standard deviation of these values.
+        padding: value after a short clip: ``"zero"``, or ``"min"`` for the smallest log-mel value.
+        score: score that ranks the patches; None: the checkpoint's.
 
     Returns:
-        ``PrunedViT`` whose ``description`` has features; labels are None where unknown.
+        The model. ``model.features`` is set; ``model.labels`` is None if the names of the classes are unknown.
 
     Raises:
-        UserError: the checkpoint cannot be opened, or ``num_classes``, ``frames``, ``mean`` or ``std`` are given for a
-            checkpoint that says them itself.
+        UserError: the checkpoint cannot be opened, or ``num_classes``, ``frames``, ``mean`` or ``std`` is given without
+            ``model``.
     """
     if model is None:
-        for option, value in {"num_classes": num_classes, "frames": frames, "mean": mean, "std": std}.items():
+        for name, value in {"num_classes": num_classes, "frames": frames, "mean": mean, "std": std}.items():
             if value is not None:
-                raise UserError(f"--{option.replace('_', '-')} is for checkpoints of other projects, with --model")
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{name} ({option}) applies only with model (--model), to checkpoints of other projects"
+                )
         opened = load_pretrained(checkpoint)
     else:
         opened = _open_foreign(checkpoint, model, dataset, num_classes, frames, mean, std, padding)
@@ -61,8 +72,8 @@ def open_checkpoint(
     return opened.eval()
 
 
-def class_names(model, label_csv):
-    """Names of an opened checkpoint's classes: of a label CSV, else its own; None where it has none."""
+def class_names(model: PrunedViT, label_csv: str | Path | None) -> list[str] | None:
+    """Return the class names of a label CSV if one is given, else the model's own; None if it has none."""
     if label_csv is None:
         return model.labels
     _, names = read_label_csv(label_csv)
@@ -71,26 +82,28 @@ def class_names(model, label_csv):
     return names
 
 
-def reconfigured(model, **changes):
-    """An opened checkpoint's weights in a model of another ``score``, ``prune_blocks`` or ``keep_rate``, in eval mode."""
+def reconfigured(model: PrunedViT, **changes: Any) -> PrunedViT:
+    """Copy a model with another ``score``, ``prune_blocks`` or ``keep_rate``, on the same device, in eval mode."""
     other = create_model(**{**model.config, **changes})
     other.load_state_dict(model.state_dict())
-    other.description = dataclasses.replace(model.description)
+    other.description = copy.deepcopy(model.description)
     return other.to(next(model.parameters()).device).eval()
 
 
-def open_dataset(model, checkpoint, dataset, split="test", **options):
-    """A dataset for an opened checkpoint: the same classes and as many frames.
+def open_dataset(
+    model: PrunedViT, checkpoint: str | Path, dataset: str, split: str = "test", **options: Any
+) -> ClipDataset:
+    """Open a dataset with the classes and frames of an opened checkpoint.
 
     Args:
-        model: opened checkpoint; one without labels takes the dataset's.
-        checkpoint: its name, for messages.
+        model: the opened checkpoint. A model without labels gets the labels of the dataset.
+        checkpoint: name of the checkpoint, for error messages.
         dataset: name of a dataset.
         split: ``"train"``, ``"val"`` or ``"test"``.
         options: further arguments of :func:`~pruneattn.data.load_dataset`.
 
     Raises:
-        UserError: the dataset cannot be opened, or its classes are not the model's.
+        UserError: the dataset cannot be opened, or its classes differ from the model's.
     """
     opened = load_dataset(dataset, split, frames=model.frames, **options)
     where = f"{checkpoint} and the dataset {dataset} do not go together:"
@@ -98,19 +111,27 @@ def open_dataset(model, checkpoint, dataset, split="test", **options):
         raise UserError(f"{where} the checkpoint has {model.num_classes} classes, the dataset {opened.num_classes}")
     if model.labels is None:
         model.labels, model.multilabel = opened.labels, opened.multilabel
-    for number, (ours, theirs) in enumerate(zip(model.labels, opened.labels)):
+    for number, (ours, theirs) in enumerate(zip(model.labels, opened.labels, strict=True)):
         if ours != theirs:
             raise UserError(f"{where} class {number} is {ours!r} in the checkpoint and {theirs!r} in the dataset")
     return opened
 
 
-def describe(model):
-    """A model in a few words: name, input and head."""
+def describe(model: PrunedViT) -> str:
+    """Describe a model in a few words: name, input and head."""
     return f"{model.name}, {model.frames} frames ({model.num_patches} patches), {model.num_classes} classes"
 
 
-def fingerprint(model):
-    """SHA-256 of all of an opened checkpoint that decides over its labels, but for the keep-rate."""
+def fingerprint(model: PrunedViT) -> str:
+    """Return a SHA-256 digest of everything in an opened checkpoint that determines its labels, except the keep rate.
+
+    Label files hold this digest, so it must not change between versions.
+
+    Raises:
+        ValueError: the model has no features.
+    """
+    if model.features is None:
+        raise ValueError("fingerprint: the model has no features")
     config = {name: value for name, value in model.config.items() if name != "keep_rate"}
     known = [config, model.features.to_dict(), model.labels, model.multilabel]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
@@ -120,18 +141,28 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
-def _open_foreign(checkpoint, name, dataset, num_classes, frames, mean, std, padding):
+def _open_foreign(
+    checkpoint: str | Path,
+    name: str,
+    dataset: str,
+    num_classes: int | None,
+    frames: int | None,
+    mean: float | None,
+    std: float | None,
+    padding: str,
+) -> PrunedViT:
+    """Open weights of another project in a model of this name; the dataset supplies the values that are None."""
     info = dataset_info(dataset)
     num_classes = info.num_classes if num_classes is None else num_classes
     if num_classes is None:
-        raise UserError(f"the dataset {dataset} does not fix the number of classes: give --num-classes")
+        raise UserError(f"the dataset {dataset} does not fix the number of classes; give num_classes (--num-classes)")
     model = create_model(name, num_classes=num_classes, frames=info.frames if frames is None else frames)
     load_complete(model, checkpoint)
-    model.features = FeatureConfig(
+    features = FeatureConfig(
         frames=model.frames,
         mean=info.mean if mean is None else mean,
         std=info.std if std is None else std,
         padding=padding,
     )
-    model.labels, model.multilabel = None, bool(info.multilabel)
+    model.description = Description(features, multilabel=bool(info.multilabel))
     return model

@@ -1,40 +1,45 @@
-"""Position tables for another number of frames, by each model's own rule."""
+"""Position tables for another number of frames, by the rule of each model family."""
+
+from __future__ import annotations
 
 import warnings
 
 import torch
 
-from ..constants import PATCH
+from ..constants import MEL_BINS, PATCH
 from ..errors import UserError
 from ..models.audiomae import sincos_positions
+from ..models.vit import PrunedViT
 
-ROWS = 8  # patches along mel
-ROWS_10 = 12  # the same with a stride of 10
-STRIDE_10 = (144, 600, 1212)  # patches of the published ASTs with stride 10, for 1, 5 and 10 s
+ROWS = MEL_BINS // PATCH  # patches along mel
+STRIDE_10 = 10  # of the published ASTs
+ROWS_10 = (MEL_BINS - PATCH) // STRIDE_10 + 1  # patches along mel with a stride of 10
+PATCHES_10 = (144, 600, 1212)  # of the published ASTs with a stride of 10, for clips of 1, 5 and 10 s
 
 
-def fit_positions(table, model, *, stride=PATCH):
-    """Fit a checkpoint's position table to `model`'s grid.
+def fit_positions(table: torch.Tensor, model: PrunedViT, *, stride: int | None = PATCH) -> tuple[torch.Tensor, str]:
+    """Fit a checkpoint's position table to the grid of a model.
 
-    - A table of the same length is taken as it is.
-    - AST: (8, columns) grid, centre crop in time for fewer columns (as the official AST does).
-    - AudioMAE: reshaped to (8, columns), left crop in time, as the paper's code does. The order of the published
-      table's tokens is (columns, 8), so this is no crop of the spectrogram, but what the published models are
-      fine-tuned with. A table that is our own sine-cosine one is made anew for the model's grid instead.
-    - More columns: bilinear interpolation in time, with a warning.
+    - A table of the same length stays as it is.
+    - AST: the table is an (8, columns) grid; fewer columns are the center crop in time, as in the official AST.
+    - AudioMAE: the table is reshaped to (8, columns); fewer columns are the left crop in time, as in the paper's code.
+      The tokens of the published table are in (columns, 8) order, so this does not crop the spectrogram, but the
+      published models are fine-tuned with it. A sine-cosine table of this package is computed anew for the grid of the
+      model instead.
+    - More columns are interpolated bilinearly in time, with a warning.
 
     Args:
         table: ``[1, extra + P', C]``.
-        model: AudioMAE or AST, with P patches.
-        stride: of the patches that the table is for: 16, or an AST's 10, whose positions are resampled to the
-            16-stride patches' centres. None: not known, so 10 for the published sizes and for that of the model's
-            frames, unless it is the model's own.
+        model: AudioMAE or AST with P patches.
+        stride: stride of the patches of the table: 16, or 10 for an AST. Positions of stride 10 are resampled at the
+            centers of patches of stride 16. None: unknown; then it is 10 if the table has one of the published sizes
+            or the size for the model's frames, unless that is also the model's own size.
 
     Returns:
-        ``(table, note)``: float32 ``[1, extra + P, C]``, and what was done in words ("" if nothing).
+        ``(table, note)``: float32 ``[1, extra + P, C]``, and a description of the changes ("" if there are none).
 
     Raises:
-        UserError: the table belongs to no grid that can be fitted.
+        UserError: the table is not a grid that can be fitted.
     """
     extra, columns = model.num_extra_tokens, model.grid[0]
     if table.dim() != 3 or table.shape[0] != 1:
@@ -47,8 +52,8 @@ def fit_positions(table, model, *, stride=PATCH):
     rows = ROWS if stride == PATCH else ROWS_10
     if not len(patches) or len(patches) % rows:
         raise UserError(
-            f"position table: {len(patches)} patches are no grid of 16 x 16 patches over 128 mel bins, which has a "
-            f"multiple of {rows} with a stride of {stride}; use a checkpoint with patches and strides of 16"
+            f"position table: {len(patches)} patches are no grid of {PATCH} x {PATCH} patches over {MEL_BINS} mel "
+            f"bins, which has a multiple of {rows} with a stride of {stride}; use a checkpoint with a stride of {PATCH}"
         )
     grid, note = patches.unflatten(0, (rows, -1)), ""  # [rows, columns', C]
     if stride != PATCH:
@@ -57,49 +62,51 @@ def fit_positions(table, model, *, stride=PATCH):
         fitted = _ours(model, model.num_patches, table.shape[-1])
         note = f"positions: pruneattn's sine-cosine table made for {columns} time columns"
     else:
-        grid, change = _fit_columns(grid, columns, centre=not model.time_major)
+        grid, change = _fit_columns(grid, columns, center=not model.time_major)
         fitted, note = grid.flatten(0, 1), "; ".join(filter(None, (note, change)))
     return torch.cat([table[:, :extra], fitted.unsqueeze(0)], dim=1), note
 
 
-def _fit_columns(grid, columns, centre):
+def _fit_columns(grid: torch.Tensor, columns: int, center: bool) -> tuple[torch.Tensor, str]:
     """Crop or stretch ``[rows, columns', C]`` to ``[rows, columns, C]``."""
     had = grid.shape[1]
     if columns == had:
         return grid, ""
     if columns < had:
-        start = had // 2 - columns // 2 if centre else 0
-        note = f"positions: {'centre' if centre else 'left'} crop of {had} time columns to {columns}"
+        start = had // 2 - columns // 2 if center else 0
+        note = f"positions: {'center' if center else 'left'} crop of {had} time columns to {columns}"
         return grid[:, start : start + columns], note
     places = (torch.arange(columns) + 0.5) * (had / columns) - 0.5
     return _interpolate(grid, 1, places), _warn(
-        f"positions: {had} time columns interpolated to {columns}; fine-tune before you trust the result"
+        f"positions: {had} time columns interpolated to {columns}; fine-tune the model before you use it"
     )
 
 
-def _guess_stride(patches, model):
-    of_the_model = ROWS_10 * ((model.frames - PATCH) // 10 + 1)
-    return 10 if patches != model.num_patches and patches in (of_the_model, *STRIDE_10) else PATCH
+def _guess_stride(patches: int, model: PrunedViT) -> int:
+    of_the_model = ROWS_10 * ((model.frames - PATCH) // STRIDE_10 + 1)
+    return STRIDE_10 if patches != model.num_patches and patches in (of_the_model, *PATCHES_10) else PATCH
 
 
-def _from_stride_10(grid, columns):
-    """The table ``[12, columns', C]`` of stride 10, read at the centres of the 16-stride patches of as many frames.
+def _from_stride_10(grid: torch.Tensor, columns: int) -> tuple[torch.Tensor, str]:
+    """Resample a grid ``[12, columns', C]`` of stride 10 at the centers of patches of stride 16.
 
-    Those may be 10 columns' + 6 to 10 columns' + 15: what fits the model's ``columns`` of them, else the most.
+    With n columns, the clip had 10 n + 6 to 10 n + 15 frames. The result has the model's ``columns`` if a clip of that
+    length can have as many columns of stride 16, else the largest number that it can have.
     """
     had = grid.shape[1]
-    least, most = (10 * had + 6) // PATCH, (10 * had + 15) // PATCH
+    frames = STRIDE_10 * (had - 1) + PATCH  # at least; one more column begins STRIDE_10 later
+    least, most = frames // PATCH, (frames + STRIDE_10 - 1) // PATCH
     columns = columns if least <= columns <= most else most
-    grid = _interpolate(grid, 0, torch.arange(ROWS) * 1.6)
-    grid = _interpolate(grid, 1, torch.arange(columns) * 1.6)
+    grid = _interpolate(grid, 0, torch.arange(ROWS) * (PATCH / STRIDE_10))
+    grid = _interpolate(grid, 1, torch.arange(columns) * (PATCH / STRIDE_10))
     return grid, _warn(
-        f"positions: an AST of stride 10, its {ROWS_10} x {had} positions resampled to {ROWS} x {columns} of stride 16; "
-        "it will lose accuracy until it is fine-tuned"
+        f"positions: an AST with stride {STRIDE_10}: its {ROWS_10} x {had} positions resampled to {ROWS} x {columns} "
+        f"of stride {PATCH}; the model loses accuracy until it is fine-tuned"
     )
 
 
-def _interpolate(grid, dim, places):
-    """Linear interpolation of `grid` along `dim` at fractional `places`, the ends continued."""
+def _interpolate(grid: torch.Tensor, dim: int, places: torch.Tensor) -> torch.Tensor:
+    """Interpolate `grid` linearly along `dim` at fractional `places`; places outside take the nearest end."""
     last = grid.shape[dim] - 1
     places = places.clamp(0, last)
     low = places.floor().long()
@@ -111,15 +118,16 @@ def _interpolate(grid, dim, places):
     )
 
 
-def _ours(model, patches, channels):
-    return sincos_positions(*model.patch_position(torch.arange(patches)), channels).float()
+def _ours(model: PrunedViT, patches: int, channels: int) -> torch.Tensor:
+    column, row = model.patch_position(torch.arange(patches))
+    return sincos_positions(column, row, channels).float()
 
 
-def _is_ours(patches, model):
-    # Half-precision files round to 2^-8 at most; other tables differ by about 1.
+def _is_ours(patches: torch.Tensor, model: PrunedViT) -> bool:
+    # Half precision rounds by at most 2^-8; other tables differ by about 1.
     return patches.shape[1] % 4 == 0 and torch.allclose(patches, _ours(model, *patches.shape), rtol=0, atol=1e-2)
 
 
-def _warn(message):
-    warnings.warn(message, stacklevel=5)  # at the caller of load_checkpoint
+def _warn(message: str) -> str:
+    warnings.warn(message, stacklevel=5)  # attributed to the caller of load_checkpoint
     return message

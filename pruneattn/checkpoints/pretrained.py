@@ -1,15 +1,23 @@
-"""Our own files: one safetensors file with everything that a model needs to be used."""
+"""pruneattn's own checkpoints: one safetensors file with all that is needed to use a model."""
+
+from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from ..constants import VERSION
+from ..data.fbank import FeatureConfig
 from ..errors import UserError
 from ..files import atomic_write
 from ..models import create_model
-from ..models.vit import own_model
+from ..models.description import Description
+from ..models.vit import PrunedViT, own_model
 from .card import make_card
 from .folder import write_folder
 from .hub import CONFIG
@@ -17,100 +25,133 @@ from .huggingface import load_from_config
 from .state_files import find_file, is_safetensors, read_safetensors
 
 FORMAT_VERSION = 1
-_KEY = "pruneattn"  # of the metadata: JSON
-_ABOUT = "a copy, for people, of what the metadata of model.safetensors holds; load_pretrained reads that one"
+_KEY = "pruneattn"  # of the safetensors metadata; its value is JSON
+_ABOUT = "a readable copy of the metadata of model.safetensors; load_pretrained reads the metadata, not this file"
 
 
-def save_pretrained(model, path, *, features, labels, multilabel, extra=None):
+def save_pretrained(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    features: FeatureConfig | None = None,
+    labels: Sequence[str] | None = None,
+    multilabel: bool | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
     """Write a model with its configuration, atomically, for :func:`load_pretrained`.
 
-    A folder gets ``model.safetensors``, the model's card ``README.md`` (see :mod:`~pruneattn.checkpoints.card`; a README
-    that somebody else wrote stays) and, for people to read, ``config.json``: what the Hugging Face Hub shows of a
-    model. :func:`load_pretrained` reads nothing but the safetensors file, whose metadata hold the configuration.
+    A folder gets three files: ``model.safetensors``, the model card ``README.md`` (see
+    :mod:`~pruneattn.checkpoints.card`; a README that somebody else wrote stays), and ``config.json``, a readable copy
+    of the configuration that the Hugging Face Hub shows. :func:`load_pretrained` reads only the safetensors file. Its
+    metadata hold the configuration.
 
     Args:
-        model: from :func:`~pruneattn.create_model`.
-        path: file to write if the name ends in ``.safetensors``, and its folder must exist; else a folder, which is
-            made where it is absent.
-        features: :class:`~pruneattn.data.fbank.FeatureConfig` of the model's input.
-        labels: name of each class, in the order of the logits.
-        multilabel: whether several classes can hold at once (sigmoid) or one does (softmax).
-        extra: dict of further plain values to keep, such as the metric.
+        model: a model of :func:`~pruneattn.create_model`.
+        path: a file to write if the name ends in ``.safetensors``; its folder must exist. Else a folder, which is
+            created if it does not exist.
+        features: :class:`~pruneattn.data.fbank.FeatureConfig` of the model's input. None: ``model.features``.
+        labels: name of each class, in the order of the logits. None: ``model.labels``.
+        multilabel: whether several classes can hold at once (sigmoid) or exactly one holds (softmax). None:
+            ``model.multilabel``.
+        extra: further plain values to save, such as the metric. None: no values. ``model.extra`` is not saved unless
+            you pass it, since it describes the weights that were loaded.
 
     Raises:
-        UserError: the files cannot be written, the folder holds the ``config.json`` of something else, or the score is
-            a function, which no file can hold.
-        ValueError: labels or frames do not fit the model, or `extra` holds more than JSON can.
+        UserError: the files cannot be written, the folder holds another kind of ``config.json``, features, labels or
+            multilabel are neither given nor known to the model, or the score is a function, which no file can hold.
+        ValueError: labels or features do not fit the model, or JSON cannot hold `extra`.
     """
-    model, labels, path = own_model(model, "save_pretrained"), list(labels), Path(path)
-    check_description(model, features, labels)
+    own, path = own_model(model, "save_pretrained"), Path(path)
+    description = complete_description(own, features, labels, multilabel, extra)
+    unknown = [name for name in ("features", "labels", "multilabel") if getattr(description, name) is None]
+    if description.features is None or unknown:
+        raise UserError(f"save_pretrained: the model has no {', '.join(unknown)}; give them as arguments")
     content = {
         "format_version": FORMAT_VERSION,
         "pruneattn_version": VERSION,
-        "model": model.config,
-        "features": features.to_dict(),
-        "labels": labels,
-        "multilabel": bool(multilabel),
-        "extra": dict(extra or {}),
+        "model": own.config,
+        "features": description.features.to_dict(),
+        "labels": description.labels,
+        "multilabel": bool(description.multilabel),
+        "extra": description.extra,
     }
     try:
         text = json.dumps(content, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"extra, labels: expected plain finite values that JSON can hold ({error})") from error
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in own.state_dict().items()}
     if path.suffix == ".safetensors" and not path.is_dir():
         with atomic_write(path) as temporary:
             save_file(state, temporary, metadata={"format": "pt", _KEY: text})
         return
-    card = make_card(model, features, labels, multilabel, extra)
     configs = {CONFIG: {"about": _ABOUT, **content}}
-    write_folder(path, state, configs, card, own="pruneattn_version", metadata={_KEY: text})
+    write_folder(path, state, configs, make_card(own, description), own="pruneattn_version", metadata={_KEY: text})
 
 
-def check_description(model, features, labels):
-    """Raise ``ValueError`` unless features and labels (None: not known) are those of the model."""
-    if labels is not None and len(labels) != model.num_classes:
-        raise ValueError(f"labels: expected {model.num_classes} names, one per class of the model, got {len(labels)}")
-    if features.frames != model.frames:
-        raise ValueError(f"features: expected {model.frames} frames, as the model has, got {features.frames}")
-
-
-def load_pretrained(path):
-    """Make the model that :func:`save_pretrained` wrote, or Hugging Face's AST, on the CPU, in evaluation mode.
-
-    Args:
-        path: the file; a folder that holds ``best.safetensors`` (a training run's) or ``model.safetensors``; or the
-            name of such a repository on the Hugging Face Hub, ``user/name`` or ``user/name@revision`` (branch, tag or
-            commit), which is downloaded into the Hub's cache. With ``HF_HUB_OFFLINE=1`` it must be there. What exists
-            here goes before what the Hub has by that name. An AST of Hugging Face's is known by the ``config.json``
-            beside its weights, and is pruned as ``pruneattn`` in it says, else unpruned.
-
-    Returns:
-        The model, with ``model.features`` (:class:`~pruneattn.data.fbank.FeatureConfig`), ``model.labels`` (list of
-        str), ``model.multilabel`` (bool) and ``model.extra`` (dict).
+def complete_description(
+    model: PrunedViT,
+    features: FeatureConfig | None,
+    labels: Sequence[str] | None,
+    multilabel: bool | None,
+    extra: Mapping[str, Any] | None = None,
+) -> Description:
+    """Return a description of the given values, with the model's own values in place of None.
 
     Raises:
-        UserError: there is no such file here nor on the Hub, or it is damaged, of no such model, or of a later version
-            of pruneattn.
+        ValueError: labels or features do not fit the model.
+    """
+    own = model.description
+    features = own.features if features is None else features
+    labels = own.labels if labels is None else labels
+    if labels is not None and len(labels) != model.num_classes:
+        raise ValueError(f"labels: expected {model.num_classes} names, one per class of the model, got {len(labels)}")
+    if features is not None and features.frames != model.frames:
+        raise ValueError(f"features: expected {model.frames} frames, as the model has, got {features.frames}")
+    return Description(
+        features=features,
+        labels=None if labels is None else list(labels),
+        multilabel=own.multilabel if multilabel is None else multilabel,
+        extra=dict(extra or {}),
+    )
+
+
+def load_pretrained(path: str | Path) -> PrunedViT:
+    """Load a model that :func:`save_pretrained` wrote, or Hugging Face's AST, on the CPU, in evaluation mode.
+
+    Args:
+        path: a file; a folder that holds ``best.safetensors`` (of a training run) or ``model.safetensors``; or the
+            name of a Hugging Face Hub repository with one of these, ``user/name`` or ``user/name@revision`` (a branch,
+            tag or commit). Its files are downloaded into the Hub's cache. With ``HF_HUB_OFFLINE=1`` they must be in the
+            cache. A local path takes precedence over a repository of the same name. Hugging Face's AST is recognized by
+            the ``config.json`` next to its weights. It is pruned as the entry ``pruneattn`` says, and unpruned without
+            one.
+
+    Returns:
+        The model. Its description holds ``model.features`` (:class:`~pruneattn.data.fbank.FeatureConfig`),
+        ``model.labels`` (list of str), ``model.multilabel`` (bool) and ``model.extra`` (dict).
+
+    Raises:
+        UserError: neither a local file nor the Hub has this name, or the file is damaged, has another format, or was
+            written by a later version of pruneattn.
     """
     path = find_file(path)
-    state, metadata = read_safetensors(path) if is_safetensors(path) else (None, {})
-    if _KEY in metadata:
-        return _rebuild(path, state, metadata[_KEY])
-    del state
+    if is_safetensors(path):
+        state, metadata = read_safetensors(path)
+        if _KEY in metadata:
+            return _rebuild(path, state, metadata[_KEY])
+        del state  # load_from_config reads the file again
     model = load_from_config(path)
     if model is None:
         raise UserError(
-            f"{path}: not a model that pruneattn saved, so it does not say how to make it, nor does a {CONFIG} of "
-            "Hugging Face's AST beside it; make the model with create_model and use load_checkpoint (on the command "
-            "line: --model NAME)"
+            f"{path}: not a model that pruneattn saved, and not next to a {CONFIG} of Hugging Face's AST, so its "
+            "configuration is unknown; make the model with create_model and use load_checkpoint (on the command line: "
+            "--model NAME)"
         )
     return model
 
 
-def _rebuild(path: Path, state, text):
-    from ..data.fbank import FeatureConfig
-
+def _rebuild(path: Path, state: Mapping[str, torch.Tensor], text: str) -> PrunedViT:
+    """Make the model of a file of :func:`save_pretrained`."""
     try:
         content = json.loads(text)
         version = content["format_version"]
@@ -119,13 +160,16 @@ def _rebuild(path: Path, state, text):
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path}: written in format version {version} by pruneattn {content.get('pruneattn_version', '?')}; this "
-            f"is pruneattn {VERSION}, which reads version {FORMAT_VERSION}: install a matching one"
+            f"is pruneattn {VERSION}, which reads version {FORMAT_VERSION}: install a matching version"
         )
     try:
         model = create_model(**content["model"])
-        model.features = FeatureConfig.from_dict(content["features"])
-        model.labels = list(content["labels"])
-        model.multilabel, model.extra = bool(content["multilabel"]), dict(content["extra"])
+        model.description = Description(
+            features=FeatureConfig.from_dict(content["features"]),
+            labels=list(content["labels"]),
+            multilabel=bool(content["multilabel"]),
+            extra=dict(content["extra"]),
+        )
         model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())  # load_state_dict writes several lines

@@ -1,19 +1,26 @@
-"""Weights of ours in the layouts of other projects: :func:`save_checkpoint`, the inverse of ``load_checkpoint``."""
+"""Weights in the layouts of other projects: :func:`save_checkpoint`, the inverse of ``load_checkpoint``."""
+
+from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from ..constants import MEL_BINS, PATCH
+from ..data.fbank import FeatureConfig
 from ..errors import UserError
 from ..files import atomic_write
-from ..models.vit import own_model
+from ..models.vit import PrunedViT, own_model
 from .card import make_card
 from .converters import AST_HUGGING_FACE, AST_OFFICIAL, AUDIOMAE_FINE_TUNED
 from .folder import write_folder
 from .hub import CONFIG, PREPROCESSOR
 from .huggingface import to_config
-from .pretrained import check_description
+from .pretrained import complete_description
 
 #: Keys of each layout.
 LAYOUTS = {
@@ -22,93 +29,97 @@ LAYOUTS = {
     "huggingface": AST_HUGGING_FACE,
     "timm": AUDIOMAE_FINE_TUNED,
 }
-_IMAGENET_CLASSES = 1000  # of the two heads that the official AST's model has and never uses
+_IMAGENET_CLASSES = 1000  # of the two unused heads of the official AST
 
 
-def save_checkpoint(model, path, *, format, features=None, labels=None, multilabel=None):
-    """Write a model's weights as another project has them, atomically, in the model's dtype and bit for bit.
+def save_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: Literal["ast", "audiomae", "huggingface", "timm"],
+    features: FeatureConfig | None = None,
+    labels: Sequence[str] | None = None,
+    multilabel: bool | None = None,
+) -> None:
+    """Write the weights of a model in the layout of another project, atomically, bit for bit in the model's dtype.
 
-    - ``"ast"``: a file for the official AST's ``load_state_dict``, strict and within ``DataParallel``, of
-      ``ASTModel(fstride=16, tstride=16, input_tdim=frames)``. The two ImageNet heads that its model has and never uses
-      (``v.head``, ``v.head_dist``) are zeros: no model here has them.
+    - ``"ast"``: a file for strict ``load_state_dict`` of the official AST within ``DataParallel``, made with
+      ``ASTModel(fstride=16, tstride=16, input_tdim=frames)``. Its two unused ImageNet heads (``v.head``,
+      ``v.head_dist``) are zeros, since models of this package do not have them.
     - ``"huggingface"``: a folder for ``transformers.ASTForAudioClassification.from_pretrained`` and ``pipeline``,
-      transformers 4 and 5. Patches are the same with ``frequency_stride`` and ``time_stride`` 16 and ``max_length`` the
-      model's frames, which is what its ``config.json`` says. The pipeline of transformers 4 takes every model for one
-      of softmax: for a multilabel one call it with ``function_to_apply="sigmoid"``.
+      transformers 4 and 5. Its ``config.json`` sets ``frequency_stride`` and ``time_stride`` to 16 and ``max_length``
+      to the model's frames, so the patches are the same. The pipeline of transformers 4 applies softmax to every model;
+      for a multilabel model call it with ``function_to_apply="sigmoid"``.
     - ``"audiomae"``: a file for the official AudioMAE's fine-tuned model, ``--finetune FILE --eval``.
-    - ``"timm"``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, or ``"hf-hub:"`` once it is
-      uploaded; input ``[B, 1, frames, 128]``.
+    - ``"timm"``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, or ``"hf-hub:"`` after an
+      upload. The model takes input ``[B, 1, frames, 128]``.
 
-    Such a model computes every patch until it is pruned anew. The card of a folder says how; ``config.json`` of
-    Hugging Face holds the arguments: ``pruneattn.prune(theirs, **theirs.config.pruneattn)``, as ``load_pretrained`` does.
+    A model in another project computes every patch until you prune it again. The card in a folder shows how. The
+    ``config.json`` of Hugging Face holds the arguments, ``pruneattn.prune(theirs, **theirs.config.pruneattn)``, and
+    ``load_pretrained`` uses them.
 
     Args:
-        model: from :func:`~pruneattn.create_model`, of the family that the format is for.
-        path: file or folder to write; what is there of the same kind is replaced.
-        format: see above.
-        features: :class:`~pruneattn.data.fbank.FeatureConfig` of the model's input, which folders need. None: that of
-            the model, as :func:`~pruneattn.load_pretrained` gives it.
-        labels: names of the classes, for folders. None: the model's, or numbers.
-        multilabel: whether several classes can hold at once, for folders. None: the model's, or not said.
+        model: a model of :func:`~pruneattn.create_model`, of the family of the format.
+        path: file or folder to write. Existing files of the same kind are replaced.
+        format: one of the layouts above.
+        features: :class:`~pruneattn.data.fbank.FeatureConfig` of the model's input, required for folders. None:
+            ``model.features``.
+        labels: name of each class, for folders. None: ``model.labels``, or numbers if there are none.
+        multilabel: whether several classes can hold at once, for folders. None: ``model.multilabel``, or left out if
+            that is unknown.
 
     Raises:
-        UserError: the format is unknown, of the other family, or needs features; or the files cannot be written.
+        UserError: the format is unknown, belongs to the other family, or needs features; or the files cannot be
+            written.
         ValueError: features or labels do not fit the model.
     """
-    model = own_model(model, "save_checkpoint")
-    state = _renamed(model, format)
+    own = own_model(model, "save_checkpoint")
+    state = _state(own, format)
     if format == "ast":
-        return _write_file({f"module.{key}": tensor for key, tensor in (state | _imagenet_heads(model)).items()}, path)
+        heads = _imagenet_heads(own)
+        return _write_file({f"module.{key}": tensor for key, tensor in (state | heads).items()}, path)
     if format == "audiomae":
         return _write_file({"model": state}, path)
 
-    features = model.description.features if features is None else features
-    labels = model.description.labels if labels is None else list(labels)
-    multilabel = model.description.multilabel if multilabel is None else multilabel
+    description = complete_description(own, features, labels, multilabel)
+    features = description.features
     if features is None:
-        raise UserError(f"format {format!r}: give features, the FeatureConfig that says what input the model takes")
-    check_description(model, features, labels)
+        raise UserError(f"format {format!r}: give features, the FeatureConfig of the model's input")
     if format == "timm":
-        configs = {CONFIG: _timm_config(model, features, labels)}
-        card = make_card(model, features, labels, multilabel, library="timm")
-        return write_folder(path, state, configs, card, own="architecture")
+        configs = {CONFIG: _timm_config(own, features, description.labels)}
+        return write_folder(path, state, configs, make_card(own, description, "timm"), own="architecture")
     if features.padding != "zero":
         warnings.warn(
-            "Hugging Face's ASTFeatureExtractor pads short clips with 0, and this model's input with the log-mel's "
-            f"floor: clips of fewer than {features.frames} frames will get other scores there",
+            "Hugging Face's ASTFeatureExtractor pads short clips with 0, but this model pads them with the smallest "
+            f"log-mel value: clips of fewer than {features.frames} frames get other scores there",
             stacklevel=2,
         )
-    configs = {CONFIG: to_config(model, labels, multilabel), PREPROCESSOR: features.to_hugging_face()}
-    card = make_card(model, features, labels, multilabel, library="transformers")
-    return write_folder(path, state, configs, card, own="model_type")
+    configs = {CONFIG: to_config(own, description), PREPROCESSOR: features.to_hugging_face()}
+    return write_folder(path, state, configs, make_card(own, description, "transformers"), own="model_type")
 
 
-def _renamed(model, format):
-    """The model's tensors by the layout's keys, on the CPU."""
+def _state(model: PrunedViT, format: str) -> dict[str, torch.Tensor]:
+    """Return the model's tensors by the keys of a layout, on the CPU."""
     if format not in LAYOUTS:
         raise UserError(f"format: {format!r} is not one of {', '.join(LAYOUTS)}")
     family = model.name.partition("_")[0]
     if LAYOUTS[format].family != family:
         fitting = " or ".join(repr(name) for name, keys in LAYOUTS.items() if keys.family == family)
         raise UserError(f"format: {format!r} has no place for the weights of {model.name}; use {fitting}")
-    state = {}
-    for name, tensor in model.state_dict().items():
-        keys = LAYOUTS[format].targets(name)
-        parts = tensor.detach().cpu().chunk(len(keys))  # query, key and value of qkv
-        state.update({key: part.contiguous() for key, part in zip(keys, parts, strict=True)})
-    return state
+    return LAYOUTS[format].from_ours({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
 
 
-def _imagenet_heads(model):
+def _imagenet_heads(model: PrunedViT) -> dict[str, torch.Tensor]:
+    weight, bias = model.get_parameter("head.weight"), model.get_parameter("head.bias")
     heads = {}
     for name in ("v.head", "v.head_dist"):
-        heads[f"{name}.weight"] = model.head.weight.new_zeros(_IMAGENET_CLASSES, model.embed_dim, device="cpu")
-        heads[f"{name}.bias"] = model.head.bias.new_zeros(_IMAGENET_CLASSES, device="cpu")
+        heads[f"{name}.weight"] = weight.new_zeros(_IMAGENET_CLASSES, model.embed_dim, device="cpu")
+        heads[f"{name}.bias"] = bias.new_zeros(_IMAGENET_CLASSES, device="cpu")
     return heads
 
 
-def _timm_config(model, features, labels):
-    """``config.json`` from which timm makes a vision transformer for spectrograms ``[B, 1, frames, 128]``."""
+def _timm_config(model: PrunedViT, features: FeatureConfig, labels: Sequence[str] | None) -> dict[str, Any]:
+    """Return the ``config.json`` of timm's vision transformer for spectrograms ``[B, 1, frames, 128]``."""
     size = model.name.partition("_")[2]
     return {
         "architecture": f"vit_{size}_patch{PATCH}_224",
@@ -136,6 +147,6 @@ def _timm_config(model, features, labels):
     }
 
 
-def _write_file(content, path):
+def _write_file(content: Mapping[str, Any], path: str | Path) -> None:
     with atomic_write(path) as temporary:
         torch.save(content, temporary)

@@ -1,33 +1,39 @@
-"""Tensors out of the files that people have. Nothing in a file is ever executed."""
+"""Tensors from PyTorch and safetensors files. No code in a file is ever executed."""
+
+from __future__ import annotations
 
 import argparse
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
-from . import hub
+from .hub import download, is_hub_name
 
-# Weights in a folder: of a training run, as saved by most, as saved by Hugging Face until 2023.
+#: Weights in a folder: of a training run, the usual name, and the name that Hugging Face used until 2023.
 WEIGHTS = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
 DAMAGED = "it is truncated or damaged: copy or download it again"
 
 
-def find_file(path, names=WEIGHTS):
-    """Path of a checkpoint: `path` itself, or the first of `names` in the folder or Hub repository `path`.
+def find_file(path: str | Path, names: Sequence[str] = WEIGHTS) -> Path:
+    """Find the file of a checkpoint: `path` itself, or the first of `names` in the folder or Hub repository `path`.
 
-    What exists here goes before what the Hub has by that name.
+    A local path takes precedence over a Hub repository of the same name.
+
+    Raises:
+        UserError: there is no such file, folder or repository, or it holds none of `names`.
     """
     path, given = Path(path), str(path)
     if path.is_file():
         return path
     if not path.is_dir():
-        if hub.is_hub_name(given):
-            return hub.download(given, names)
+        if is_hub_name(given):
+            return download(given, names)
         raise UserError(
             f"{path}: no such checkpoint; give an existing file, a folder that holds {_either(names)}, or the name of "
             "a repository on the Hugging Face Hub (user/name)"
@@ -37,22 +43,22 @@ def find_file(path, names=WEIGHTS):
             return path / name
     if any(path.glob("*.index.json")):
         raise UserError(
-            f"{path}: the weights are split over several files; save them as one, as with Hugging Face's "
-            "save_pretrained(folder, max_shard_size='100GB')"
+            f"{path}: the weights are split over several files; save them as one, for example with Hugging "
+            "Face's save_pretrained(folder, max_shard_size='100GB')"
         )
-    raise UserError(f"{path}: the folder holds no {_either(names)}; give the checkpoint's own path")
+    raise UserError(f"{path}: the folder holds no {_either(names)}; give the path of the checkpoint file")
 
 
-def read_state(path):
-    """Tensors by key of a PyTorch or safetensors file, on the CPU.
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a PyTorch or safetensors file by key, on the CPU.
 
-    The state dict may lie under ``"model"`` or ``"state_dict"``; the prefixes that ``DataParallel`` (``module.``) and
-    ``torch.compile`` (``_orig_mod.``) put before every key are taken off.
+    The state dict may be nested under ``"model"`` or ``"state_dict"``. Prefixes that ``DataParallel`` (``module.``) and
+    ``torch.compile`` (``_orig_mod.``) add to every key are removed.
 
     Raises:
-        UserError: the file is missing, damaged, something else, or needs more than plain data to be unpickled.
+        UserError: the file is damaged, is not a checkpoint, or contains objects other than plain data.
     """
-    content = read_safetensors(path)[0] if is_safetensors(path) else _read_torch(path)
+    content: Mapping[Any, Any] = read_safetensors(path)[0] if is_safetensors(path) else _read_torch(path)
     for _ in range(3):
         inner = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)]
         if not inner:
@@ -68,8 +74,12 @@ def read_state(path):
     return state
 
 
-def is_safetensors(path):
-    """Whether a file looks like safetensors (True) or like PyTorch's formats (False), by its first bytes."""
+def is_safetensors(path: Path) -> bool:
+    """Whether the first bytes of a file are those of safetensors (True) or of a PyTorch format (False).
+
+    Raises:
+        UserError: they are neither.
+    """
     with open(path, "rb") as file:
         head = file.read(64)
     if head[8:9] == b"{":  # eight bytes of length, then JSON
@@ -81,22 +91,22 @@ def is_safetensors(path):
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: only a Git LFS pointer to the weights; fetch them with `git lfs pull`")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{path}: a web page, not a checkpoint; download the file that the page offers")
+        raise UserError(f"{path}: a web page, not a checkpoint; download the file that the page links to")
     raise UserError(f"{path}: neither a PyTorch nor a safetensors file; give a checkpoint")
 
 
-def read_safetensors(path):
-    """Tensors by key and the metadata (strings by key) of a safetensors file."""
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read the tensors by key and the metadata (strings by key) of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise UserError(f"{path}: not readable as safetensors ({error}); {DAMAGED}") from error
 
 
-def _read_torch(path):
+def _read_torch(path: Path) -> Mapping[Any, Any]:
     try:
-        # AudioMAE's training script stores its command line as a Namespace: a plain record, harmless to make.
+        # AudioMAE's training script stores its options as a Namespace, a plain record that is safe to create.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -104,9 +114,9 @@ def _read_torch(path):
         if needed is None:
             raise UserError(f"{path}: not readable as a PyTorch checkpoint; {DAMAGED}") from error
         raise UserError(
-            f"{path}: refused, because it holds Python objects beside the weights ({needed[1]}), and loading such "
-            "objects can run any code. If you trust where it comes from, open it in a Python session of its own with "
-            "torch.load(path, weights_only=False), store the weights alone with torch.save(content['model'], "
+            f"{path}: rejected, because it contains Python objects next to the weights ({needed[1]}), and loading such "
+            "objects can run any code. If you trust its source, open it in a separate Python session with "
+            "torch.load(path, weights_only=False), save only the weights with torch.save(content['model'], "
             "'weights.pth') and use that file"
         ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... on a damaged file
@@ -116,5 +126,5 @@ def _read_torch(path):
     return content
 
 
-def _either(names):
+def _either(names: Sequence[str]) -> str:
     return ", ".join(names[:-1]) + f" or {names[-1]}"

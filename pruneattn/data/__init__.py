@@ -1,4 +1,6 @@
-"""From sound files to batches of labelled clips and their log-mel filterbanks."""
+"""Audio files, datasets, batches of labeled clips, and log-mel features."""
+
+from __future__ import annotations
 
 from .catalog import DATASETS, DatasetInfo, load_dataset
 from .clips import Clip, ClipDataset

@@ -1,9 +1,13 @@
-"""The data sets by name: their facts, where their files are looked for, and ``load_dataset``."""
+"""Datasets by name: their facts, the places of their files, and ``load_dataset``."""
+
+from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..constants import AUDIOSET_MEAN, AUDIOSET_STD
 from ..errors import UserError
@@ -18,20 +22,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts about a data set. None where only the files can tell.
+    """Facts about a dataset. None if they depend on the files.
 
     Attributes:
-        num_classes: Number of classes.
-        frames: Filterbank frames a model sees of each clip.
-        mean: Mean of the log-mel filterbank over the training set (the paper's number).
-        std: Its standard deviation.
-        multilabel: Whether a clip can have several classes.
+        num_classes: number of classes.
+        frames: filterbank frames of the model's input.
+        mean: mean of the log-mel of the training set (published with the paper).
+        std: its standard deviation.
+        multilabel: whether a clip can have several classes.
         metric: ``"map"`` or ``"top1"``.
-        splits: What ``train``, ``val`` and ``test`` are.
-        layout: The files that are expected, drawn as a tree.
-        how_to_get: Where people get the files.
-        markers: One of these, relative to the data set's folder, tells that it is there.
-        folders: Other names of the folder below the data root.
+        splits: the meaning of ``train``, ``val`` and ``test``.
+        layout: the expected files, as a tree.
+        how_to_get: source of the files.
+        markers: relative paths in the folder of the dataset. If one of them exists, the folder is recognized.
+        folders: further names of the folder below the data root.
     """
 
     num_classes: int | None
@@ -47,8 +51,8 @@ class DatasetInfo:
     folders: tuple[str, ...] = ()
 
 
-# Log-mel statistics of AudioSet, the usual choice where a set's own are not known.
-_AUDIOSET_STATS = {"mean": AUDIOSET_MEAN, "std": AUDIOSET_STD}
+# The usual choice for data with unknown statistics.
+_AUDIOSET_STATS: Any = {"mean": AUDIOSET_MEAN, "std": AUDIOSET_STD}
 
 DATASETS = {
     "as20k": DatasetInfo(
@@ -63,7 +67,7 @@ as20k/
   class_labels_indices.csv           index,mid,display_name
   balanced_train_segments.csv        or an AST-style manifest, train.json
   eval_segments.csv                  or eval.json
-  any/folders/YTID.flac              sound files, any of wav flac ogg mp3""",
+  any/folders/YTID.flac              audio files, any of wav flac ogg mp3""",
         how_to_get="the CSVs from research.google.com/audioset/download.html; the clips only from YouTube",
         markers=(
             *readers.AUDIOSET_SEGMENTS.values(),
@@ -85,7 +89,7 @@ spc2/
   validation_list.txt
   testing_list.txt
   backward/ bed/ bird/ ... zero/     35 folders of wav files""",
-        how_to_get="python -m pruneattn.data fetch spc2 DIR (2.3 GB, CC BY 4.0)",
+        how_to_get="pruneattn data fetch spc2 DIR (2.3 GB, CC BY 4.0)",
         markers=("validation_list.txt",),
         folders=("SpeechCommands/speech_commands_v0.02", "speech_commands_v0.02"),
     ),
@@ -101,7 +105,7 @@ spc2/
 esc50/
   meta/esc50.csv                     filename,fold,target,category,...
   audio/1-100032-A-0.wav             2000 wav files""",
-        how_to_get="python -m pruneattn.data fetch esc50 DIR (0.6 GB, CC BY-NC 3.0)",
+        how_to_get="pruneattn data fetch esc50 DIR (0.6 GB, CC BY-NC 3.0)",
         markers=("meta/esc50.csv", "meta/esc10.csv"),
         folders=("ESC-50", "ESC-50-master"),
     ),
@@ -129,7 +133,7 @@ voxceleb1/
         multilabel=False,
         metric="top1",
         splits="2000 train, 400 val, 400 test",
-        how_to_get="made on the fly",
+        how_to_get="generated on the fly",
     ),
     "manifest": DatasetInfo(
         num_classes=None,
@@ -141,7 +145,7 @@ voxceleb1/
         layout="""\
 any.json                             {"data": [{"wav": "audio/a.wav", "labels": "/m/09x0r,/m/05zppz"}, ...]}
 class_labels_indices.csv             index,mid,display_name
-audio/a.wav                          from --data-dir, the manifest's folder or that folder's parent""",
+audio/a.wav                          relative to --data-dir, the manifest's folder or its parent""",
         how_to_get="your own files",
     ),
     "folder": DatasetInfo(
@@ -150,7 +154,7 @@ audio/a.wav                          from --data-dir, the manifest's folder or t
         **_AUDIOSET_STATS,
         multilabel=False,
         metric="top1",
-        splits="train/ val/ test/ where there is a train/; else by a hash of the file name, 80 : 10 : 10",
+        splits="train/ val/ test/ if train/ exists; else by a hash of the file name, 80 : 10 : 10",
         layout="""\
 DIR/
   CLASS/any.wav                      or train/CLASS/any.wav, val/CLASS/any.wav, test/CLASS/any.wav""",
@@ -158,7 +162,7 @@ DIR/
     ),
 }
 
-_READERS = {
+_READERS: dict[str, Callable[..., readers.Listing]] = {
     "as20k": readers.read_audioset,
     "spc2": readers.read_speech_commands,
     "esc50": readers.read_esc50,
@@ -168,64 +172,67 @@ _READERS = {
 
 
 def load_dataset(
-    name,
-    split="train",
+    name: str,
+    split: str = "train",
     *,
-    data_dir=None,
-    fold=1,
-    manifest=None,
-    label_csv=None,
-    multilabel=None,
-    frames=None,
-    cache=False,
-    seed=0,
-):
-    """Open one split of a data set.
+    data_dir: str | Path | None = None,
+    fold: int = 1,
+    manifest: str | Path | None = None,
+    label_csv: str | Path | None = None,
+    multilabel: bool | None = None,
+    frames: int | None = None,
+    cache: bool = False,
+    seed: int = 0,
+) -> ClipDataset:
+    """Open one split of a dataset.
 
     Args:
-        name: A key of ``DATASETS``.
-        split: ``"train"``, ``"val"`` or ``"test"``; ``DATASETS[name].splits`` says what these are.
-        data_dir: The data set's folder, or one that holds it under its name; else the variable PRUNEATTN_DATA.
+        name: a key of ``DATASETS``.
+        split: ``"train"``, ``"val"`` or ``"test"``; ``DATASETS[name].splits`` describes them.
+        data_dir: folder of the dataset, or a folder that contains it under its name. None: the environment variable
+            PRUNEATTN_DATA.
         fold: ``esc50`` only: the fold to test on, 1 to 5.
         manifest: ``manifest`` and ``as20k`` only: the AST-style JSON file of this split.
-        label_csv: ``manifest`` and ``as20k`` only: the label CSV, else class_labels_indices.csv near the manifest.
-        multilabel: ``manifest`` only: whether a clip can have several classes, else as the clips of the file have it.
-        frames: Clips are cut to this many filterbank frames; else ``DATASETS[name].frames``.
-        cache: Keep the decoded clips in memory, see ``ClipDataset``.
-        seed: ``toy`` only: which clips are made.
+        label_csv: ``manifest`` and ``as20k`` only: the label CSV. None: class_labels_indices.csv near the manifest.
+        multilabel: ``manifest`` only: whether a clip can have several classes. None: whether a clip of the file has.
+        frames: clips are cut to this many filterbank frames. None: ``DATASETS[name].frames``.
+        cache: keep the decoded clips in memory, see ``ClipDataset``.
+        seed: ``toy`` only: seed of the clips.
 
     Returns:
-        ``ClipDataset``. Listed files that are absent are left out, with a warning, and stand in its ``missing``.
+        ``ClipDataset``. Listed files that do not exist are left out with a warning, and listed in its ``missing``.
 
     Raises:
-        UserError: The data is not there, or a file of it cannot be used.
+        UserError: the data does not exist, or one of its files cannot be used.
     """
     info = dataset_info(name)
     if split not in SPLITS:
-        raise UserError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-    cut = {"max_samples": samples_for(frames or info.frames), "cache": cache}
+        raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    cut: Any = {"max_samples": samples_for(frames or info.frames), "cache": cache}
     if name == "toy":
         return ToyDataset(split, seed=seed, **cut)
     data_dir = data_dir or os.environ.get("PRUNEATTN_DATA")
     if name == "manifest" and manifest is None:
-        raise UserError(f"the data set 'manifest' needs a manifest for the split {split}. Expected:\n{info.layout}")
+        raise UserError(f"the dataset 'manifest' needs a manifest for the split {split}. Expected:\n{info.layout}")
     if manifest is not None:
         if name not in ("manifest", "as20k"):
             raise UserError(f"{name} does not read manifests; use --dataset manifest")
         multilabel = info.multilabel if multilabel is None else multilabel
-        where = manifest
+        where: str | Path = manifest
         listing = readers.read_manifest_set(manifest, label_csv=label_csv, root=data_dir, multilabel=multilabel)
     else:
         where = find_root(name, data_dir)
-        options = {"esc50": {"fold": fold}, "as20k": {"label_csv": label_csv}}.get(name, {})
+        options: dict[str, Any] = (
+            {"fold": fold} if name == "esc50" else {"label_csv": label_csv} if name == "as20k" else {}
+        )
         listing = _READERS[name](where, split, **options)
     listed = len(listing.clips) + len(listing.missing)
     if not listing.clips:
-        first = f"; none of the {listed} listed files is there, the first is {listing.missing[0]}" if listed else ""
+        first = f"; none of the {listed} listed files exists, the first is {listing.missing[0]}" if listed else ""
         raise UserError(f"{name}: no clips for split {split} in {where}{first}. Expected:\n{info.layout}")
     if listing.missing:
         _log.warning(
-            "%s %s: %d of %d clips are missing and left out (the first: %s)",
+            "%s %s: %d of %d clips do not exist and are left out (the first: %s)",
             name,
             split,
             len(listing.missing),
@@ -237,24 +244,26 @@ def load_dataset(
     )
 
 
-def dataset_info(name):
-    """The ``DatasetInfo`` of a data set's name; ``UserError`` where there is none."""
+def dataset_info(name: str) -> DatasetInfo:
+    """The ``DatasetInfo`` of a dataset. Raises ``UserError`` for an unknown name."""
     if name not in DATASETS:
-        raise UserError(f"no data set {name!r}; there are {', '.join(DATASETS)}")
+        raise UserError(f"unknown dataset {name!r}; choose one of {', '.join(DATASETS)}")
     return DATASETS[name]
 
 
-def find_root(name, data_dir):
-    """The folder of data set ``name``: ``data_dir`` itself, or the one below it that carries the set's name."""
+def find_root(name: str, data_dir: str | Path | None) -> Path:
+    """The folder of dataset ``name``: ``data_dir`` itself, or the folder below it with the name of the dataset."""
     info = DATASETS[name]
     expected = f"Expected:\n{info.layout}\nHow to get it: {info.how_to_get}"
     if not data_dir:
-        raise UserError(f"{name}: no data folder; name it with --data-dir or the variable PRUNEATTN_DATA. {expected}")
+        raise UserError(
+            f"{name}: no data folder; give it with --data-dir or the environment variable PRUNEATTN_DATA. {expected}"
+        )
     data_dir = Path(data_dir)
     for folder in (data_dir, *(data_dir / below for below in (name, *info.folders))):
         if folder.is_dir() and (not info.markers or any((folder / marker).is_file() for marker in info.markers)):
             return folder
     reason = "no such folder"
     if info.markers:
-        reason = f"there is no {' or '.join(info.markers[:2])}, nor in {data_dir / name}"
+        reason = f"no {' or '.join(info.markers[:2])} there or in {data_dir / name}"
     raise UserError(f"{name}: not found in {data_dir}: {reason}. {expected}")

@@ -1,51 +1,58 @@
-"""Sound files to mono waveforms at one sample rate."""
+"""Audio files to mono waveforms at one sample rate."""
+
+from __future__ import annotations
 
 import errno
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..constants import SAMPLE_RATE
 from ..errors import UserError
 
-#: What ``find_audio`` looks for; libsndfile, which goes by content, decodes a few more kinds.
+#: Suffixes that ``find_audio`` looks for. libsndfile ignores suffixes and decodes a few more formats.
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64"})
 
 MIN_SECONDS = 0.025  # one analysis window of the filterbank
 
-_BLOCK = 1 << 20  # samples a channel that are held before they are mixed down and resampled
-_LOUDEST = 1e9  # the squares of much larger samples are beyond float32
-_MARGIN = 0.25  # seconds read beyond `seconds`, so that the resampler's filter sees past the cut
-# libsndfile keeps no field for it, but its log notes a sound chunk that promises more bytes than the file has.
+_BLOCK = 1 << 20  # samples per channel that are read at once, mixed down and resampled
+_LOUDEST = 1e9  # the squares of much larger samples overflow float32
+_MARGIN = 0.25  # seconds read beyond `seconds`, for the resampler's filter
+# libsndfile has no field for it, but its log reports a sound chunk that claims more bytes than the file has.
 _CHUNK_CUT = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-_STREAMED = 0x7FFF0000  # writers to a pipe put a size near 2^31 or 2^32: nobody knew the length
+_STREAMED = 0x7FFF0000  # programs that write to a pipe do not know the size and write one near 2^31 or 2^32
 
 
-def load_audio(path, sample_rate=SAMPLE_RATE, *, seconds=None):
-    """Decode a sound file to a mono waveform.
+def load_audio(
+    path: str | os.PathLike[str], sample_rate: int = SAMPLE_RATE, *, seconds: float | None = None
+) -> torch.Tensor:
+    """Decode an audio file to a mono waveform.
 
-    Any format of libsndfile (wav, flac, ogg, opus, mp3, aiff, ...), channel count (averaged) and rate (resampled with
-    soxr, very high quality). Full scale is +-1.
+    Any format of libsndfile (wav, flac, ogg, opus, mp3, aiff, ...), any number of channels (averaged) and any sample
+    rate (resampled with soxr at very high quality). Full scale is +-1.
 
-    A file that was cut short is refused where that can be known: lossless files say their length in the header, and
-    an Ogg file that ends inside a page was cut. MP3 has no reliable length, so it is decoded as far as it goes.
-    A cut behind the ``seconds`` that are wanted does no harm and goes unnoticed.
+    A truncated file is rejected if that can be detected: lossless files have their length in the header, and a
+    truncated Ogg file ends inside a page. MP3 has no reliable length, so it is decoded up to its end. A truncation
+    after the requested ``seconds`` is not reported.
 
     Args:
         path: the file.
         sample_rate: rate of the result, Hz.
-        seconds: decode only this much from the start; None decodes all.
+        seconds: decode only the first seconds; None decodes the whole file.
 
     Returns:
         float32 tensor ``[L]``, at least 25 ms long.
 
     Raises:
-        UserError: the file is missing, empty, cut short, no sound, shorter than 25 ms, or has samples that are not
-            finite or beyond +-1e9.
+        UserError: the file does not exist, is empty, truncated, not audio, or shorter than 25 ms, or it has samples
+            that are not finite or beyond +-1e9.
     """
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds must be positive or None, got {seconds}")
@@ -54,26 +61,28 @@ def load_audio(path, sample_rate=SAMPLE_RATE, *, seconds=None):
     if seconds is not None:
         wave = wave[: math.ceil(seconds * sample_rate)]
     if len(wave) < int(MIN_SECONDS * sample_rate):
-        raise UserError(f"{path}: too short: {1000 * len(wave) / sample_rate:.1f} ms, needs at least 25 ms of sound")
+        raise UserError(f"{path}: too short: {1000 * len(wave) / sample_rate:.1f} ms, at least 25 ms are needed")
     return torch.from_numpy(wave)
 
 
-def find_audio(folder, onerror=None):
-    """Sound files anywhere below ``folder``, by suffix, in sorted order; hidden files and folders are left out.
+def find_audio(folder: str | os.PathLike[str], onerror: Callable[[OSError], Any] | None = None) -> list[Path]:
+    """Find audio files anywhere below ``folder``, by suffix, in sorted order, without hidden files and folders.
 
-    Links to folders are followed. Each folder is searched once, under its own name where it has one below ``folder``.
+    Links to folders are followed. Each folder is searched once, under its own name if it has one below ``folder``.
 
     Args:
         folder: the folder.
-        onerror: called with the ``OSError`` of each folder that cannot be read, while the others are searched; without
-            it such a folder is a ``UserError``.
+        onerror: called with the ``OSError`` of each folder that cannot be read, and the search continues. Without it,
+            such a folder raises a ``UserError``.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: not a folder; name one that holds sound files")
-    found, searched, tops = [], set(), [folder]
-    for top in tops:  # which grow by the links that are met
-        for parent, folders, files in os.walk(top, onerror=onerror or _refuse_folder):
+        raise UserError(f"{folder}: not a folder; give a folder that contains audio files")
+    found: list[Path] = []
+    searched: set[str] = set()
+    tops: list[str | Path] = [folder]
+    for top in tops:  # grows by the links that are found
+        for parent, folders, files in os.walk(top, onerror=onerror or _reject_folder):
             real = os.path.realpath(parent)
             if real in searched:
                 folders.clear()
@@ -89,18 +98,18 @@ def find_audio(folder, onerror=None):
     return sorted(found)
 
 
-def _refuse_folder(error):
+def _reject_folder(error: OSError) -> NoReturn:
     raise UserError(
-        f"{error.filename}: the folder cannot be read ({error.strerror}); give yourself the right to, or move it away"
+        f"{error.filename}: the folder cannot be read ({error.strerror}); change its permissions, or move it"
     ) from error
 
 
-def _decode(path, sample_rate, seconds):
-    """Channel mean ``[L]`` float32 of a file at ``sample_rate``, whole or as far as ``seconds`` need."""
+def _decode(path: Path, sample_rate: int, seconds: float | None) -> npt.NDArray[np.float32]:
+    """Channel mean float32 ``[L]`` of a file at ``sample_rate``: all of it, or as much as ``seconds`` need."""
     import soundfile
 
     try:
-        # Opened here, since libsndfile calls every file that it cannot open "System error" or "not recognised".
+        # Opened here, because libsndfile says "System error" or "not recognised" for every file that it cannot open.
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise UserError(f"{path}: the file is empty; copy or download it again")
@@ -108,45 +117,45 @@ def _decode(path, sample_rate, seconds):
             wanted = math.inf if seconds is None else math.ceil((seconds + _MARGIN) * sound.samplerate)
             wave, read, bad = _read_wave(sound, wanted, sample_rate)
             if read < wanted and _is_cut(sound, path):
-                raise UserError(f"{path}: the file is cut short; copy or download it again")
+                raise UserError(f"{path}: the file is truncated; copy or download it again")
     except soundfile.LibsndfileError as error:
-        # Of text named .mp3 libsndfile says that it does not exist; its other reasons help.
+        # For text named .mp3 libsndfile says that the file does not exist; its other reasons help.
         reason = error.error_string.strip().rstrip(".")
         reason = "" if "does not exist" in reason else f" ({reason})"
-        raise UserError(f"{path}: cannot be decoded: not sound, damaged or cut short{reason}") from error
+        raise UserError(f"{path}: cannot be decoded: not audio, damaged or truncated{reason}") from error
     except OSError as error:
-        reason = {errno.ENOENT: "no such file", errno.EISDIR: "a folder, not a sound file"}
-        raise UserError(f"{path}: {reason.get(error.errno, error.strerror)}") from error
+        reasons = {errno.ENOENT: "no such file", errno.EISDIR: "a folder, not an audio file"}
+        raise UserError(f"{path}: {reasons.get(error.errno or 0, error.strerror)}") from error
     if read == 0:
-        raise UserError(f"{path}: holds no sound (0 samples)")
+        raise UserError(f"{path}: contains no samples")
     if bad:
         raise UserError(f"{path}: {bad} samples are NaN, infinite or beyond +-{_LOUDEST:.0e}; export the clip again")
     return wave
 
 
-def _read_wave(sound, wanted, sample_rate):
-    """Read the next ``wanted`` samples, fewer where the file ends, without holding them all at the file's own rate.
+def _read_wave(sound: Any, wanted: float, sample_rate: int) -> tuple[npt.NDArray[np.float32], int, int]:
+    """Read the next ``wanted`` samples, or fewer at the end of the file, in blocks at the file's own rate.
 
     Returns:
-        Their channel mean at ``sample_rate``, float32 ``[L]``; how many were read, and how many of these are no sound.
+        Channel mean at ``sample_rate``, float32 ``[L]``; number of samples read; number of invalid samples.
     """
     resample = _resampler(sound.samplerate, sample_rate)
-    wave, read, bad = bytearray(), 0, 0  # grows in place, where joining blocks would take the memory twice
-    # Not `SoundFile.blocks`: where a file ends before its header says, it hands out memory that was never written.
+    wave, read, bad = bytearray(), 0, 0  # grows in place; joining blocks would need twice the memory
+    # Not `SoundFile.blocks`: if a file ends before the length in its header, it returns uninitialized memory.
     while read < wanted:
         block = sound.read(min(wanted - read, _BLOCK), dtype="float32", always_2d=True)  # [L, channels]
         if len(block) == 0:
             break
         mono = block.mean(axis=1)
         read += len(mono)
-        bad += len(mono) - np.count_nonzero(np.abs(mono) <= _LOUDEST)
+        bad += len(mono) - int(np.count_nonzero(np.abs(mono) <= _LOUDEST))
         wave += resample(mono).tobytes()
     wave += resample(np.zeros(0, np.float32), last=True).tobytes()
     return np.frombuffer(wave, np.float32), read, bad
 
 
-def _resampler(rate, sample_rate):
-    """Function of one block of samples after another, and of ``last``, that gives the next ones at another rate."""
+def _resampler(rate: int, sample_rate: int) -> Callable[..., npt.NDArray[np.float32]]:
+    """Function of successive blocks of samples, and of ``last``, that returns them at another rate."""
     if rate == sample_rate:
         return lambda mono, last=False: mono
     import soxr
@@ -154,16 +163,20 @@ def _resampler(rate, sample_rate):
     return soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="VHQ").resample_chunk
 
 
-def _is_cut(sound, path):
-    """Whether a file ends before the sound that it promises."""
+def _is_cut(sound: Any, path: Path) -> bool:
+    """Whether a file ends before the length in its header."""
     if sound.format == "OGG":
         return _ends_inside_ogg_page(path)
     cut = _CHUNK_CUT.search(sound.extra_info)
     return cut is not None and int(cut[2]) < int(cut[1]) < _STREAMED
 
 
-def _ends_inside_ogg_page(path):
-    """An Ogg page: 27 bytes of header, whose last is the number of segments; their lengths; the segments (RFC 3533)."""
+def _ends_inside_ogg_page(path: Path) -> bool:
+    """Whether an Ogg file ends inside a page.
+
+    A page has a header of 27 bytes, the last of which is the number of segments; their lengths; the segments (RFC
+    3533).
+    """
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 2 * 65307))  # a page has at most 65307 bytes

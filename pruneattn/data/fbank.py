@@ -1,12 +1,16 @@
-"""Kaldi log-mel filterbank of a batch of waveforms, and the normalised input of the models."""
+"""Kaldi log-mel filterbank of a batch of waveforms, and the normalized input of the models."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..constants import (
     AUDIOSET_MEAN,
@@ -23,53 +27,53 @@ from ..constants import (
 )
 from ..errors import UserError
 
-#: Smallest value a log-mel can take, log(2^-23): Kaldi floors the energies at float32's epsilon. Every clip reaches
-#: it, since with these settings one mel filter (number 3) covers no FFT bin at all.
+#: Smallest log-mel value, log(2^-23): Kaldi clamps the energies to float32's epsilon. Every clip reaches it, because
+#: with these settings one mel filter (number 3) covers no FFT bin.
 LOG_FLOOR = math.log(2.0**-23)
 
 _FFT = 512
-_CHUNK = 512  # frames worked on at a time on a CPU: a whole batch would fall out of its cache and be slower
+_CHUNK = 512  # frames processed at a time on a CPU; a whole batch would not fit into its cache
 _PREEMPHASIS = 0.97
 
 
-def samples_for(frames):
-    """Samples at 16 kHz that give exactly ``frames`` frames."""
+def samples_for(frames: int) -> int:
+    """Number of samples at 16 kHz that give exactly ``frames`` frames."""
     return (frames - 1) * HOP + WINDOW
 
 
-def remove_mean(waves, lengths=None):
-    """Subtract each clip's mean over its own length; padding becomes exactly 0, whatever it held.
+def remove_mean(waves: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Subtract each clip's mean over its own length, and set the padding to 0.
 
     Args:
         waves: float ``[B, L]``.
-        lengths: int64 ``[B]``, samples of each clip; None: all have L.
+        lengths: int64 ``[B]``, samples of each clip; None: L for all clips.
     """
     return zero_beyond(waves - _clip_mean(waves, lengths)[:, None], lengths)
 
 
-def zero_beyond(x, lengths):
-    """``x`` ``[B, L]`` or ``[B, L, C]`` with 0 from position ``lengths[b]`` on in row b; None: as it is."""
+def zero_beyond(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """``x`` ``[B, L]`` or ``[B, L, C]`` with zeros from position ``lengths[b]`` on in row b; None: ``x`` unchanged."""
     return x if lengths is None else _fill_beyond(x, lengths, 0.0)
 
 
-def kaldi_fbank(waves, lengths=None):
-    """Log-mel filterbank as Kaldi computes it, with the paper's settings, after removal of each clip's mean.
+def kaldi_fbank(waves: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Log-mel filterbank as Kaldi computes it, with the paper's settings, after subtracting each clip's mean.
 
     Equals ``torchaudio.compliance.kaldi.fbank(wave - wave.mean(), htk_compat=True, sample_frequency=16000,
-    use_energy=False, window_type="hanning", num_mel_bins=128, dither=0.0, frame_shift=10)`` of each clip. Always
-    computed in float32, autocast or not, and on the device of ``waves``.
+    use_energy=False, window_type="hanning", num_mel_bins=128, dither=0.0, frame_shift=10)`` of each clip.
+    Computed in float32, also under autocast, on the device of ``waves``.
 
     Args:
-        waves: ``[B, L]``, 16 kHz mono; what lies beyond a clip's length does not matter.
-        lengths: int64 ``[B]``, samples of each clip, at least 400; None: all have L.
+        waves: ``[B, L]``, 16 kHz mono; samples beyond a clip's length are ignored.
+        lengths: int64 ``[B]``, samples of each clip, at least 400; None: L for all clips.
 
     Returns:
-        log-mel float32 ``[B, F, 128]`` with F = 1 + (L - 400) // 160 and ``LOG_FLOOR`` in the frames beyond a clip;
+        log-mel float32 ``[B, F, 128]`` with F = 1 + (L - 400) // 160 and ``LOG_FLOOR`` in the frames beyond a clip; and
         the number of frames of each clip, int64 ``[B]``.
 
     Raises:
-        UserError: a clip is shorter than 400 samples (25 ms). Lengths that are on a GPU are not checked, since that
-            would make the host wait for it.
+        UserError: a clip is shorter than 400 samples (25 ms). Lengths on a GPU are not checked, because that
+            would synchronize with the host.
     """
     _check(waves, lengths)
     return _fbank(waves, lengths, None, _hanning(waves.device), _mel_filters(waves.device))
@@ -77,13 +81,13 @@ def kaldi_fbank(waves, lengths=None):
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """How a waveform becomes a model's input; saved with every checkpoint.
+    """Transform from a waveform to a model's input; saved with every checkpoint.
 
     Attributes:
-        frames: frames of the input: longer clips are cut, shorter ones padded.
-        mean, std: statistics of the training data's log-mel; the input is ``(log_mel - mean) / (2 * std)``.
-        padding: ``"min"``: pad the log-mel with its minimum, ``LOG_FLOOR`` (the paper's code); ``"zero"``: with 0 (AST,
-            AudioMAE, Hugging Face). Both before normalisation.
+        frames: frames of the input. Longer clips are cut, shorter clips are padded.
+        mean, std: statistics of the log-mel of the training data; the input is ``(log_mel - mean) / (2 * std)``.
+        padding: value of the padding before normalization. ``"min"``: ``LOG_FLOOR``, the minimum of the log-mel (the
+            paper's code); ``"zero"``: 0 (AST, AudioMAE, Hugging Face).
     """
 
     frames: int
@@ -91,7 +95,7 @@ class FeatureConfig:
     std: float
     padding: str = "min"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.frames < 1:
             raise UserError(f"frames must be positive, got {self.frames}")
         if not self.std > 0 or not math.isfinite(self.std) or not math.isfinite(self.mean):
@@ -99,18 +103,20 @@ class FeatureConfig:
         if self.padding not in ("min", "zero"):
             raise UserError(f'padding must be "min" or "zero", got {self.padding!r}')
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for :meth:`from_dict`."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: Mapping[str, Any]) -> FeatureConfig:
+        """Inverse of :meth:`to_dict`."""
         return cls(**values)
 
-    def to_hugging_face(self):
-        """What ``preprocessor_config.json`` says to make Hugging Face's ``ASTFeatureExtractor`` do the same.
+    def to_hugging_face(self) -> dict[str, Any]:
+        """Content of ``preprocessor_config.json`` with which Hugging Face's ``ASTFeatureExtractor`` does the same.
 
-        It always pads with 0, so that a config whose padding is ``"min"`` has no equal: clips shorter than `frames`
-        come out differently.
+        ``ASTFeatureExtractor`` always pads with 0. If ``padding`` is ``"min"``, its features of clips shorter than
+        ``frames`` differ.
         """
         return {
             "feature_extractor_type": "ASTFeatureExtractor",
@@ -127,20 +133,22 @@ class FeatureConfig:
         }
 
     @classmethod
-    def from_hugging_face(cls, values):
-        """The config whose features are those of an ``ASTFeatureExtractor``.
+    def from_hugging_face(cls, values: Mapping[str, Any]) -> FeatureConfig:
+        """The config with the same features as an ``ASTFeatureExtractor``.
 
         Args:
-            values: dict as ``preprocessor_config.json`` holds it, or ``extractor.to_dict()``. What is absent has
-                Hugging Face's default.
+            values: content of ``preprocessor_config.json``, or ``extractor.to_dict()``. Missing keys have Hugging
+                Face's defaults.
 
         Raises:
-            UserError: another extractor, sampling rate or number of mel bins.
+            UserError: the extractor, the sampling rate or the number of mel bins is not supported.
         """
         only = {"feature_extractor_type": "ASTFeatureExtractor", "sampling_rate": SAMPLE_RATE, "num_mel_bins": MEL_BINS}
         for name, expected in only.items():
             if values.get(name, expected) != expected:
-                raise UserError(f"{name}: the features here are those of {expected!r}, not of {values[name]!r}")
+                raise UserError(
+                    f"{name}: expected {expected!r}, got {values[name]!r}; only these features are supported"
+                )
         if values.get("do_normalize", True):
             mean, std = values.get("mean", AUDIOSET_MEAN), values.get("std", AUDIOSET_STD)
         else:
@@ -149,19 +157,24 @@ class FeatureConfig:
 
 
 class FeatureExtractor(nn.Module):
-    """Waveforms to the normalised log-mel that the models take, in float32 on the device of the waves.
+    """Waveforms to the normalized log-mel input of the models, in float32 on the device of the waves.
 
-    Its tables are buffers, so that it follows ``.to(device)``; they are not saved.
+    Window and mel filters are buffers, so they follow ``.to(device)``; they are not saved.
     """
 
-    def __init__(self, config):
+    window: Tensor
+    mel: Tensor
+
+    def __init__(self, config: FeatureConfig | None) -> None:
         super().__init__()
+        if not isinstance(config, FeatureConfig):
+            raise UserError(f"features: expected a FeatureConfig, got {config!r}; set the model's features")
         self.config = config
         self.register_buffer("window", _hanning("cpu"), persistent=False)
         self.register_buffer("mel", _mel_filters("cpu"), persistent=False)
 
-    def forward(self, waves, lengths=None):
-        """``[B, L]`` at 16 kHz and lengths ``[B]`` -> float32 ``[B, frames, 128]``; errors as ``kaldi_fbank``."""
+    def forward(self, waves: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Compute float32 ``[B, frames, 128]`` of waves ``[B, L]`` at 16 kHz. Arguments and errors: ``kaldi_fbank``."""
         _check(waves, lengths)
         if self.mel.dtype != torch.float32:
             raise TypeError(f"FeatureExtractor computes in float32, but was converted to {self.mel.dtype}")
@@ -173,11 +186,12 @@ class FeatureExtractor(nn.Module):
         log_mel = F.pad(log_mel, (0, 0, 0, config.frames - log_mel.shape[1]), value=fill)  # [B, frames, 128]
         return (log_mel - config.mean) / (2 * config.std)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
+        """The config."""
         return repr(self.config)
 
 
-def _check(waves, lengths):
+def _check(waves: Tensor, lengths: Tensor | None) -> None:
     if waves.dim() != 2 or not waves.is_floating_point():
         raise ValueError(f"waves must be a float tensor [B, L], got {waves.dtype} {list(waves.shape)}")
     if lengths is not None and lengths.shape != waves.shape[:1]:
@@ -186,13 +200,15 @@ def _check(waves, lengths):
     if lengths is not None and lengths.device.type == "cpu" and not torch.compiler.is_compiling() and len(lengths):
         shortest, longest = int(lengths.min()), int(lengths.max())
         if longest > waves.shape[1]:
-            raise ValueError(f"lengths has {longest}, but waves only {waves.shape[1]} samples")
+            raise ValueError(f"lengths: {longest} is more than the {waves.shape[1]} samples of waves")
     if shortest < WINDOW:
-        raise UserError(f"a clip of {1000 * shortest / SAMPLE_RATE:.1f} ms is too short: needs at least 25 ms of sound")
+        raise UserError(f"a clip of {1000 * shortest / SAMPLE_RATE:.1f} ms is too short: at least 25 ms are needed")
 
 
-def _fbank(waves, lengths, max_frames, window, mel):
-    """``kaldi_fbank``, of the first ``max_frames`` frames only; the clip's mean is still that of the whole clip."""
+def _fbank(
+    waves: Tensor, lengths: Tensor | None, max_frames: int | None, window: Tensor, mel: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``kaldi_fbank`` of the first ``max_frames`` frames. The subtracted mean is that of the whole clip."""
     with torch.autocast(waves.device.type, enabled=False):
         waves = waves.float()
         mean = _clip_mean(waves, lengths)[:, None, None]  # [B, 1, 1]
@@ -209,58 +225,59 @@ def _fbank(waves, lengths, max_frames, window, mel):
         return _fill_beyond(log_mel, counts, LOG_FLOOR), counts
 
 
-def _clip_mean(waves, lengths):
+def _clip_mean(waves: Tensor, lengths: Tensor | None) -> Tensor:
     """Mean ``[B]`` of each clip over its own length."""
     if lengths is None:
         return waves.mean(dim=1)
     return zero_beyond(waves, lengths).sum(dim=1) / lengths.to(waves.device, non_blocking=True)
 
 
-def _log_mel(frames, window, mel):
-    """Frames ``[B, F, 400]`` to their log-mel ``[B, F, 128]``.
+def _log_mel(frames: Tensor, window: Tensor, mel: Tensor) -> Tensor:
+    """Log-mel ``[B, F, 128]`` of frames ``[B, F, 400]``.
 
-    The order of the steps is Kaldi's to the last rounding: where a bin's power is near the floor, rounding shows.
+    The steps have Kaldi's order, because rounding matters where the power of a bin is near the floor.
     """
     x = frames - frames.mean(dim=2, keepdim=True)
-    # The first sample of a frame has none before it, but the window is 0 there, so it is 0 in any case.
+    # The first sample of a frame has no predecessor, but the window is 0 there.
     x = (x[:, :, 1:] - _PREEMPHASIS * x[:, :, :-1]) * window[1:]  # [B, F, 399]
     spectrum = torch.fft.rfft(F.pad(x, (1, _FFT - WINDOW)))  # [B, F, 257] complex
     power = spectrum.real.square() + spectrum.imag.square()
     return _exact_matmul(power, mel).clamp_min(torch.finfo(torch.float32).eps).log()
 
 
-def _fill_beyond(x, lengths, value):
+def _fill_beyond(x: Tensor, lengths: Tensor, value: float) -> Tensor:
     beyond = torch.arange(x.shape[1], device=x.device) >= lengths.to(x.device, non_blocking=True)[:, None]  # [B, L]
     return x.masked_fill(beyond if x.dim() == 2 else beyond[:, :, None], value)
 
 
-def _exact_matmul(power, mel):
-    """float32 product also where the user lets matrix products drop to TF32 or bfloat16, which costs 1e-3 here."""
+def _exact_matmul(power: Tensor, mel: Tensor) -> Tensor:
+    """Product in full float32, also if the user allows TF32 or bfloat16, whose error would be 1e-3 here."""
     if not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "highest":
         return power @ mel
-    return (power.double() @ mel.double()).float()  # a compiled graph cannot ask for the setting
+    return (power.double() @ mel.double()).float()  # a compiled graph cannot read the setting
 
 
-# Made on the CPU for every device, to the same bits; never as inference tensors, which would outlive that mode.
+# Computed on the CPU, so that every device has the same bits. Not inference tensors, because the cache outlives that
+# mode.
 @lru_cache
 @torch.inference_mode(False)
-def _hanning(device):
+def _hanning(device: torch.device | str) -> Tensor:
     return torch.hann_window(WINDOW, periodic=False, dtype=torch.float32, device="cpu").to(device)
 
 
 @lru_cache
 @torch.inference_mode(False)
-def _mel_filters(device):
-    """Triangles on the mel scale, float32 ``[257, 128]``: column m weighs the powers of the 257 FFT bins.
+def _mel_filters(device: torch.device | str) -> Tensor:
+    """Triangular filters on the mel scale, float32 ``[257, 128]``: column m has the weights of the 257 FFT bins.
 
-    In float32 throughout, as Kaldi does: the narrow filters at the bottom rest on one bin's small weight, so its
-    rounding is part of what the features are.
+    Computed in float32, as in Kaldi: the narrow low filters have one bin with a small weight, so its rounding changes
+    the features.
     """
     low, high = mel(LOW_HZ), mel(HIGH_HZ)
     step = (high - low) / (MEL_BINS + 1)
     number = torch.arange(MEL_BINS, dtype=torch.float32, device="cpu")  # [128]
-    left, centre, right = (low + (number + k) * step for k in (0.0, 1.0, 2.0))
+    left, center, right = (low + (number + k) * step for k in (0.0, 1.0, 2.0))
     hertz = (SAMPLE_RATE / _FFT) * torch.arange(_FFT // 2, dtype=torch.float32, device="cpu")
-    mels = (MEL_FACTOR * (1.0 + hertz / MEL_CORNER).log())[:, None]  # [256, 1]; Kaldi leaves the Nyquist bin out
-    rising, falling = (mels - left) / (centre - left), (right - mels) / (right - centre)  # [256, 128]
+    mels = (MEL_FACTOR * (1.0 + hertz / MEL_CORNER).log())[:, None]  # [256, 1]; Kaldi omits the Nyquist bin
+    rising, falling = (mels - left) / (center - left), (right - mels) / (right - center)  # [256, 128]
     return F.pad(torch.minimum(rising, falling).clamp_min(0.0), (0, 0, 0, 1)).to(device)

@@ -1,4 +1,6 @@
-"""Get the data sets that are free to download: resumed, checked, unpacked safely, and put in place in one move."""
+"""Download the free datasets: resumable, verified, unpacked safely, and put in place in one step."""
+
+from __future__ import annotations
 
 import hashlib
 import http.client
@@ -9,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -26,16 +29,16 @@ _CHUNK = 1 << 20
 _ATTEMPTS = 5
 
 
-def fetch(name, folder):
-    """Download ``spc2`` or ``esc50`` into ``folder/name``; where it is there already, do nothing.
+def fetch(name: str, folder: str | os.PathLike[str]) -> Path:
+    """Download ``spc2`` or ``esc50`` into ``folder/name``. If that exists, only check it.
 
-    An interrupted download is taken up where it stopped. The data set's folder appears only when it is complete.
+    An interrupted download is resumed. The folder of the dataset appears only when it is complete.
 
     Returns:
-        Path of the data set's folder.
+        Path of the folder of the dataset.
 
     Raises:
-        UserError: the download breaks off, or what came is not what it should be.
+        UserError: the download fails, or its content is wrong.
     """
     fetchers = {"spc2": _fetch_spc2, "esc50": _fetch_esc50}
     if name not in fetchers:
@@ -59,72 +62,72 @@ def fetch(name, folder):
     return target
 
 
-def _fetch_spc2(folder, unpacked):
-    """Speech Commands v0.02: our download, for its resumption, then torchaudio's data set class."""
+def _fetch_spc2(folder: Path, unpacked: Path) -> tuple[Path, Path]:
+    """Speech Commands v0.02: our download, which can be resumed, then torchaudio's dataset class."""
     try:
         from torchaudio.datasets import SPEECHCOMMANDS
-    except (ImportError, OSError, RuntimeError) as error:  # torchaudio beside another torch fails in its own ways
+    except (ImportError, OSError, RuntimeError) as error:  # torchaudio for another torch fails in several ways
         raise UserError(
-            f"fetching spc2 needs torchaudio, which does not import here ({error}): pip install 'pruneattn[audio]'; "
+            f"fetching spc2 needs torchaudio, which cannot be imported ({error}): pip install 'pruneattn[audio]'; "
             f"or unpack {SPC2_URL} into {folder / 'spc2'} yourself"
         ) from None
     archive = download(SPC2_URL, folder / "speech_commands_v0.02.tar.gz", sha256=SPC2_SHA256)
-    os.symlink(archive.resolve(), unpacked / archive.name)  # where the class looks before it downloads
+    os.symlink(archive.resolve(), unpacked / archive.name)  # the class looks here before it downloads
     SPEECHCOMMANDS(unpacked, download=True)
     content = unpacked / "SpeechCommands" / "speech_commands_v0.02"
     check_spc2(content)
     return archive, content
 
 
-def _fetch_esc50(folder, unpacked):
-    """ESC-50 as GitHub packs it; no digest of that is published, so the content is checked: checksums and files."""
+def _fetch_esc50(folder: Path, unpacked: Path) -> tuple[Path, Path]:
+    """ESC-50 as an archive of GitHub. It has no published digest, so checksums and files of the content are checked."""
     archive = download(ESC50_URL, folder / "ESC-50-master.zip")
     try:
         unzip(archive, unpacked)
         content = unpacked / "ESC-50-master"
         check_esc50(content)
     except UserError:
-        archive.unlink()  # a second try shall not begin with the same bad file
+        archive.unlink()  # the next attempt must not start with the same bad file
         raise
     return archive, content
 
 
-def check_spc2(folder):
-    """Refuse a folder that does not hold the 105,829 clips of Speech Commands v0.02 and its lists."""
+def check_spc2(folder: Path) -> None:
+    """Raise a ``UserError`` unless the folder has the 105,829 clips of Speech Commands v0.02 and its lists."""
     lists = ["validation_list.txt", "testing_list.txt"]
     _check_content(folder, "Speech Commands v0.02", SPEECH_COMMANDS, SPC2_CLIPS, lists)
 
 
-def check_esc50(folder):
-    """Refuse a folder that does not hold the 2000 clips of ESC-50 and its csv."""
+def check_esc50(folder: Path) -> None:
+    """Raise a ``UserError`` unless the folder has the 2000 clips of ESC-50 and its CSV."""
     _check_content(folder, "ESC-50", ["audio"], ESC50_CLIPS, ["meta/esc50.csv"])
 
 
-def _check_content(folder, name, clip_folders, clips, lists):
+def _check_content(folder: Path, name: str, clip_folders: Sequence[str], clips: int, lists: Sequence[str]) -> None:
     there = [folder / part for part in clip_folders if (folder / part).is_dir()]
     count = sum(file.endswith(".wav") for part in there for file in os.listdir(part))
     absent = [file for file in lists if not (folder / file).is_file()]
     if count != clips or absent:
         without = "".join(f", no {file}" for file in absent)
         found = f"{count} of {clips} clips{without}"
-        raise UserError(f"{folder}: not the whole of {name}: {found}; delete it and fetch it again")
+        raise UserError(f"{folder}: {name} is incomplete: {found}; delete the folder and fetch it again")
 
 
-def download(url, path, *, sha256=None, pause=1.0):
-    """Download ``url`` to ``path``, which appears only when it is complete; what is there already stays.
+def download(url: str, path: str | os.PathLike[str], *, sha256: str | None = None, pause: float = 1.0) -> Path:
+    """Download ``url`` to ``path``, which appears only when it is complete. An existing file is kept.
 
-    Unfinished data waits in ``path.part``, from where the next attempt or the next call goes on if the server can
-    (HTTP Range); if it cannot, that one begins anew.
+    Unfinished data is kept in ``path.part``. The next attempt or the next call resumes it if the server supports HTTP
+    Range, and starts again if it does not.
 
     Args:
         url: http or https address.
-        path: File to write.
-        sha256: Hex digest of the whole file, where one is known.
-        pause: Seconds before the second attempt; they double with each further one.
+        path: file to write.
+        sha256: hexadecimal digest of the whole file, if one is known.
+        pause: seconds before the second attempt; they double with each further attempt.
 
     Raises:
-        UserError: the server refuses, five attempts in a row get nowhere, or the digest differs (the file is deleted
-            then).
+        UserError: the server rejects the request, five attempts in a row make no progress, or the digest differs (then
+            the file is deleted).
     """
     path = Path(path)
     if path.exists():
@@ -143,8 +146,8 @@ def download(url, path, *, sha256=None, pause=1.0):
             failures = 1 if _size(part) > before else failures + 1
             if failures == _ATTEMPTS:
                 raise UserError(
-                    f"{url}: the download broke off ({getattr(error, 'reason', error)}); {_size(part)} bytes are in "
-                    f"{part}, run the command again to go on from there"
+                    f"{url}: the download failed ({getattr(error, 'reason', error)}); {_size(part)} bytes are in "
+                    f"{part}, run the command again to resume"
                 ) from None
             time.sleep(pause * 2 ** (failures - 1))
     _check_digest(part, sha256, url)
@@ -152,11 +155,11 @@ def download(url, path, *, sha256=None, pause=1.0):
     return path
 
 
-def _size(path):
+def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _check_digest(path, sha256, url):
+def _check_digest(path: Path, sha256: str | None, url: str) -> None:
     if sha256 is None:
         return
     with open(path, "rb") as file:
@@ -166,8 +169,8 @@ def _check_digest(path, sha256, url):
         raise UserError(f"{url}: checksum {found} instead of {sha256}; the file was deleted, run the command again")
 
 
-def _download_rest(url, part):
-    """Append what is missing to ``part``; raise ``ConnectionError`` when the server stops before the end."""
+def _download_rest(url: str, part: Path) -> None:
+    """Append the missing bytes to ``part``. Raise ``ConnectionError`` if the server stops before the end."""
     have = _size(part)
     headers = {"User-Agent": "pruneattn", **({"Range": f"bytes={have}-"} if have else {})}
     try:
@@ -176,8 +179,8 @@ def _download_rest(url, part):
         if error.code != 416 or not have:
             raise
         if error.headers.get("Content-Range") == f"bytes */{have}":
-            return  # nothing is missing
-        part.unlink()  # longer than the file on the server: not this file
+            return  # the file is complete
+        part.unlink()  # longer than the file on the server, so another file
         raise ConnectionError("the server's file has changed") from None
     with response:
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
@@ -192,18 +195,18 @@ def _download_rest(url, part):
                 file.write(chunk)
                 progress.update(len(chunk))
             if total is not None and file.tell() < total:
-                raise ConnectionError(f"{file.tell()} of {total} bytes came")
+                raise ConnectionError(f"received {file.tell()} of {total} bytes")
 
 
-def _read(response):
+def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read1(_CHUNK)
-    except OSError as error:  # of the connection, to be told from one of the disk
+    except OSError as error:  # of the connection, distinguished from an error of the disk
         raise ConnectionError(str(error)) from None
 
 
-def unzip(archive, folder):
-    """Unpack a zip below ``folder``. Refused before anything is written: entries that lead out of it, and links."""
+def unzip(archive: Path, folder: Path) -> None:
+    """Unpack a zip file below ``folder``. Links and entries outside of it are rejected before anything is written."""
     try:
         with zipfile.ZipFile(archive) as content:
             entries = content.infolist()
@@ -211,8 +214,8 @@ def unzip(archive, folder):
                 parts = PurePosixPath(entry.filename.replace("\\", "/")).parts
                 link = stat.S_ISLNK(entry.external_attr >> 16)
                 if link or not parts or parts[0] == "/" or ".." in parts or ":" in parts[0]:
-                    raise UserError(f"{archive}: refused, it has an unsafe entry: {entry.filename}")
+                    raise UserError(f"{archive}: rejected because of an unsafe entry: {entry.filename}")
             for entry in tqdm(entries, desc=f"unpacking {Path(archive).name}", unit="file", disable=None):
                 content.extract(entry, folder)  # checks the entry's CRC
     except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{archive}: a broken zip file ({error})") from None
+        raise UserError(f"{archive}: a damaged zip file ({error}); download it again") from None

@@ -1,10 +1,14 @@
-"""One small function per folder layout: from files on disk to a ``Listing`` of clips.
+"""One function per folder layout: from files to a ``Listing`` of clips.
 
-``root`` is the data set's own folder (``catalog`` finds it); ``split`` is train, val or test.
+``root`` is the folder of the dataset (``catalog`` finds it); ``split`` is train, val or test.
 """
+
+from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
@@ -12,14 +16,47 @@ from .clips import Clip
 from .decode import find_audio
 from .manifest import csv_rows, csv_table, here_or_below, list_folders, read_label_csv, read_manifest, read_text
 
-# The order of the published Speech Commands classifiers, so that their heads can be used as they are.
-SPEECH_COMMANDS = (
-    "backward follow five bed zero on learn two house tree dog stop seven eight down six forward cat right visual four "
-    "wow no nine off three left marvin yes up sheila happy bird go one"
-).split()
+# The class order of the published Speech Commands classifiers, so that their heads can be used.
+SPEECH_COMMANDS = [
+    "backward",
+    "follow",
+    "five",
+    "bed",
+    "zero",
+    "on",
+    "learn",
+    "two",
+    "house",
+    "tree",
+    "dog",
+    "stop",
+    "seven",
+    "eight",
+    "down",
+    "six",
+    "forward",
+    "cat",
+    "right",
+    "visual",
+    "four",
+    "wow",
+    "no",
+    "nine",
+    "off",
+    "three",
+    "left",
+    "marvin",
+    "yes",
+    "up",
+    "sheila",
+    "happy",
+    "bird",
+    "go",
+    "one",
+]
 
 LABEL_CSV = "class_labels_indices.csv"
-# Names under which AudioSet's balanced training set and its evaluation set usually lie around, best first.
+# Usual file names of AudioSet's balanced training set and evaluation set, in order of preference.
 AUDIOSET_MANIFESTS = {
     "train": ("balanced_train_data.json", "balanced_train.json", "train.json"),
     "eval": ("eval_data.json", "eval.json", "test.json"),
@@ -28,20 +65,26 @@ AUDIOSET_SEGMENTS = {"train": "balanced_train_segments.csv", "eval": "eval_segme
 
 
 class Listing(NamedTuple):
-    """What a reader found."""
+    """The clips that a reader found."""
 
-    clips: list  # of Clip
-    labels: list  # display name of each class
-    missing: list  # files that are listed but absent
+    clips: list[Clip]
+    labels: list[str]  # display name of each class
+    missing: list[str]  # listed files that do not exist
     multilabel: bool
 
 
-def read_manifest_set(manifest, *, label_csv=None, root=None, multilabel=None):
-    """Any AST-style manifest with its label CSV.
+def read_manifest_set(
+    manifest: str | Path,
+    *,
+    label_csv: str | Path | None = None,
+    root: str | Path | None = None,
+    multilabel: bool | None = None,
+) -> Listing:
+    """Read any AST-style manifest with its label CSV.
 
-    ``manifest`` and ``label_csv`` count from here, else from ``root``. Paths in the manifest count from ``root``, else
-    from the manifest's folder or that folder's parent; a label CSV that is not named is looked for in the same places.
-    ``multilabel=None`` means: if any clip has two labels.
+    ``manifest`` and ``label_csv`` are relative to the current folder, else to ``root``. Paths in the manifest are
+    relative to ``root``, else to the manifest's folder or its parent; a label CSV that is not given is looked for
+    there, too. ``multilabel=None`` means: whether any clip has two labels.
     """
     manifest = here_or_below(root, manifest)
     bases = list_folders(manifest, root)
@@ -49,12 +92,12 @@ def read_manifest_set(manifest, *, label_csv=None, root=None, multilabel=None):
         found = [base / LABEL_CSV for base in bases if (base / LABEL_CSV).is_file()]
         if not found:
             places = ", ".join(str(base) for base in bases)
-            raise UserError(f"no {LABEL_CSV} near {manifest} (looked in {places}); name it with --label-csv")
+            raise UserError(f"no {LABEL_CSV} near {manifest} (looked in {places}); give it with --label-csv")
         label_csv = found[0]
     label_csv = here_or_below(root, label_csv)
     numbers, names = read_label_csv(label_csv)
 
-    def find(wav):
+    def find(wav: str) -> Path | None:
         return next((base / wav for base in bases if os.path.isfile(base / wav)), None)
 
     clips, missing = read_manifest(manifest, numbers, label_csv, find)
@@ -63,11 +106,11 @@ def read_manifest_set(manifest, *, label_csv=None, root=None, multilabel=None):
     return Listing(clips, names, missing, multilabel)
 
 
-def read_audioset(root, split, *, label_csv=None):
-    """AudioSet's balanced training set (``train``) or evaluation set (``val`` and ``test``).
+def read_audioset(root: Path, split: str, *, label_csv: str | Path | None = None) -> Listing:
+    """Read AudioSet's balanced training set (``train``) or evaluation set (``val`` and ``test``).
 
-    Reads a manifest of ``AUDIOSET_MANIFESTS`` where there is one, else the official segment CSV and the sound files
-    anywhere below ``root`` whose name is ``YTID``, ``YYTID``, ``YTID_start`` or ``YTID_start_end`` (in seconds or ms).
+    Reads a manifest of ``AUDIOSET_MANIFESTS`` if one exists, else the official segment CSV and the audio files
+    anywhere below ``root`` with the name ``YTID``, ``YYTID``, ``YTID_start`` or ``YTID_start_end`` (in seconds or ms).
     """
     part = "train" if split == "train" else "eval"
     label_csv = label_csv or root / LABEL_CSV
@@ -77,7 +120,8 @@ def read_audioset(root, split, *, label_csv=None):
     numbers, names = read_label_csv(label_csv)
     segments = root / AUDIOSET_SEGMENTS[part]
     files = {path.stem: path for path in find_audio(root)}
-    clips, missing = [], []
+    clips: list[Clip] = []
+    missing: list[str] = []
     for line, row in csv_rows(segments, "segment list", skipinitialspace=True):
         if row[0].startswith("#"):
             continue
@@ -87,27 +131,27 @@ def read_audioset(root, split, *, label_csv=None):
             stems = _segment_stems(ytid, float(start), float(end))
         except ValueError:
             raise UserError(f'{where}: expected YTID, start_seconds, end_seconds, "labels"') from None
-        mids = mids.split(",")
-        unknown = [mid for mid in mids if mid not in numbers]
+        labels = mids.split(",")
+        unknown = [mid for mid in labels if mid not in numbers]
         if unknown:
             raise UserError(f"{where}: label {unknown[0]} of clip {ytid} is not in {label_csv}")
         file = next((files[stem] for stem in stems if stem in files), None)
         if file is None:
             missing.append(ytid)
         else:
-            clips.append(Clip(file, tuple(sorted({numbers[mid] for mid in mids}))))
+            clips.append(Clip(file, tuple(sorted({numbers[mid] for mid in labels}))))
     return Listing(clips, names, missing, True)
 
 
-def _segment_stems(ytid, start, end):
-    """The names under which downloaders save a segment."""
+def _segment_stems(ytid: str, start: float, end: float) -> list[str]:
+    """The file names that downloaders give to a segment."""
     forms = [(f"{t:g}", f"{t:.1f}", f"{t:.3f}", str(round(1000 * t))) for t in (start, end)]
     times = ["", *(f"_{s}" for s in forms[0]), *(f"_{s}_{e}" for s, e in zip(*forms))]
     return [prefix + ytid + time for prefix in ("", "Y") for time in times]
 
 
-def read_speech_commands(root, split):
-    """Speech Commands v0.02: validation_list.txt is val, testing_list.txt is test, every other clip is train."""
+def read_speech_commands(root: Path, split: str) -> Listing:
+    """Read Speech Commands v0.02: validation_list.txt is val, testing_list.txt is test, all other clips are train."""
     listed = {}
     for part, name in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
         lines = read_text(root / name, "list of clips").splitlines()
@@ -121,16 +165,16 @@ def read_speech_commands(root, split):
     numbers = {word: number for number, word in enumerate(SPEECH_COMMANDS)}
     for wav in wavs:
         if wav.split("/")[0] not in numbers:
-            raise UserError(f"{root}: {wav} in the lists is none of the 35 words; is this Speech Commands v0.02?")
+            raise UserError(f"{root}: {wav} in the lists is not one of the 35 words; is this Speech Commands v0.02?")
     entries = [(root / wav, numbers[wav.split("/")[0]]) for wav in wavs]
     return _listing(entries, SPEECH_COMMANDS)
 
 
-def read_esc50(root, split, *, fold=1):
-    """ESC-50, or ESC-10 in the same layout: ``fold`` is val and test, the other four are train.
+def read_esc50(root: Path, split: str, *, fold: int = 1) -> Listing:
+    """Read ESC-50, or ESC-10 in the same layout: ``fold`` is val and test, the other four folds are train.
 
-    The official protocol has no validation set: the score is the mean over the five folds, each tested by a model that
-    was trained on the rest. Both data sets use ESC-50's 50 class numbers.
+    The official protocol has no validation set: the score is the mean over the five folds, each tested with a model
+    that was trained on the other four. Both datasets use ESC-50's 50 class numbers.
     """
     if fold not in range(1, 6):
         raise UserError(f"fold {fold}: ESC-50 has the folds 1 to 5")
@@ -152,10 +196,10 @@ def read_esc50(root, split, *, fold=1):
     return _listing(entries, labels)
 
 
-def read_voxceleb1(root, split):
-    """VoxCeleb-1 with its identification split, 1251 speakers: class ``n`` is speaker ``id(10001 + n)``.
+def read_voxceleb1(root: Path, split: str) -> Listing:
+    """Read VoxCeleb-1 with its identification split, 1251 speakers: class ``n`` is speaker ``id(10001 + n)``.
 
-    The ``wav`` folders of the dev and test archives may be merged or lie side by side.
+    The ``wav`` folders of the dev and test archives may be merged or separate.
     """
     labels = [f"id{10001 + number}" for number in range(1251)]
     numbers = {speaker: number for number, speaker in enumerate(labels)}
@@ -178,23 +222,26 @@ def read_voxceleb1(root, split):
     return _listing(entries, labels)
 
 
-def read_folder(root, split):
-    """One directory per class.
+def read_folder(root: Path, split: str) -> Listing:
+    """Read a folder with one directory per class.
 
-    Below ``train/``, ``val/`` and ``test/`` where there is a ``train`` folder. Otherwise each file's place is drawn
-    from a hash of ``class/file name``: 80 % train, 10 % val, 10 % test, which stays as it is when files are added.
+    The directories are below ``train/``, ``val/`` and ``test/`` if a ``train`` folder exists. Otherwise the split of
+    each file depends on a hash of ``class/file name``: 80 % train, 10 % val, 10 % test. It does not change when files
+    are added.
     """
     split_root = root / split if (root / "train").is_dir() else root
     if not split_root.is_dir():
         raise UserError(
             f"{root} has train/ but no {split}/; add it, or put the class folders directly into {root} "
-            "to have them split 80 : 10 : 10"
+            "for a split of 80 : 10 : 10"
         )
     class_root = root / "train" if split_root != root else root
     labels = sorted(path.name for path in class_root.iterdir() if path.is_dir() and not path.name.startswith("."))
     for label in labels:
         if label.encode(errors="ignore") != os.fsencode(label):
-            raise UserError(f"{class_root / label}: the folder's name is not UTF-8, but labels are text; rename it")
+            raise UserError(
+                f"{class_root / label}: the name of the folder is not UTF-8, but labels are text; rename it"
+            )
     if split_root != root:
         strangers = {p.name for p in split_root.iterdir() if p.is_dir() and not p.name.startswith(".")} - {*labels}
         if strangers:
@@ -207,18 +254,19 @@ def read_folder(root, split):
     return _listing(entries, labels)
 
 
-def _hash_split(name):
+def _hash_split(name: str) -> str:
     place = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") % 10
     return "test" if place == 9 else "val" if place == 8 else "train"
 
 
-def _first_file(root, names):
+def _first_file(root: Path, names: Sequence[str]) -> Path:
     return next((root / name for name in names if (root / name).is_file()), root / names[0])
 
 
-def _listing(entries, labels):
-    """Listing of single-label ``(path, class number)`` entries, of which some may not be there."""
-    clips, missing = [], []
+def _listing(entries: Iterable[tuple[Path, int]], labels: Iterable[str]) -> Listing:
+    """Listing of single-label ``(path, class number)`` entries, some of which may not exist."""
+    clips: list[Clip] = []
+    missing: list[str] = []
     for path, number in entries:
         if os.path.isfile(path):
             clips.append(Clip(path, (number,)))

@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op: for whatever GPU Triton compiles for, and in its interpreter (TRITON_INTERPRET=1)."""
+"""Triton kernels, one file per op. They run on every GPU that Triton supports, and in its interpreter on the CPU."""

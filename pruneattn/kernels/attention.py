@@ -1,29 +1,58 @@
-"""Attention in Triton: a program has some query rows of a head and goes through the keys in tiles (online softmax)."""
+"""Attention in Triton: a program computes a tile of query rows of one head, over tiles of keys (online softmax)."""
+
+from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, choose, strided, tiles_of
+from .launch import Config, Launch, choose, strided, tiles_of
 from .tiles import LOG2_E, load_row, load_rows, locate, product, store_rows
 
-# Times the -Inf of a key that is not there, 0 would be NaN.
+# A scale of 0 would turn the -Inf of masked keys into NaN.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
-def attention(q, k, v, out, lse, scale, maximum=None, inverse=None):
-    """Write softmax attention into ``out`` ``[B, H, M, D]`` and the logits' log-sum-exp into ``lse`` ``[B, H, M]``.
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    maximum: torch.Tensor | None = None,
+    inverse: torch.Tensor | None = None,
+) -> None:
+    """Write softmax attention into ``out``, and the log-sum-exp of the logits into ``lse``.
 
-    ``q`` ``[B, H, M, D]``, ``k`` and ``v`` ``[B, H, N, D]``: any strides with contiguous channels. ``lse`` is float32.
-    ``maximum`` and ``inverse``, both or neither, float32 ``[B, H, M]``: each row's decisive product of query and key,
-    and one over the sum of its ``exp(scale * (product - maximum))``. Together they are the row's weights, as exactly as the
-    products can be computed again, where the log-sum-exp of large logits has lost them.
+    Args:
+        q: Queries ``[B, H, M, D]``, with any strides and contiguous channels.
+        k: Keys ``[B, H, N, D]``, likewise.
+        v: Values ``[B, H, N, D]``, likewise.
+        out: Attention output ``[B, H, M, D]``, likewise.
+        lse: Log-sum-exp ``[B, H, M]``, float32, contiguous.
+        scale: Factor of the logits.
+        maximum: Optional result ``[B, H, M]``, float32, contiguous: the product of query and key that has the largest
+            logit of each row.
+        inverse: Optional result like ``maximum``, given with it: one over the sum of
+            ``exp(scale * (product - maximum))``. Both together give the softmax weights of a row also for large logits,
+            whose log-sum-exp is too coarse.
     """
     launch(q, k, v, out, lse, scale, maximum, inverse, choose("attention", q, q.shape[2])).run(q)
 
 
-def launch(q, k, v, out, lse, scale, maximum, inverse, config):
-    """The launch of :func:`attention` with these tile sizes."""
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    maximum: torch.Tensor | None,
+    inverse: torch.Tensor | None,
+    config: Config,
+) -> Launch:
+    """Return the launch of :func:`attention` with these tile sizes."""
     batch, heads, rows, channels = q.shape
     keys = k.shape[2]
     return Launch(
@@ -168,7 +197,7 @@ def _rows(
     APART: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Output and log-sum-exp of the query rows from ``first`` on."""
+    """Write the output and log-sum-exp of the query rows from ``first`` on."""
     factor = scale * LOG2_E
     queries = load_rows(q, first, rows, q_row, ROWS, ENDS, D, C)  # [ROWS, C]
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -216,7 +245,7 @@ def _add_tile(
     STEP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The running maximum, sum and output of the rows after the keys from ``start`` on."""
+    """Return the running maximum, sum and output of the rows after the tile of keys at ``start``."""
     logits = product(queries, tl.trans(load_rows(k, start, keys, k_row, STEP, MASKED, D, C)))  # [ROWS, STEP]
     if MASKED:
         inside = start + tl.arange(0, STEP) < keys
@@ -229,11 +258,11 @@ def _add_tile(
 
 @triton.jit
 def _rescale(largest, logits, factor, NEGATIVE: tl.constexpr):
-    """New largest logit of each row, the tile's exponentials, and the factor for what was summed up before."""
-    if NEGATIVE:  # the largest logit is looked for before scaling
+    """Return the new largest logit of each row, the exponentials of the tile, and the factor of the previous sums."""
+    if NEGATIVE:  # the maximum is taken before scaling
         logits = -logits
     new = tl.maximum(largest, tl.max(logits, 1))
-    # A row of nothing but -Inf so far has no sum yet: it must not become NaN before its last tile.
+    # A row that has only seen -Inf must not become NaN before its last tile.
     finite = tl.where(new == float("-inf"), 0.0, new)
-    # The difference first: exact for the largest logits, whatever their size.
+    # Subtracting before scaling is exact for the largest logits of any size.
     return new, tl.exp2((logits - finite[:, None]) * factor), tl.exp2((largest - finite) * factor)

@@ -1,22 +1,29 @@
 """The class token's row of the softmax matrix in Triton: a program reads the keys of a head once."""
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, choose, strided
+from .launch import Config, Launch, choose, strided
 from .tiles import LOG2_E, block_channels, load_rows, power_of_two
 
 
-def cls_weights(q_cls, k, weights, scale):
-    """Write each head's share of the scores of all tokens into ``weights`` float32 ``[B, H, N]``: add up its heads.
+def cls_weights(q_cls: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, scale: float) -> None:
+    """Write the share of each head in the scores of all tokens; the sum over heads is the scores.
 
-    ``q_cls`` ``[B, H, 1, D]``, ``k`` ``[B, H, N, D]``: any strides with contiguous channels.
+    Args:
+        q_cls: Queries of the class token ``[B, H, 1, D]``, with any strides and contiguous channels.
+        k: Keys ``[B, H, N, D]``, likewise.
+        weights: Result ``[B, H, N]``, float32, contiguous.
+        scale: Factor of the logits.
     """
     launch(q_cls, k, weights, scale, choose("cls_weights", k, 1)).run(k)
 
 
-def launch(q_cls, k, weights, scale, config):
-    """The launch of :func:`cls_weights` with these tile sizes."""
+def launch(q_cls: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, scale: float, config: Config) -> Launch:
+    """Return the launch of :func:`cls_weights` with these tile sizes."""
     batch, heads, keys, channels = k.shape
     return Launch(
         _cls_weights,
@@ -65,7 +72,7 @@ def _cls_weights(
         tile = load_rows(k, start, keys, k_row, BLOCK_N, True, D, C)  # [BLOCK_N, C]
         key = start + tl.arange(0, BLOCK_N)
         tl.store(weights + key, tl.sum(tile.to(tl.float32) * query[None, :], 1) * scale * LOG2_E, mask=key < keys)
-    tl.debug_barrier()  # the logits are read by other threads than wrote them
+    tl.debug_barrier()  # other threads than those that wrote the logits read them
     key = tl.arange(0, KEYS)
     logits = tl.load(weights + key, mask=key < keys, other=float("-inf"))
     exponentials = tl.exp2(logits - tl.max(logits, 0))

@@ -1,29 +1,56 @@
-"""Column means of the softmax matrix in Triton, from the statistics of its rows that attention leaves behind.
+"""Column means of the softmax matrix in Triton, from the row statistics that the attention kernel writes.
 
-A program has some keys of a head and goes through the queries in tiles, with the logits transposed, ``[keys, queries]``:
-so a column is summed within a thread, and is whole at the end. No partial sums, no atomics. Rows and columns of extra
-tokens are no part of the score, so that the 512 patches of 513 tokens are whole tiles.
+A program computes a tile of keys of one head, over tiles of queries. The logits are transposed, ``[keys, queries]``, so
+one thread sums a column completely: there are no partial sums and no atomics. Rows and columns of extra tokens are not
+part of the score, so the 512 patches of 513 tokens fill their tiles.
 """
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, choose, strided, tiles_of
+from .launch import Config, Launch, choose, strided, tiles_of
 from .tiles import LOG2_E, load_row, load_rows, locate, product
 
 
-def column_sums(q, k, maximum, inverse, sums, extra_tokens, scale):
-    """Write each head's share of the column means into ``sums`` float32 ``[B, H, N - extra_tokens]``: add up its heads.
+def column_sums(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    maximum: torch.Tensor,
+    inverse: torch.Tensor,
+    sums: torch.Tensor,
+    extra_tokens: int,
+    scale: float,
+) -> None:
+    """Write the share of each head in the column means; the sum over heads is the scores.
 
-    ``q`` and ``k`` ``[B, H, N, D]``: any strides with contiguous channels. ``maximum`` and ``inverse`` float32
-    ``[B, H, N]``, of :func:`pruneattn.kernels.attention.attention` with the same scale.
+    Args:
+        q: Queries ``[B, H, N, D]``, with any strides and contiguous channels.
+        k: Keys ``[B, H, N, D]``, likewise.
+        maximum: Row statistics ``[B, H, N]``, float32, contiguous, from
+            :func:`pruneattn.kernels.attention.attention` with the same scale.
+        inverse: Row statistics, likewise.
+        sums: Result ``[B, H, N - extra_tokens]``, float32, contiguous.
+        extra_tokens: Number of tokens before the patches.
+        scale: Factor of the logits.
     """
     config = choose("column_sums", k, k.shape[2] - extra_tokens)
     launch(q, k, maximum, inverse, sums, extra_tokens, scale, config).run(q)
 
 
-def launch(q, k, maximum, inverse, sums, extra_tokens, scale, config):
-    """The launch of :func:`column_sums` with these tile sizes."""
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    maximum: torch.Tensor,
+    inverse: torch.Tensor,
+    sums: torch.Tensor,
+    extra_tokens: int,
+    scale: float,
+    config: Config,
+) -> Launch:
+    """Return the launch of :func:`column_sums` with these tile sizes."""
     batch, heads, tokens, channels = q.shape
     patches = tokens - extra_tokens
     return Launch(
@@ -142,7 +169,7 @@ def _columns(
     APART: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Sums of the columns from ``first`` on."""
+    """Write the sums of the columns from ``first`` on."""
     factor = scale * LOG2_E
     keys = load_rows(k, first, patches, k_row, KEYS, ENDS, D, C)  # [KEYS, C]
     acc = tl.zeros([KEYS], tl.float32)
@@ -173,7 +200,7 @@ def _tile_sums(
     STEP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Sums of the columns over the queries from ``start`` on."""
+    """Return the sums of the columns over the tile of queries at ``start``."""
     row = start + tl.arange(0, STEP)
     inside = row < patches if MASKED else None
     largest = tl.load(maximum + row, mask=inside)[None, :]
@@ -181,11 +208,11 @@ def _tile_sums(
     logits = product(keys, tl.trans(load_rows(q, start, patches, q_row, STEP, MASKED, D, C)))  # [KEYS, STEP]
     weights = _weights(logits, largest, share, factor)
     if MASKED:
-        weights = tl.where(inside[None, :], weights, 0.0)
+        weights = tl.where(inside[None, :], weights, 0.0)  # type: ignore[index]  # not None if MASKED
     return tl.sum(weights, 1)
 
 
 @triton.jit
 def _weights(logits, largest, share, factor):
-    # A logit computed a second time, in another order, may exceed the largest one of the first time by a rounding error.
+    # A recomputed logit may exceed the largest logit by a rounding error: its products are added in another order.
     return tl.exp2(tl.minimum((logits - largest) * factor, 0.0, propagate_nan=tl.PropagateNan.ALL)) * share

@@ -1,18 +1,20 @@
-"""How a kernel is launched: its arguments by name, and the tile sizes for the GPU at hand."""
+"""Kernel launches: arguments by name, and tile sizes for the current GPU."""
+
+from __future__ import annotations
 
 import functools
 import json
 from importlib import resources
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .tiles import block_channels, last_rows, split, tiled
 
-#: What the kernels compute in; other dtypes, and larger heads, run the reference.
+#: Dtypes of the kernels. The reference runs other dtypes, and heads with more channels.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_CHANNELS = 128
-#: The tile size by which each kernel shares out its rows among programs.
+#: The tile size that divides the rows of each kernel among programs.
 SHARED_OUT = {
     "attention": "BLOCK_M",
     "column_sums": "BLOCK_N",
@@ -23,7 +25,7 @@ SHARED_OUT = {
 
 
 class Config(NamedTuple):
-    """Tile sizes: ``BLOCK_M`` queries by ``BLOCK_N`` keys, warps of a program, and tiles that are on their way at once."""
+    """Tile sizes (``BLOCK_M`` queries by ``BLOCK_N`` keys), warps per program, and stages of software pipelining."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -32,15 +34,15 @@ class Config(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel with its grid, its arguments by name, in their order, and its `Config`."""
+    """A kernel with its grid, its arguments by name in the order of the kernel, and its :class:`Config`."""
 
-    kernel: object
-    grid: tuple
-    arguments: dict
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
     config: Config
 
-    def run(self, tensor):
-        """Launch it where ``tensor`` is, on the current stream there."""
+    def run(self, tensor: torch.Tensor) -> None:
+        """Launch the kernel on the current stream of the device of ``tensor``."""
         if self.grid[0] == 0:
             return
         values = self.arguments.values()
@@ -53,25 +55,25 @@ class Launch(NamedTuple):
                 return
             options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
             compiled = self.kernel[self.grid](*values, **options)
-        if compiled is not None:  # as it is for the interpreter
+        if compiled is not None:  # the interpreter compiles nothing
             _compiled[key] = compiled
 
 
-# What a call compiled, by all that Triton specializes a kernel for: its own look-up is half of what a launch takes.
-_compiled = {}
-_HIP = torch.version.hip is not None  # where Triton takes offsets of 32 bits in tensors of up to 2 GiB
+# Compiled kernels by everything that Triton specializes them for. Triton's own lookup takes half of the launch time.
+_compiled: dict[tuple, Any] = {}
+_HIP = torch.version.hip is not None  # Triton uses 32-bit offsets for tensors of up to 2 GiB there
 
 
-def _kind(value):
-    """What a compiled kernel depends on of an argument that is no int: of those, it may be the value."""
+def _kind(value: Any) -> Any:
+    """Return the properties that Triton specializes a kernel for, of an argument that is no int."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16, _HIP and value.untyped_storage().size() >= 2**31
     return float if value.__class__ is float else value
 
 
 @functools.lru_cache(1024)
-def tiles_of(channels, count, block, steps, step):
-    """Constants of a kernel whose programs share out ``count`` rows by ``block`` and go through ``steps`` by ``step``."""
+def tiles_of(channels: int, count: int, block: int, steps: int, step: int) -> dict[str, int | bool]:
+    """Return the constants of a kernel: tiles of ``block`` of ``count`` rows, and a loop over ``steps`` by ``step``."""
     apart, masked = split(steps, step)
     return {
         "D": channels,
@@ -84,41 +86,44 @@ def tiles_of(channels, count, block, steps, step):
     }
 
 
-def takes(q):
-    """Whether the kernels take such queries, keys and values ``[.., D]``."""
+def takes(q: torch.Tensor) -> bool:
+    """Return whether the kernels support the dtype and channels of these queries or keys ``[..., D]``."""
     return q.dtype in DTYPES and q.shape[-1] <= MOST_CHANNELS
 
 
-def strided(**tensors):
-    """Arguments of a kernel for tensors ``[B, H, N, D]`` with contiguous channels: pointer, strides of clip, head, row."""
-    arguments = {}
+def strided(**tensors: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    """Return kernel arguments for tensors ``[B, H, N, D]``: each tensor, and its strides over clips, heads and rows."""
+    arguments: dict[str, torch.Tensor | int] = {}
     for name, tensor in tensors.items():
         arguments[name] = tensor
         arguments[f"{name}_batch"], arguments[f"{name}_head"], arguments[f"{name}_row"], _ = tensor.stride()
     return arguments
 
 
-def choose(kernel, tensor, count):
-    """The tile sizes of a kernel for heads ``[B, H, .., D]`` on their device, whose programs share out ``count`` rows."""
+def choose(kernel: str, tensor: torch.Tensor, count: int) -> Config:
+    """Return the tile sizes of a kernel for ``tensor`` ``[B, H, ..., D]`` that divides ``count`` rows by programs."""
     batch, heads, *_, channels = tensor.shape
     return _choose(kernel, tensor.device if tensor.is_cuda else None, tensor.dtype, channels, batch * heads, count)
 
 
 @functools.lru_cache(1024)
-def _choose(kernel, device, dtype, channels, heads, count):
+def _choose(
+    kernel: str, device: torch.device | None, dtype: torch.dtype, channels: int, heads: int, count: int
+) -> Config:
     architecture, processors = (architecture_of(device), _processors(device)) if device else (None, 0)
     config = config_for(kernel, architecture, dtype, block_channels(channels))
     return fit(config, SHARED_OUT[kernel], heads, count, processors)
 
 
-def fit(config, block, heads, count, processors):
-    """The config, or one with smaller programs where these leave less of their tiles empty, or multiprocessors idle.
+def fit(config: Config, block: str, heads: int, count: int, processors: int) -> Config:
+    """Return ``config``, with smaller tiles if large ones would be partly empty or leave multiprocessors idle.
 
     Args:
-        config: `Config`.
-        block: name of the tile size by which ``count`` rows (queries or keys) are shared out.
-        heads: of all clips together.
-        processors: multiprocessors of the GPU.
+        config: Tile sizes.
+        block: Name of the tile size that divides the rows.
+        heads: Number of heads of all clips.
+        count: Number of rows (queries or keys) to divide.
+        processors: Number of multiprocessors of the GPU.
     """
     large, small = getattr(config, block), 64
     idle = heads * -(-count // large) < processors
@@ -127,14 +132,14 @@ def fit(config, block, heads, count, processors):
     return config
 
 
-def config_for(kernel, architecture, dtype, channels):
-    """The measured tile sizes (configs.json, written by ``python -m tools.tune``), or else a guess that compiles well."""
-    measured = _table().get(architecture, {}).get(kernel, {}).get(f"{str(dtype)[6:]}, {channels}")
+def config_for(kernel: str, architecture: str | None, dtype: torch.dtype, channels: int) -> Config:
+    """Return the tile sizes from configs.json (``python -m tools.tune`` measures them), or else those of `fallback`."""
+    measured = _table().get(architecture or "", {}).get(kernel, {}).get(f"{str(dtype)[6:]}, {channels}")
     return Config(*measured) if measured else fallback(kernel, dtype, channels)
 
 
-def fallback(kernel, dtype, channels):
-    """Tile sizes for a GPU that was not measured: no spilled registers, and less than 100 KB of shared memory."""
+def fallback(kernel: str, dtype: torch.dtype, channels: int) -> Config:
+    """Return tile sizes for a GPU without measurements: no spilled registers, less than 100 KB of shared memory."""
     if dtype == torch.float32:
         return (_FLOAT32 if channels <= 64 else _FLOAT32_WIDE)[kernel]
     return (_HALF if channels <= 64 else _HALF_WIDE)[kernel]
@@ -159,13 +164,13 @@ _HALF_WIDE = {
 
 
 @functools.cache
-def _table():
+def _table() -> dict[str, dict[str, dict[str, list[int]]]]:
     return json.loads((resources.files(__package__) / "configs.json").read_text(encoding="utf-8"))
 
 
 @functools.cache
-def architecture_of(device):
-    """Name of a GPU's architecture: sm_90, gfx942."""
+def architecture_of(device: torch.device) -> str:
+    """Return the name of a GPU's architecture, for example sm_90 or gfx942."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
@@ -173,5 +178,5 @@ def architecture_of(device):
 
 
 @functools.cache
-def _processors(device):
+def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

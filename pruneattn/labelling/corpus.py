@@ -36,7 +36,7 @@ class Decoded(NamedTuple):
 
 
 def find_clips(
-    inputs: Iterable[str | os.PathLike], data_dir: str | os.PathLike | None = None
+    inputs: Iterable[str | Path], data_dir: str | Path | None = None
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Find clips in files, folders and lists: each clip once, in the given order.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class MultiHead:
-    """Base of multi-head attention, here and in the adapters: what a :class:`~pruneattn.Pruning` can call.
+    """Base class of multi-head attention, here and in the adapters: the interface for a :class:`~pruneattn.Pruning`.
 
     Attributes:
         num_heads: heads, H.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -348,5 +347,5 @@ def _check_arguments(
         raise UserError(f"frames: must be a multiple of {PATCH}, got {frames}")
     if embed_dim % num_heads:
         raise UserError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
-    if not isinstance(drop_path, Real) or not 0 <= drop_path < 1:
+    if not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
         raise UserError(f"drop_path: must be at least 0 and below 1, got {drop_path!r}")

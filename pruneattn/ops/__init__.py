@@ -1,4 +1,4 @@
-"""Pruned attention, one file per op. Each op's ``reference`` twin in plain PyTorch is its definition."""
+"""Operators of token pruning, one per file. The ``reference`` function of each file defines its operator in PyTorch."""
 
 from .attention import attention
 from .cls_prune_tokens import cls_prune_tokens

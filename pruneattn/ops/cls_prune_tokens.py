@@ -1,4 +1,8 @@
-"""A pruning block's choice by its class token: scores, selection and the gather of two tensors."""
+"""Pruning by the class token: scores, selection of patches, gathering of two tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -8,65 +12,117 @@ from ._registration import define
 from .backend import choose
 from .cls_scores import check_scoring, cpu_scores, cuda_partials, flops, triton_partials
 from .cls_scores import reference as cls_reference
+from .prune_epilogue import ScoredAndKept
 from .prune_tokens import check_tokens, differentiable_in_tokens, empty_kept
 from .prune_tokens import compiled as prune_compiled
 from .prune_tokens import reference as prune_reference
 
 
-def reference(q_cls, k, x, y, keep, extra_tokens, scale=None):
-    """The definition of :func:`cls_prune_tokens` in plain PyTorch."""
+def reference(
+    q_cls: torch.Tensor,
+    k: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    keep: int,
+    extra_tokens: int,
+    scale: float | None = None,
+) -> ScoredAndKept:
+    """Define :func:`cls_prune_tokens` in plain PyTorch."""
     scores = cls_reference(q_cls, k, extra_tokens, scale)
     return scores, *prune_reference(scores, x, y, keep, extra_tokens)
 
 
-def cls_prune_tokens(q_cls, k, x, y, keep, extra_tokens, scale=None):
-    """``cls_scores(q_cls, k, extra_tokens, scale)``, and ``prune_tokens`` of ``x`` and ``y`` by them, fused.
+def cls_prune_tokens(
+    q_cls: torch.Tensor,
+    k: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    keep: int,
+    extra_tokens: int,
+    scale: float | None = None,
+) -> ScoredAndKept:
+    """Fuse ``cls_scores(q_cls, k, extra_tokens, scale)`` with ``prune_tokens`` of ``x`` and ``y`` by these scores.
 
-    On a GPU the heads' scores are added up where the patches are selected: two launches. Differentiable in ``x`` and
-    ``y``. Inside autocast, ``q_cls`` and ``k`` are cast as those of :func:`cls_scores` are; ``x`` and ``y`` stay.
+    On a GPU there are two launches: the second one adds the scores of the heads and selects the patches. Differentiable
+    in ``x`` and ``y``. Inside autocast, ``q_cls`` and ``k`` are cast as in :func:`cls_scores`; ``x`` and ``y`` are not.
 
     Args:
-        q_cls: the class token's queries ``[B, H, D]``, floating point, any strides.
-        k: the keys of all tokens ``[B, H, N, D]``, dtype of ``q_cls``, any strides.
-        x: tokens ``[B, N, C]``, any dtype, any strides.
-        y: tokens ``[B, N, C']``, any dtype, any strides.
-        keep: how many patches to keep, 1 to N - extra_tokens.
-        extra_tokens: how many tokens at the front are not patches.
-        scale: factor of the logits; ``D ** -0.5`` if not given.
+        q_cls: Queries of the class token ``[B, H, D]``, float32, bfloat16, float16 or float64, with any strides.
+        k: Keys of all tokens ``[B, H, N, D]``, with the dtype of ``q_cls`` and any strides.
+        x: Tokens ``[B, N, C]``, with any dtype and strides.
+        y: Tokens ``[B, N, C']``, with any dtype and strides.
+        keep: Number of patches to keep, 1 to N - extra_tokens.
+        extra_tokens: Number of tokens before the patches.
+        scale: Factor of the logits; ``D ** -0.5`` if it is None.
 
     Returns:
-        scores: float32 ``[B, N - extra_tokens]``, by which the patches are selected.
-        index: int64 ``[B, keep]``, ascending patch numbers.
-        x_kept: ``[B, extra_tokens + keep, C]``, contiguous.
-        y_kept: ``[B, extra_tokens + keep, C']``, contiguous.
+        A tuple ``(scores, index, x_kept, y_kept)``:
+
+        - scores: Scores ``[B, N - extra_tokens]``, float32, by which the patches are selected.
+        - index: Ascending patch numbers ``[B, keep]``, int64.
+        - x_kept: ``[B, extra_tokens + keep, C]`` with the dtype of ``x``, contiguous.
+        - y_kept: ``[B, extra_tokens + keep, C']`` with the dtype of ``y``, contiguous.
 
     Raises:
-        TypeError, ValueError: an argument has another dtype, shape, range or device than said here.
+        TypeError: An argument has another dtype.
+        ValueError: An argument has another shape, range or device.
     """
     return _cls_prune_tokens(q_cls, k, x, y, keep, extra_tokens, scale)
 
 
-def _check(q_cls, k, x, y, keep, extra_tokens, scale=None):
+def _check(
+    q_cls: torch.Tensor,
+    k: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    keep: int,
+    extra_tokens: int,
+    scale: float | None = None,
+) -> None:
     check_scoring(q_cls, k, extra_tokens, scale)
     patches = k.shape[2] - extra_tokens
     check_keep(keep, patches)
     check_tokens(x, y, patches, extra_tokens, "k", k)
 
 
-def _fake(q_cls, k, x, y, keep, extra_tokens, scale=None):
+def _fake(
+    q_cls: torch.Tensor,
+    k: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    keep: int,
+    extra_tokens: int,
+    scale: float | None = None,
+) -> ScoredAndKept:
     scores = k.new_empty((k.shape[0], k.shape[2] - extra_tokens), dtype=torch.float32)
     return scores, *empty_kept(x, y, keep, extra_tokens)
 
 
-def _cpu(q_cls, k, x, y, keep, extra_tokens, scale=None):
+def _cpu(
+    q_cls: torch.Tensor,
+    k: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    keep: int,
+    extra_tokens: int,
+    scale: float | None = None,
+) -> ScoredAndKept:
     scores = cpu_scores(q_cls, k, extra_tokens, scale)
     return scores, *prune_compiled(scores, x, y, keep, extra_tokens)
 
 
-def _by_partials(partials_of):
-    """The op by a kernel that leaves partial scores, which the best epilogue that may run adds up."""
+def _by_partials(partials_of: Callable[..., torch.Tensor]) -> Callable[..., ScoredAndKept]:
+    """Return the op as a kernel that writes partial scores, followed by the best usable epilogue."""
 
-    def run(q_cls, k, x, y, keep, extra_tokens, scale=None):
+    def run(
+        q_cls: torch.Tensor,
+        k: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        keep: int,
+        extra_tokens: int,
+        scale: float | None = None,
+    ) -> ScoredAndKept:
         prune = choose("prune_epilogue", k.device.type)
         return prune(partials_of(q_cls, k, extra_tokens, scale), x, y, keep, extra_tokens)
 

@@ -1,45 +1,51 @@
-"""Importance of a patch as the attention the class token pays to it (the paper's score for AST)."""
+"""Scores of patches by the attention that the class token pays to them (the paper's score for AST)."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ._attention import CPU_DTYPES, CUDA_DTYPES, scale_of
 from ._checks import ATTENTION_DTYPES, check_dtype, check_extra_tokens, check_like, check_not_empty, check_shape
 from ._layout import heads_of, near
 from ._registration import LIBRARY, define
-from .attention import CPU_DTYPES, CUDA_DTYPES, scale_of
 from .backend import _C, launch
 
 
-def reference(q_cls, k, extra_tokens, scale=None):
-    """The definition of :func:`cls_scores` in plain PyTorch."""
-    exact = torch.promote_types(k.dtype, torch.float32)  # half precision is never multiplied into half precision
+def reference(q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float | None = None) -> torch.Tensor:
+    """Define :func:`cls_scores` in plain PyTorch."""
+    exact = torch.promote_types(k.dtype, torch.float32)  # products are never rounded to half precision
     logits = (k.to(exact) @ q_cls.to(exact).unsqueeze(-1)).squeeze(-1) * scale_of(q_cls, scale)  # [B, H, N]
     return logits.softmax(-1)[:, :, extra_tokens:].mean(1).float().detach()  # [B, N - extra_tokens]
 
 
-def cls_scores(q_cls, k, extra_tokens, scale=None):
-    """Score of each patch: the class token's row of the softmax matrix, averaged over heads (paper, eq. 2b).
+def cls_scores(q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float | None = None) -> torch.Tensor:
+    """Compute the class token's row of the softmax matrix, averaged over heads (paper, eq. 2b).
 
-    Computed in float32 from the first accumulation, also for half-precision inputs (float64 in float64, and then
-    rounded). Inside autocast, the inputs are cast as those of ``scaled_dot_product_attention`` are. Not differentiable.
+    The scores are computed in float32 from the first accumulation, also for half-precision inputs. For float64 inputs
+    they are computed in float64, then rounded. Inside autocast, the inputs are cast like those of
+    ``scaled_dot_product_attention``. Not differentiable.
 
     Args:
-        q_cls: the class token's queries ``[B, H, D]``, floating point, any strides.
-        k: the keys of all tokens ``[B, H, N, D]``, dtype of ``q_cls``, any strides.
-        extra_tokens: how many tokens at the front are not patches: in the softmax, but not scored.
-        scale: factor of the logits; ``D ** -0.5`` if not given.
+        q_cls: Queries of the class token ``[B, H, D]``, float32, bfloat16, float16 or float64, with any strides.
+        k: Keys of all tokens ``[B, H, N, D]``, with the dtype of ``q_cls`` and any strides.
+        extra_tokens: Number of tokens before the patches. They are part of the softmax but get no score.
+        scale: Factor of the logits; ``D ** -0.5`` if it is None.
 
     Returns:
-        float32 ``[B, N - extra_tokens]``.
+        Scores ``[B, N - extra_tokens]``, float32.
 
     Raises:
-        TypeError, ValueError: an argument has another dtype, shape, range or device than said here.
+        TypeError: An argument has another dtype.
+        ValueError: An argument has another shape, range or device.
     """
     return _cls_scores(q_cls, k, extra_tokens, scale)
 
 
-def check_scoring(q_cls, k, extra_tokens, scale=None):
-    """Raise unless these are arguments of :func:`cls_scores`."""
+def check_scoring(q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float | None = None) -> None:
+    """Check the arguments of :func:`cls_scores`."""
     check_shape("k", k, "BHND")
     batch, heads, tokens, channels = k.shape
     check_shape("q_cls", q_cls, "BHD", (batch, heads, channels))
@@ -49,12 +55,12 @@ def check_scoring(q_cls, k, extra_tokens, scale=None):
     check_extra_tokens(extra_tokens, tokens)
 
 
-def _fake(q_cls, k, extra_tokens, scale=None):
+def _fake(q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float | None = None) -> torch.Tensor:
     return k.new_empty((k.shape[0], k.shape[2] - extra_tokens), dtype=torch.float32)
 
 
-def cpu_scores(q_cls, k, extra_tokens, scale=None):
-    """:func:`cls_scores` by the CPU kernel where it takes the input."""
+def cpu_scores(q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float | None = None) -> torch.Tensor:
+    """Run :func:`cls_scores` by the CPU kernel, or by the reference for dtypes without a kernel."""
     if k.dtype == torch.float64:
         return reference(q_cls, k, extra_tokens, scale)
     if k.dtype == torch.float16:
@@ -66,22 +72,25 @@ def cpu_scores(q_cls, k, extra_tokens, scale=None):
     return scores
 
 
-def cuda_partials(q_cls, k, extra_tokens, scale=None):
-    """Rows that add up to the scores, float32 ``[B, R, P]``: one per head, by the CUDA kernel where it takes the input."""
+def cuda_partials(q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float | None = None) -> torch.Tensor:
+    """Compute rows ``[B, R, P]`` in float32 whose sum over R is the scores.
+
+    The CUDA kernel writes one row per head. The reference replaces it for inputs that it does not support.
+    """
     batch, heads, tokens, _ = k.shape
     if k.dtype not in CUDA_DTYPES or tokens > _C.MAX_TOKENS:
         return reference(q_cls, k, extra_tokens, scale).unsqueeze(1)
     partials = k.new_empty((batch, heads, tokens - extra_tokens), dtype=torch.float32)
     (q, q_heads), (k, k_heads) = heads_of(q_cls.unsqueeze(2)), heads_of(k)
-    places = (q_heads, k_heads)
-    launch(
-        "cls_scores", q, CUDA_DTYPES[k.dtype], *k.shape, *places, scale_of(q, scale), extra_tokens, partials.data_ptr()
-    )
+    dtype, scale = CUDA_DTYPES[k.dtype], scale_of(q, scale)
+    launch("cls_scores", q, dtype, *k.shape, q_heads, k_heads, scale, extra_tokens, partials.data_ptr())
     return partials
 
 
-def triton_partials(q_cls, k, extra_tokens, scale=None):
-    """As :func:`cuda_partials`, by the Triton kernel."""
+def triton_partials(
+    q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float | None = None
+) -> torch.Tensor:
+    """Compute the rows of :func:`cuda_partials` by the Triton kernel."""
     from ..kernels import cls_scores as kernel
     from ..kernels.launch import takes
 
@@ -92,11 +101,11 @@ def triton_partials(q_cls, k, extra_tokens, scale=None):
     return weights[:, :, extra_tokens:]
 
 
-def _cuda(q_cls, k, extra_tokens, scale=None):
+def _cuda(q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float | None = None) -> torch.Tensor:
     return cuda_partials(q_cls, k, extra_tokens, scale).sum(1)
 
 
-def _triton(q_cls, k, extra_tokens, scale=None):
+def _triton(q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float | None = None) -> torch.Tensor:
     return triton_partials(q_cls, k, extra_tokens, scale).sum(1)
 
 
@@ -112,11 +121,11 @@ _cls_scores = define(
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     ctx.mark_non_differentiable(output)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Any) -> tuple[None, ...]:
     return None, None, None, None
 
 
@@ -124,7 +133,7 @@ torch.library.register_autograd("pruneattn::cls_scores", _backward, setup_contex
 
 
 @register_flop_formula(torch.ops.pruneattn.cls_scores)
-def flops(q_cls, k, *_, **__):
-    """Of the op, for keys of this shape."""
+def flops(q_cls: torch.Size, k: torch.Size, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of the op for keys of this shape."""
     batch, heads, tokens, channels = k
     return 2 * batch * heads * tokens * channels

@@ -1,19 +1,34 @@
 """Attention that also returns how much attention each patch receives (the paper's score for AudioMAE)."""
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ._attention import CPU_DTYPES, CUDA_DTYPES, check_qkv, empty_outputs, logits, scale_of
 from ._checks import check_extra_tokens, check_shape
 from ._layout import aligned, heads_of, near, rows_together
 from ._registration import LIBRARY, define
-from .attention import CPU_DTYPES, CUDA_DTYPES, attention_backward, check_qkv, empty_outputs, logits, scale_of
+from .attention_backward import attention_backward
 from .backend import _C, launch, stands_in
 
+#: ``out``, scores (or rows that add up to them) and ``lse``.
+Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-def reference(q, k, v, extra_tokens, scale=None):
-    """The definition of :func:`column_mean_attention` in plain PyTorch; third, the log-sum-exp for its gradient."""
+
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, scale: float | None = None
+) -> Results:
+    """Define :func:`column_mean_attention` in plain PyTorch.
+
+    Returns:
+        ``out`` and scores as there, and the log-sum-exp of the logits, which the gradient needs, ``[B, H, N]`` in at
+        least float32.
+    """
     rows = logits(q, k, scale)  # [B, H, N, N]
     weights = rows.softmax(-1)
     out = rows_together(weights.to(v.dtype) @ v)  # [B, H, N, D]
@@ -22,46 +37,61 @@ def reference(q, k, v, extra_tokens, scale=None):
     return out, scores.float().detach(), rows.logsumexp(-1)
 
 
-def column_mean_attention(q, k, v, extra_tokens, scale=None):
-    """Attention, and the score of each patch: the attention it receives (paper, eq. 2a).
+def column_mean_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute attention, and score each patch by the attention that it receives (paper, eq. 2a).
 
-    The score is the softmax matrix averaged over heads and over the query rows of the patches; columns and rows of
-    extra tokens are left out of the average, not out of the softmax. It is computed in float32 from the first
-    accumulation, also for half-precision inputs (float64 in float64, and then rounded).
-    The output is differentiable in q, k and v (once); the scores are not. Inside autocast, the inputs are cast as those
-    of ``scaled_dot_product_attention`` are.
+    The score is the mean of the patch's column in the softmax matrix, over heads and over the query rows of patches.
+    Extra tokens are part of the softmax, but their rows and columns are not part of the scores. Scores are computed in
+    float32 from the first accumulation, also for half-precision inputs. For float64 inputs they are computed in
+    float64, then rounded. The output is differentiable once in ``q``, ``k`` and ``v``; the scores are not
+    differentiable. Inside autocast, the inputs are cast like those of ``scaled_dot_product_attention``.
 
     Args:
-        q, k, v: queries, keys, values ``[B, H, N, D]``, one floating dtype, any strides: views of a packed qkv are
-            meant.
-        extra_tokens: how many tokens at the front are not patches.
-        scale: factor of the logits; ``D ** -0.5`` if not given.
+        q: Queries ``[B, H, N, D]``, float32, bfloat16, float16 or float64, with any strides: for example a view of a
+            packed qkv projection.
+        k: Keys ``[B, H, N, D]``, with the dtype of ``q`` and any strides.
+        v: Values ``[B, H, N, D]``, with the dtype of ``q`` and any strides.
+        extra_tokens: Number of tokens before the patches.
+        scale: Factor of the logits; ``D ** -0.5`` if it is None.
 
     Returns:
-        out: ``[B, H, N, D]``, dtype of q, stored as ``[B, N, H, D]``: ``out.transpose(1, 2).flatten(2)`` is a view.
-        scores: float32 ``[B, N - extra_tokens]``.
+        A tuple ``(out, scores)``:
+
+        - out: Attention output ``[B, H, N, D]`` with the dtype of ``q``, stored as ``[B, N, H, D]``, so that
+          ``out.transpose(1, 2).flatten(2)`` is a view.
+        - scores: Scores ``[B, N - extra_tokens]``, float32.
 
     Raises:
-        TypeError, ValueError: an argument has another dtype, shape, range or device than said here.
+        TypeError: An argument has another dtype.
+        ValueError: An argument has another shape, range or device.
     """
     return _column_mean_attention(q, k, v, extra_tokens, scale)[:2]
 
 
-def check_attention(q, k, v, extra_tokens, scale=None):
-    """Raise unless these are arguments of :func:`column_mean_attention`."""
+def check_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, scale: float | None = None
+) -> None:
+    """Check the arguments of :func:`column_mean_attention`."""
     check_shape("q", q, "BHND")
     check_shape("k", k, "BHND", q.shape)
     check_qkv(q, k, v)
     check_extra_tokens(extra_tokens, q.shape[2])
 
 
-def _fake(q, k, v, extra_tokens, scale=None):
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, scale: float | None = None) -> Results:
     out, lse = empty_outputs(q)
     return out, q.new_empty((q.shape[0], q.shape[2] - extra_tokens), dtype=torch.float32), lse
 
 
-def cpu_attention(q, k, v, extra_tokens, scale=None):
-    """:func:`column_mean_attention` and its log-sum-exp by the CPU kernel, where it takes the input."""
+def cpu_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, scale: float | None = None
+) -> Results:
+    """Run :func:`column_mean_attention` by the CPU kernel, or by the reference for dtypes without a kernel.
+
+    The log-sum-exp of the logits is the third result.
+    """
     if q.dtype == torch.float64:
         return reference(q, k, v, extra_tokens, scale)
     if q.dtype == torch.float16:
@@ -75,17 +105,19 @@ def cpu_attention(q, k, v, extra_tokens, scale=None):
     return out, scores, lse
 
 
-def cuda_partials(q, k, v, extra_tokens, scale=None):
-    """As :func:`column_mean_attention`, with rows that add up to the scores, float32 ``[B, R, P]``, in their place.
+def cuda_partials(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, scale: float | None = None
+) -> Results:
+    """Compute attention, and instead of the scores rows ``[B, R, P]`` in float32 whose sum over R is the scores.
 
-    By the CUDA kernel for half precision, heads of 64 channels and as many tokens as it holds on chip; else by Triton's.
+    The CUDA kernel runs for half precision, heads of 64 channels, a positive scale and clips that fit into shared
+    memory. The Triton kernels replace it for other inputs, or the reference where they may not run.
     """
     scale, device = scale_of(q, scale), q.device.index or 0
     half = q.dtype in (torch.float16, torch.bfloat16)
     if not (half and q.shape[3] == 64 and q.shape[2] <= _most_tokens(device) and scale > 0):
-        return (triton_partials if stands_in("triton", q.device.type) else _reference_partials)(
-            q, k, v, extra_tokens, scale
-        )
+        fallback = triton_partials if stands_in("triton", q.device.type) else _reference_partials
+        return fallback(q, k, v, extra_tokens, scale)
     batch, heads, tokens, _ = q.shape
     out, lse = empty_outputs(q)
     parts = _C.cuda_attention_parts(batch * heads, tokens, device)
@@ -98,12 +130,14 @@ def cuda_partials(q, k, v, extra_tokens, scale=None):
 
 
 @functools.cache
-def _most_tokens(device):
+def _most_tokens(device: int) -> int:
     return _C.cuda_most_tokens(device)
 
 
-def triton_partials(q, k, v, extra_tokens, scale=None):
-    """As :func:`cuda_partials`, by the Triton kernels."""
+def triton_partials(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, scale: float | None = None
+) -> Results:
+    """Compute the results of :func:`cuda_partials` by the Triton kernels."""
     from ..kernels import attention, column_mean_attention
     from ..kernels.launch import takes
 
@@ -118,15 +152,17 @@ def triton_partials(q, k, v, extra_tokens, scale=None):
     return out, partials, lse
 
 
-def _reference_partials(*args):
-    out, scores, lse = reference(*args)
+def _reference_partials(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, scale: float | None = None
+) -> Results:
+    out, scores, lse = reference(q, k, v, extra_tokens, scale)
     return out, scores.unsqueeze(1), lse
 
 
-def _added_up(partials_of):
-    """The op by a function that leaves partial scores."""
+def _added_up(partials_of: Callable[..., Results]) -> Callable[..., Results]:
+    """Return the op as a function that computes partial scores, followed by their sum."""
 
-    def run(*args):
+    def run(*args: Any) -> Results:
         out, partials, lse = partials_of(*args)
         return out, partials.sum(1), lse
 
@@ -146,7 +182,7 @@ _column_mean_attention = define(
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, _, ctx.scale = inputs
     out, scores, lse = output
     ctx.mark_non_differentiable(scores, lse)
@@ -154,10 +190,11 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, out, lse)
 
 
-def _backward(ctx, grad_out, *_):
+def _backward(ctx: Any, grad_out: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
     if grad_out is None:
         return None, None, None, None, None
-    return *attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None, None
+    q, k, v, out, lse = ctx.saved_tensors
+    return *attention_backward(grad_out, q, k, v, out, lse, ctx.scale), None, None
 
 
 torch.library.register_autograd(
@@ -166,7 +203,7 @@ torch.library.register_autograd(
 
 
 @register_flop_formula(torch.ops.pruneattn.column_mean_attention)
-def flops(q, *_, **__):
-    """Of the op, for queries of this shape."""
+def flops(q: torch.Size, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of the op for queries of this shape."""
     batch, heads, tokens, channels = q
     return 2 * 2 * batch * heads * tokens * tokens * channels  # two matrix products, a multiplication and an addition

@@ -1,4 +1,9 @@
-"""Selection and gathering of two tensors at once: one launch instead of three."""
+"""Selection of patches and gathering of two tensors, in one launch instead of three."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,40 +16,49 @@ from .gather_tokens import rows_of, scatter_tokens
 from .select_tokens import check_selection
 from .select_tokens import reference as select_reference
 
+#: ``index``, ``x_kept`` and ``y_kept``.
+Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+#: Source and destination address, batch stride, token stride and row size of a tensor, in bytes.
+Rows = tuple[int, int, int, int, int]
 
-def reference(scores, x, y, keep, extra_tokens):
-    """The definition of :func:`prune_tokens` in plain PyTorch."""
+
+def reference(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor, keep: int, extra_tokens: int) -> Kept:
+    """Define :func:`prune_tokens` in plain PyTorch."""
     index = select_reference(scores, keep)
     return index, gather_reference(x, index, extra_tokens), gather_reference(y, index, extra_tokens)
 
 
-def prune_tokens(scores, x, y, keep, extra_tokens):
-    """``select_tokens(scores, keep)``, and ``gather_tokens`` of ``x`` and of ``y`` with it, fused.
+def prune_tokens(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor, keep: int, extra_tokens: int) -> Kept:
+    """Fuse ``select_tokens(scores, keep)`` with ``gather_tokens`` of ``x`` and of ``y``.
 
-    Two tensors, because a pruned block needs the same rows of the residual stream and of the attention output.
-    Differentiable in ``x`` and ``y``; not in ``scores``.
+    There are two tensors because a pruning block needs the same rows of the residual stream and of the attention
+    output. Differentiable in ``x`` and ``y``, not in ``scores``.
 
     Args:
-        scores: float32 ``[B, P]``, any strides.
-        x: tokens ``[B, N, C]`` with N = extra_tokens + P, any dtype, any strides.
-        y: tokens ``[B, N, C']``, any dtype, any strides.
-        keep: how many patches to keep, 1 to P.
-        extra_tokens: how many tokens at the front are not patches.
+        scores: Scores ``[B, P]``, float32, with any strides.
+        x: Tokens ``[B, N, C]`` with N = extra_tokens + P, with any dtype and strides.
+        y: Tokens ``[B, N, C']``, with any dtype and strides.
+        keep: Number of patches to keep, 1 to P.
+        extra_tokens: Number of tokens before the patches.
 
     Returns:
-        index: int64 ``[B, keep]``, ascending patch numbers.
-        x_kept: ``[B, extra_tokens + keep, C]``, contiguous.
-        y_kept: ``[B, extra_tokens + keep, C']``, contiguous.
+        A tuple ``(index, x_kept, y_kept)``:
+
+        - index: Ascending patch numbers ``[B, keep]``, int64.
+        - x_kept: ``[B, extra_tokens + keep, C]`` with the dtype of ``x``, contiguous.
+        - y_kept: ``[B, extra_tokens + keep, C']`` with the dtype of ``y``, contiguous.
 
     Raises:
         TypeError: ``scores`` is not float32.
-        ValueError: an argument has another shape, range or device than said here.
+        ValueError: An argument has another shape, range or device.
     """
     return _prune_tokens(scores, x, y, keep, extra_tokens)
 
 
-def check_tokens(x, y, patches, extra_tokens, name, other):
-    """Raise unless x and y have a token per patch, and extra ones, in the batch and on the device of another argument."""
+def check_tokens(
+    x: torch.Tensor, y: torch.Tensor, patches: int, extra_tokens: int, name: str, other: torch.Tensor
+) -> None:
+    """Check that ``x`` and ``y`` have ``extra_tokens + patches`` tokens, and the batch and device of ``other``."""
     batch = other.shape[0]
     for tokens_name, tokens in (("x", x), ("y", y)):
         check_shape(tokens_name, tokens, "BNC")
@@ -58,39 +72,41 @@ def check_tokens(x, y, patches, extra_tokens, name, other):
     check_extra_tokens(extra_tokens, x.shape[1])
 
 
-def empty_kept(x, y, keep, extra_tokens):
-    """Uninitialised ``index``, ``x_kept`` and ``y_kept``."""
-    kept = (t.new_empty((t.shape[0], extra_tokens + keep, t.shape[2])) for t in (x, y))
-    return x.new_empty((x.shape[0], keep), dtype=torch.int64), *kept
+def empty_kept(x: torch.Tensor, y: torch.Tensor, keep: int, extra_tokens: int) -> Kept:
+    """Return uninitialized ``index``, ``x_kept`` and ``y_kept``."""
+    x_kept, y_kept = (t.new_empty((t.shape[0], extra_tokens + keep, t.shape[2])) for t in (x, y))
+    return x.new_empty((x.shape[0], keep), dtype=torch.int64), x_kept, y_kept
 
 
-def rows_to_copy(tokens, kept):
-    """The tensors with contiguous rows, to be kept alive until the launch, and where a kernel finds theirs and puts them."""
-    tokens, places = zip(*map(rows_of, tokens))
-    rows = [(source, out.data_ptr(), *layout) for (source, *layout), out in zip(places, kept)]
+def rows_to_copy(
+    tokens: Sequence[torch.Tensor], kept: Sequence[torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], list[Rows]]:
+    """Return the tensors with contiguous rows, which must stay alive until the launch, and the rows to copy."""
+    tokens, places = zip(*map(rows_of, tokens), strict=True)
+    rows = [(source, out.data_ptr(), *layout) for (source, *layout), out in zip(places, kept, strict=True)]
     return tokens, rows
 
 
-def _check(scores, x, y, keep, extra_tokens):
+def _check(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor, keep: int, extra_tokens: int) -> None:
     check_selection(scores, keep)
     check_tokens(x, y, scores.shape[1], extra_tokens, "scores", scores)
 
 
-def _fake(scores, x, y, keep, extra_tokens):
+def _fake(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor, keep: int, extra_tokens: int) -> Kept:
     return empty_kept(x, y, keep, extra_tokens)
 
 
-def compiled(scores, x, y, keep, extra_tokens):
-    """:func:`prune_tokens` by the compiled kernel for the device."""
+def compiled(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor, keep: int, extra_tokens: int) -> Kept:
+    """Run :func:`prune_tokens` by the compiled kernel for the device."""
     batch, patches = scores.shape
     if scores.is_cuda and patches > _C.MAX_PATCHES:
         return reference(scores, x, y, keep, extra_tokens)
     scores = together(scores)
-    index, *kept = empty_kept(x, y, keep, extra_tokens)
-    tokens, rows = rows_to_copy((x, y), kept)
+    index, *kept = results = empty_kept(x, y, keep, extra_tokens)
+    _tokens, rows = rows_to_copy((x, y), kept)
     selection = (scores.data_ptr(), batch, patches, scores.stride(0), keep, index.data_ptr())
     launch("prune_tokens", scores, *selection, extra_tokens, rows)
-    return index, *kept
+    return results
 
 
 _prune_tokens = define(
@@ -103,15 +119,15 @@ _prune_tokens = define(
 )
 
 
-def differentiable_in_tokens(name, x_place):
-    """Register the gradient of an op with respect to ``x`` and ``y`` alone.
+def differentiable_in_tokens(name: str, x_place: int) -> None:
+    """Register the gradient of an op with respect to ``x`` and ``y`` only.
 
     Args:
-        name: of an op that returns scores (or not), ``index``, ``x_kept`` and ``y_kept``.
-        x_place: place of ``x`` among its arguments; ``y``, ``keep`` and ``extra_tokens`` come after it.
+        name: Name of an op that returns optional scores, ``index``, ``x_kept`` and ``y_kept``.
+        x_place: Position of ``x`` in its arguments. ``y``, ``keep`` and ``extra_tokens`` follow.
     """
 
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *scores, index, _, _ = output
         ctx.arguments = len(inputs)
         ctx.tokens, ctx.extra_tokens = inputs[x_place].shape[1], inputs[x_place + 3]
@@ -119,9 +135,9 @@ def differentiable_in_tokens(name, x_place):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(index)
 
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         (index,) = ctx.saved_tensors
-        result = [None] * ctx.arguments
+        result: list[torch.Tensor | None] = [None] * ctx.arguments
         for place, grad in enumerate(grads[-2:], x_place):
             if grad is not None:
                 result[place] = scatter_tokens(grad, index, ctx.extra_tokens, ctx.tokens)

@@ -1,4 +1,6 @@
-"""PyTorch's attention on a GPU, by the fastest of its kernels."""
+"""PyTorch's attention on a GPU, by its fastest kernel for the input."""
+
+from __future__ import annotations
 
 import functools
 
@@ -12,26 +14,36 @@ from ._registration import LIBRARY
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def pytorch_attention(q, k, v, scale=None):
-    """``scaled_dot_product_attention``, by cuDNN where that is fastest: in half precision, for inference, from Hopper on.
+def pytorch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """Call ``scaled_dot_product_attention``, or cuDNN's attention where it is faster.
 
-    Whether cuDNN takes the tensors is asked inside the operator ``pruneattn::pytorch_attention``, and so when a compiled
-    graph runs, not when it is traced. Exported programs have PyTorch's own operator.
+    cuDNN is faster in half precision, for inference, on data-center GPUs since Hopper. The operator
+    ``pruneattn::pytorch_attention`` asks cuDNN whether it supports the tensors, so a compiled graph asks when it runs,
+    not when it is traced. Exported programs contain PyTorch's own operator.
+
+    Args:
+        q: Queries ``[B, H, M, D]``.
+        k: Keys ``[B, H, N, D]``, with the dtype of ``q``.
+        v: Values ``[B, H, N, D]``, with the dtype of ``q``.
+        scale: Factor of the logits; ``D ** -0.5`` if it is None.
+
+    Returns:
+        Attention output ``[B, H, M, D]`` with the dtype of ``q``.
     """
     if _may_be_cudnns(q, k, v, scale):
         return torch.ops.pruneattn.pytorch_attention.default(q, k, v, scale)
     return sdpa(q, k, v, scale)
 
 
-def sdpa(q, k, v, scale):
-    """PyTorch's choice, whose FlashAttention gives NaN for a scale that is not positive."""
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Call ``scaled_dot_product_attention`` without its NaN where FlashAttention gets a scale that is not positive."""
     if scale is not None and scale <= 0:
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def _may_be_cudnns(q, k, v, scale):
-    """By what is known of tensors that are not there, as while a graph is traced."""
+def _may_be_cudnns(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> bool:
+    """Return whether cuDNN may be faster, by properties that are known of fake tensors, too."""
     if (
         q.dtype not in _HALVES
         or (scale is not None and scale <= 0)
@@ -40,29 +52,29 @@ def _may_be_cudnns(q, k, v, scale):
         return False
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
-    # Otherwise they are to be cast, which the operators do not do.
+    # The operators do not cast, so autocast must not have to.
     return not torch.is_autocast_enabled(q.device.type) or torch.get_autocast_dtype(q.device.type) == q.dtype
 
 
 @torch.compiler.assume_constant_result
-def _cudnn_is_fast(device_type, index):
+def _cudnn_is_fast(device_type: str, index: int | None) -> bool:
     return device_type == "cuda" and not torch.compiler.is_exporting() and _leaves_room_for_flash_2(index)
 
 
 @functools.cache
-def _leaves_room_for_flash_2(index):
-    """Where FlashAttention 2, which PyTorch brings, leaves part of the GPU unused."""
+def _leaves_room_for_flash_2(index: int | None) -> bool:
+    """Return whether FlashAttention 2, which PyTorch contains, cannot use the whole GPU."""
     return torch.version.cuda is not None and torch.cuda.get_device_capability(index)[0] in (9, 10)
 
 
-def _cudnn_takes(q, k, v):
+def _cudnn_takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     fits = all(x.dtype == q.dtype and x.device == q.device and x.ndim == 4 and in_pieces(x) for x in (q, k, v))
     return fits and k.shape == v.shape and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, False, False))
 
 
-def _cudnn(q, k, v, scale):
-    # By its operator: `sdpa_kernel` would change what the whole process prefers, other threads included, and undo what it
-    # was told from outside.
+def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    # `sdpa_kernel` would change the preferences of the whole process, other threads included, and override those of the
+    # user. So this calls cuDNN's operator.
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False, scale=scale)[0]
 
 
@@ -71,12 +83,12 @@ LIBRARY.define(
 )
 
 
-def _run(q, k, v, scale=None):
+def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     out = (_cudnn if _cudnn_takes(q, k, v) else sdpa)(q, k, v, scale)
     return out if out.transpose(1, 2).is_contiguous() else rows_together(out)
 
 
-def _fake(q, k, v, scale=None):
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None) -> torch.Tensor:
     batch, heads, rows, channels = q.shape
     return q.new_empty((batch, rows, heads, channels)).transpose(1, 2)
 

@@ -1,5 +1,7 @@
 """Selection of the highest-scoring patches: TopK, in patch order."""
 
+from __future__ import annotations
+
 import torch
 
 from ._checks import check_dtype, check_keep, check_shape
@@ -8,46 +10,46 @@ from ._registration import define
 from .backend import _C, launch
 
 
-def reference(scores, keep):
-    """The definition of :func:`select_tokens` in plain PyTorch."""
-    # A stable descending sort breaks ties towards the lower patch number; NaN sorts above +Inf. Contiguous, because the
-    # strides of what sort returns follow its input.
+def reference(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Define :func:`select_tokens` in plain PyTorch."""
+    # A stable descending sort breaks ties towards the lower patch number; NaN sorts above +Inf. The scores are made
+    # contiguous because the strides of the results of sort follow its input.
     order = scores.contiguous().sort(dim=1, descending=True, stable=True).indices  # [B, P]
     return order[:, :keep].sort(dim=1).values  # [B, keep]
 
 
-def select_tokens(scores, keep):
-    """Patch numbers of the ``keep`` highest scores of each clip, in ascending order.
+def select_tokens(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Select the ``keep`` patches with the highest scores of each clip, in ascending order (paper, section 3).
 
-    Equal scores (+0 and -0 are equal) go to the lower patch number. NaN ranks above +Inf, as in ``torch.sort``.
-    Not differentiable.
+    Of patches with equal scores (+0 and -0 are equal), those with the lower patch numbers are kept. NaN ranks above
+    +Inf, as in ``torch.sort``. Not differentiable.
 
     Args:
-        scores: float32 ``[B, P]``, any strides.
-        keep: how many to keep, 1 to P.
+        scores: Scores ``[B, P]``, float32, with any strides.
+        keep: Number of patches to keep, 1 to P.
 
     Returns:
-        int64 ``[B, keep]``.
+        Patch numbers ``[B, keep]``, int64.
 
     Raises:
-        TypeError: ``scores`` is not float32: half precision makes ties that are not there.
+        TypeError: ``scores`` is not float32. Half precision would create ties.
         ValueError: ``scores`` is not two-dimensional, or ``keep`` is out of range.
     """
     return _select_tokens(scores, keep)
 
 
-def check_selection(scores, keep):
-    """Raise unless ``keep`` patches can be selected by these scores."""
+def check_selection(scores: torch.Tensor, keep: int) -> None:
+    """Check the arguments of :func:`select_tokens`."""
     check_shape("scores", scores, "BP")
     check_dtype("scores", scores, (torch.float32,))
     check_keep(keep, scores.shape[1])
 
 
-def _fake(scores, keep):
+def _fake(scores: torch.Tensor, keep: int) -> torch.Tensor:
     return scores.new_empty((scores.shape[0], keep), dtype=torch.int64)
 
 
-def _compiled(scores, keep):
+def _compiled(scores: torch.Tensor, keep: int) -> torch.Tensor:
     batch, patches = scores.shape
     if scores.is_cuda and patches > _C.MAX_PATCHES:
         return reference(scores, keep)

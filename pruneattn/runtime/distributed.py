@@ -1,24 +1,36 @@
-"""One process, or several started by torchrun: the few collective operations that training and evaluation need."""
+"""Device and process group: a single process, or several that torchrun starts, and their collective operations."""
+
+from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..errors import UserError
 
-# Group of the values that Python gathers. A thread of gloo lets go of them some time after the operation; where that is
-# after the interpreter's end, the process aborts. The threads end with their group, and DDP keeps the default one for
-# ever, so that these values have a group of their own (torch 2.11).
-_values = None
+T = TypeVar("T")
+
+# Group for values that Python gathers. A gloo thread releases such a value some time after the operation. If that
+# happens after the interpreter has shut down, the process aborts. The threads end with their group, but DDP keeps the
+# default group alive forever, so these values need a group of their own (torch 2.11).
+_values: dist.ProcessGroup | None = None
 
 
-def start(name):
-    """Join the group that torchrun announces in the environment, if any; returns this process's device.
+def start(name: str) -> torch.device:
+    """Choose the device of this process, and join the process group that torchrun announces, if any.
 
-    ``name`` is "auto", "cpu", "cuda" or "cuda:N"; under torchrun each process takes the GPU of its local rank. Raises
-    `UserError` for a device that is not there, and for a torchrun whose restarts would hang.
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:N". Under torchrun, "auto" and "cuda" select the GPU of the local rank.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        UserError: the device does not exist, or torchrun is set up so that processes would hang after a restart.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,11 +39,11 @@ def start(name):
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: torch sees no GPU here; use --device cpu")
-        if device.index is None:
+            raise UserError(f"--device {name}: torch finds no GPU on this machine; use --device cpu")
+        if name == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: there is no {device}; torch sees {torch.cuda.device_count()} GPUs here")
+            raise UserError(f"--device {name}: {device} does not exist; torch finds {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         _check_restarts()
@@ -41,39 +53,49 @@ def start(name):
     return device
 
 
-def _check_restarts():
-    # One store serves all starts of such a torchrun, and nothing in it says of which start an address is (torch 2.11).
+def _check_restarts() -> None:
+    # Such a torchrun uses one store for all restarts, and an address in it does not say which start it belongs to
+    # (torch 2.11).
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise UserError(
-            "torchrun --max-restarts: after a restart the processes can find addresses of those before, and wait for "
-            "them until a timeout: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is called"
+            "torchrun --max-restarts: after a restart, processes can find addresses of the previous start and wait for "
+            "them until a timeout: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
         )
 
 
-def finish():
-    """Leave the group."""
+def finish() -> None:
+    """Leave the process group, if any."""
     global _values
     if dist.is_initialized():
         _values = None
         dist.destroy_process_group()
 
 
-def rank():
+def rank() -> int:
+    """Number of this process in the group; 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
+    """Number of processes in the group; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main():
+def is_main() -> bool:
     """True in the one process that writes files and prints."""
     return rank() == 0
 
 
-def gather_numbers(values):
-    """A list of numbers from every process, in the order of their ranks, the same floats in each of them."""
+def gather_numbers(values: Sequence[float]) -> list[list[float]]:
+    """Gather a list of numbers from every process.
+
+    Args:
+        values: numbers of this process; every process passes equally many.
+
+    Returns:
+        The lists of all processes in the order of their ranks, identical in every process.
+    """
     if world_size() == 1:
         return [list(values)]
     mine = torch.tensor(values, dtype=torch.float64)
@@ -82,16 +104,16 @@ def gather_numbers(values):
     return everyone.tolist()
 
 
-def gather_objects(value):
-    """The picklable value of every process, in the order of their ranks, in each of them."""
+def gather_objects(value: T) -> list[T]:
+    """Gather a picklable value from every process: a list in the order of the ranks, equal in every process."""
     if world_size() == 1:
         return [value]
-    values = [None] * world_size()
+    values = [value] * world_size()
     dist.all_gather_object(values, value, group=_values)
     return values
 
 
-def barrier():
-    """Wait for all processes."""
+def barrier() -> None:
+    """Wait until all processes have reached this call."""
     if world_size() > 1:
         dist.barrier()

@@ -1,41 +1,53 @@
-"""Logits of a whole data set: what validation during training and `python -m pruneattn.evaluate` share."""
+"""Logits and metrics of a model on a whole dataset, for validation during training and for ``pruneattn evaluate``."""
 
-from contextlib import nullcontext
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from ..data.loader import Batch
 from ..errors import UserError
+from ..metrics import evaluate_predictions
 from ..models.optimize import optimize_for_inference
+from ..models.vit import PrunedViT
 from . import distributed
 
-AMP_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Precision of a model by its name in ``--amp``; None means no autocast.
+AMP_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Predictions(NamedTuple):
-    """The clips of a data set that could be decoded, in the order of the data set, on the CPU."""
+    """Predictions for the clips of a dataset that could be decoded, in the order of the dataset, on the CPU."""
 
     logits: torch.Tensor  # float32 [N, K]
     targets: torch.Tensor  # float32 [N, K]
-    index: torch.Tensor  # int64 [N], each clip's number in the data set
-    failed: list  # (path, message) of the clips that could not be decoded
+    # int64 [N], each clip's number in the dataset. The name is public, and hides the method of tuple.
+    index: torch.Tensor  # type: ignore[assignment]
+    failed: list[tuple[str, str]]  # (path, message) of the clips that could not be decoded
 
 
-def autocast(device, amp):
-    """Context in which a model runs in ``amp`` ("fp32", "bf16" or "fp16") on ``device``."""
+def autocast(device: torch.device | str, amp: str) -> AbstractContextManager:
+    """Context in which a model runs in the precision ``amp`` ("fp32", "bf16" or "fp16") on ``device``."""
     dtype = AMP_DTYPES[amp]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
 
 
-def can_optimize(device, amp):
-    """Whether ``optimize_for_inference`` has something to do for this device and precision."""
+def can_optimize(device: torch.device | str, amp: str) -> bool:
+    """Whether ``optimize_for_inference`` supports this device and precision."""
     return torch.device(device).type == "cpu" and amp != "fp16"
 
 
-def optimized(model, device, amp):
-    """The model on ``device`` as it runs fastest there, and the ``amp`` that is left to do around it.
+def optimized(model: PrunedViT, device: torch.device | str, amp: str) -> tuple[PrunedViT, str]:
+    """Move a model to a device, in the form that runs fastest there.
 
-    On a CPU that is ``optimize_for_inference``, which changes the model in place, in the precision of ``amp``.
+    On a CPU, ``optimize_for_inference`` changes the model in place and converts it to the precision of ``amp``.
+
+    Returns:
+        The model, and the ``amp`` in which to call it ("fp32" if the model itself has the precision).
     """
     model = model.to(device)
     if not can_optimize(device, amp):
@@ -44,29 +56,36 @@ def optimized(model, device, amp):
 
 
 @torch.inference_mode()
-def predict_dataset(model, features, loader, device, amp="fp32"):
-    """Run ``model`` over an evaluation loader.
+def predict_dataset(
+    model: nn.Module,
+    features: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    loader: Iterable[Batch],
+    device: torch.device | str,
+    amp: str = "fp32",
+) -> Predictions:
+    """Run a model over an evaluation loader.
 
-    With several processes (``torch.distributed`` is initialised) each brings its own part of the data set, as
-    ``make_loader(train=False, rank=..., world=...)`` gives it, and every one gets the whole result: each clip once,
-    whatever the count.
+    If ``torch.distributed`` is initialized, each process runs its own part of the dataset, from
+    ``make_loader(train=False, rank=..., world=...)``, and every process gets the whole result. Each clip appears once,
+    for any number of processes.
 
     Args:
-        model: Gives logits ``[B, K]`` for ``[B, frames, 128]``; used in eval mode and left in the mode it was in.
+        model: returns logits ``[B, K]`` for ``[B, frames, 128]``; runs in evaluation mode, then returns to its mode.
         features: ``FeatureExtractor`` on ``device``.
-        loader: Iterable of ``Batch``.
-        device: Where to compute.
+        loader: iterable of ``Batch``.
+        device: where to compute.
         amp: "fp32", "bf16" or "fp16": precision of the model; features are float32.
 
     Returns:
         `Predictions`.
 
     Raises:
-        UserError: not one clip could be decoded.
+        UserError: no clip could be decoded.
     """
     was_training = model.training
     model.eval()
-    logits, targets, index, failed = [], [], [], []
+    logits, targets, index = [], [], []
+    failed: list[tuple[str, str]] = []
     try:
         for batch in loader:
             failed.extend(batch.failed)
@@ -79,23 +98,30 @@ def predict_dataset(model, features, loader, device, amp="fp32"):
             index.append(batch.index)
     finally:
         model.train(was_training)
-    part = None
-    if index:
-        part = torch.cat(logits).cpu(), torch.cat(targets), torch.cat(index)
-    parts = distributed.gather_objects((part, failed))
-    failed = sorted({tuple(clip) for _, clips in parts for clip in clips})
-    parts = [part for part, _ in parts if part is not None]
+    part = (torch.cat(logits).cpu(), torch.cat(targets), torch.cat(index)) if index else None
+    gathered = distributed.gather_objects((part, failed))
+    failed = sorted({(path, message) for _, clips in gathered for path, message in clips})
+    parts = [part for part, _ in gathered if part is not None]
     if not parts:
         reason = f"; the first, {failed[0][0]}: {failed[0][1]}" if failed else ""
-        raise UserError(f"not one clip of the data set could be decoded{reason}")
-    logits, targets, index = (torch.cat(column) for column in zip(*parts))
-    order = index.argsort()
-    return Predictions(logits[order], targets[order], index[order], failed)
+        raise UserError(f"no clip of the dataset could be decoded{reason}")
+    all_logits, all_targets, all_index = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = all_index.argsort()
+    return Predictions(all_logits[order], all_targets[order], all_index[order], failed)
 
 
-def evaluate_model(model, features, loader, device, amp="fp32", *, multilabel):
-    """Metrics of `metrics.evaluate_predictions` over an evaluation loader, and the clips that could not be decoded."""
-    from ..metrics import evaluate_predictions
+def evaluate_model(
+    model: nn.Module,
+    features: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    loader: Iterable[Batch],
+    device: torch.device | str,
+    amp: str = "fp32",
+    *,
+    multilabel: bool,
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Metrics of ``metrics.evaluate_predictions`` on an evaluation loader, and the clips that could not be decoded.
 
+    The arguments are those of `predict_dataset`; ``multilabel`` says whether a clip can have several labels.
+    """
     predictions = predict_dataset(model, features, loader, device, amp)
     return evaluate_predictions(predictions.logits, predictions.targets, multilabel), predictions.failed

@@ -1,48 +1,70 @@
-"""From a command line to a `Trainer`: data, model, optimiser, and the state to go on from."""
+"""Sets up a `Trainer`: data, model, optimizer, and the state from which a run resumes."""
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
 import platform
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from ..checkpoints.load_checkpoint import load_checkpoint
 from ..constants import VERSION
 from ..data import DATASETS, FeatureConfig, FeatureExtractor, load_dataset
 from ..data.augment import Augment
+from ..data.catalog import DatasetInfo
+from ..data.clips import ClipDataset
 from ..data.stats import dataset_stats
 from ..errors import UserError
 from ..files import write_json, write_lines
 from ..models import create_model
+from ..models.vit import PrunedViT
 from ..runtime import distributed
+from ..runtime.signals import StopRequest
 from . import state
-from .engine import Trainer, seed_step
+from .engine import Trainer
 from .log import RunLog, say
 from .optim import make_optimizer
-from .options import describe
-from .recipes import RECIPES
+from .options import Options, describe
+from .recipes import RECIPES, Recipe
+from .seed import seed_step
 
 
-def open_splits(options, recipe):
-    """Dict of the data sets train, val and test, not decoded; test is None where a manifest run has no manifest for it."""
+def open_splits(options: Options, recipe: Recipe) -> dict[str, ClipDataset | None]:
+    """Open the datasets of the splits "train", "val" and "test", without decoding any clip.
+
+    Only "test" can be None: if a dataset of manifests has none for it.
+    """
     train_set = open_split(options, recipe, "train")
-    # Asked of the training clips alone: those of a small val split may happen to have one label each.
+    assert train_set is not None  # open_split requires it
+    # The training clips decide: in a small val split, each clip may happen to have one label.
     others = {split: open_split(options, recipe, split, train_set.multilabel) for split in ("val", "test")}
     return {"train": train_set, **others}
 
 
-def open_split(options, recipe, split, multilabel=None):
-    """The data set of a split, or None where a manifest run has no manifest for its test split.
+def open_split(options: Options, recipe: Recipe, split: str, multilabel: bool | None = None) -> ClipDataset | None:
+    """Open the dataset of a split.
 
-    ``multilabel`` says whether a clip can have several classes, else the clips of the split do.
+    Args:
+        options: names the dataset and its files.
+        recipe: limits the length of the clips by its ``frames``.
+        split: "train", "val" or "test".
+        multilabel: whether a clip can have several classes; None if the clips of the split decide.
+
+    Returns:
+        The dataset; None if a dataset of manifests has none for its test split.
     """
     manifest = getattr(options, f"{split}_manifest")
     if options.dataset == "manifest" and manifest is None:
         if split == "test":
             return None
-        raise UserError(f"--dataset manifest needs --{split}-manifest, a JSON file of clips")
+        raise UserError(f"--dataset manifest requires --{split}-manifest, a JSON file of clips")
     return load_dataset(
         options.dataset,
         split,
@@ -56,8 +78,8 @@ def open_split(options, recipe, split, multilabel=None):
     )
 
 
-def resolve(recipe, info, dataset):
-    """The recipe with everything filled in that the data decides."""
+def resolve(recipe: Recipe, info: DatasetInfo, dataset: ClipDataset) -> Recipe:
+    """Fill in the values of a recipe that depend on the data."""
     mean, std = info.mean, info.std
     if dataset.name in ("manifest", "folder") and None in (recipe.mean, recipe.std):
         mean, std = measure(dataset)
@@ -71,8 +93,8 @@ def resolve(recipe, info, dataset):
     )
 
 
-def measure(dataset):
-    """Mean and standard deviation of the log-mel over up to 1000 clips of a data set, rounded."""
+def measure(dataset: ClipDataset) -> tuple[float, float]:
+    """Mean and standard deviation of the log-mel over at most 1000 clips of a dataset, rounded to 3 decimals."""
     count = min(len(dataset), 1000)
     clips = torch.utils.data.Subset(dataset, [i * len(dataset) // count for i in range(count)])
     stats = dataset_stats(clips, progress=False)
@@ -80,10 +102,13 @@ def measure(dataset):
     return round(stats.mean, 3), round(stats.std, 3)
 
 
-def describe_data(train_set, val_set):
-    """The classes, and the clips by name and labels, wherever they lie: a run that goes on has to find the same."""
+def describe_data(train_set: ClipDataset, val_set: ClipDataset) -> dict[str, Any]:
+    """Classes and digests of the clips, which a resumed run must find again.
 
-    def digest(dataset):
+    A digest covers file names and labels, but not folders, so that data can be moved.
+    """
+
+    def digest(dataset: ClipDataset) -> str:
         lines = "".join(f"{clip.path.name} {clip.labels}\n" for clip in dataset.clips)
         return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()[:16]
 
@@ -96,8 +121,9 @@ def describe_data(train_set, val_set):
     }
 
 
-def build_model(options, recipe, num_classes):
-    """The model with fresh weights that depend on the seed alone."""
+def build_model(options: Options, recipe: Recipe, num_classes: int) -> PrunedViT:
+    """Create the model with random weights that depend only on the seed."""
+    assert recipe.frames is not None  # resolved
     seed_step(options.seed, -1)
     return create_model(
         f"{options.model}_{options.size}",
@@ -112,48 +138,57 @@ def build_model(options, recipe, num_classes):
     )
 
 
-def initialise(options, recipe, model):
-    """Load ``--init``, or say so where the paper's recipe expects a checkpoint and there is none."""
+def initialize(options: Options, model: PrunedViT) -> None:
+    """Load the checkpoint of ``--init``; without one, print a note if the paper's recipe expects it."""
     if options.init:
-        from ..checkpoints.load_checkpoint import load_checkpoint
-
         say(load_checkpoint(model, options.init))
     elif (options.model, options.dataset) in RECIPES:
-        say("note: the paper's recipe is for a pre-trained model; without --init it starts from random weights")
+        say("note: the paper's recipe is for a pretrained model; without --init, training starts from random weights")
 
 
-def check_batch(recipe, train_set):
-    """Raise ``UserError`` for a batch that cannot be shared out or filled."""
+def check_batch(recipe: Recipe, train_set: ClipDataset) -> None:
+    """Raise ``UserError`` if a batch cannot be split evenly, or if the clips do not fill one batch."""
     parts = distributed.world_size() * recipe.accumulate
     if recipe.batch_size % parts:
         raise UserError(
-            f"--batch-size {recipe.batch_size} cannot be shared out evenly: {distributed.world_size()} processes times "
-            f"--accumulate {recipe.accumulate} make {parts} parts"
+            f"--batch-size {recipe.batch_size} cannot be split evenly: {distributed.world_size()} processes times "
+            f"--accumulate {recipe.accumulate} are {parts} parts"
         )
     if len(train_set) < recipe.batch_size:
         raise UserError(
-            f"{len(train_set)} training clips do not fill one batch: give a --batch-size of at most {len(train_set)}"
+            f"{len(train_set)} training clips do not fill one batch: use a --batch-size of at most {len(train_set)}"
         )
 
 
-def build_trainer(options, recipe, stop):
-    """Everything set up; where the run goes on from a checkpoint, as it was then."""
+def build_trainer(options: Options, recipe: Recipe, stop: StopRequest) -> Trainer:
+    """Set up a run; if it resumes or branches from a checkpoint, in the state of the checkpoint.
+
+    Args:
+        options: model, data, device and output.
+        recipe: how to train; values that depend on the data can be None.
+        stop: records the signals that end the run.
+
+    Raises:
+        UserError: options, data, output folder or checkpoint are invalid or do not match.
+    """
     device = distributed.start(options.device)
     if options.deterministic:
         torch.use_deterministic_algorithms(True)
     resume, folder = find_resume(options)
     splits = open_splits(options, recipe)
     train_set, val_set = splits["train"], splits["val"]
+    assert train_set is not None and val_set is not None  # only the test split is optional
     check_batch(recipe, train_set)
     if distributed.is_main():
-        state.open_output(folder, going_on=options.resume is not None)
+        state.open_output(folder, resuming=options.resume is not None)
     if options.cache:
         train_set.fill_cache()
         val_set.fill_cache()
     recipe = resolve(recipe, DATASETS[options.dataset], train_set)
     config = describe(options, recipe) | describe_data(train_set, val_set)
 
-    # All that can refuse an option comes before config.json, with which the folder holds a run.
+    # Everything that can reject an option comes before config.json, which marks the folder as a run.
+    assert recipe.frames is not None and recipe.mean is not None and recipe.std is not None  # resolved
     features = FeatureExtractor(FeatureConfig(recipe.frames, recipe.mean, recipe.std, recipe.padding)).to(device)
     augment = Augment(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Augment)})
     model = build_model(options, recipe, train_set.num_classes)
@@ -163,12 +198,12 @@ def build_trainer(options, recipe, stop):
     elif options.branch_from:
         saved = state.load_state(options.branch_from, config, branch=True)
     else:
-        initialise(options, recipe, model)
+        initialize(options, model)
     model.to(device)
     optimizer = make_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    scaler = GradScaler(device.type, enabled=options.amp == "fp16")
     progress = state.restore(saved, model, optimizer, scaler) if saved else state.Progress()
-    check_same_start(folder, saved and (progress.epoch, progress.step))
+    check_same_start(folder, (progress.epoch, progress.step) if saved else None)
 
     if distributed.is_main():
         if saved and not resume:
@@ -177,7 +212,7 @@ def build_trainer(options, recipe, stop):
         write_config(folder, config, train_set, val_set)
     distributed.barrier()
 
-    running = torch.compile(model) if options.compile else model
+    running: nn.Module = cast(nn.Module, torch.compile(model)) if options.compile else model
     if distributed.world_size() > 1:
         running = DistributedDataParallel(running, device_ids=[device.index] if device.type == "cuda" else None)
     step = progress.epoch * (len(train_set) // recipe.batch_size) + progress.step if saved else None
@@ -203,8 +238,9 @@ def build_trainer(options, recipe, stop):
     )
 
 
-def find_resume(options):
-    """(checkpoint to go on from or None, output folder)."""
+def find_resume(options: Options) -> tuple[Path | None, Path]:
+    """Find the checkpoint to resume from, None for a new run, and the output folder."""
+    assert options.output is not None  # parse() sets it
     folder = Path(options.output)
     if options.resume is None:
         return None, folder
@@ -219,10 +255,10 @@ def find_resume(options):
     return path, path.parent
 
 
-def check_same_start(folder, start):
-    """Raise ``UserError`` unless all processes start at the same (epoch, step), None for a fresh start.
+def check_same_start(folder: Path | str, start: tuple[int, int] | None) -> None:
+    """Raise ``UserError`` unless all processes start at the same (epoch, step), or None for a new run.
 
-    torchrun gives out the ranks anew at every start, so that the one that saves may be on another machine than before.
+    torchrun assigns new ranks at every start, so the process that saves may run on another machine than before.
     """
     starts = distributed.gather_objects(start)
     if any(other != starts[0] for other in starts):
@@ -231,17 +267,17 @@ def check_same_start(folder, start):
             for rank, place in enumerate(starts)
         )
         raise UserError(
-            f"{folder}: the processes found different checkpoints there ({found}): --output must be one folder that all "
-            "machines share"
+            f"{folder}: the processes found different checkpoints in this folder ({found}): --output must be a folder "
+            "that all machines share"
         )
 
 
-def write_config(folder, config, train_set, val_set):
-    """config.json: every resolved value, and what it ran on; the missing clips in a list of their own."""
+def write_config(folder: Path, config: dict[str, Any], train_set: ClipDataset, val_set: ClipDataset) -> None:
+    """Write config.json, with all resolved values and the versions used, and the list of missing clips."""
     versions = {"pruneattn": VERSION, "torch": torch.__version__, "python": platform.python_version()}
     counts = {"val_clips": len(val_set), "processes": distributed.world_size()}
     write_json(folder / state.CONFIG, {**config, **counts, "versions": versions, "command": sys.argv})
     missing = [str(path) for path in [*train_set.missing, *val_set.missing]]
     if missing:
         write_lines(folder / state.MISSING, missing)
-        say(f"{len(missing)} listed clips are not there; their names are in {folder / state.MISSING}")
+        say(f"{len(missing)} listed clips do not exist; they are listed in {folder / state.MISSING}")

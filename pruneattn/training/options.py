@@ -1,13 +1,17 @@
-"""The command line of training, made from the fields of `Options` and `Recipe`, and the checks on what was given."""
+"""The command line of training, built from the fields of `Options` and `Recipe`, and the checks of its values."""
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
 import math
 import types
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from ..constants import PATCH
 from ..errors import UserError
 from .recipes import RECIPES, Recipe, option, recipe_for
 
@@ -17,55 +21,61 @@ LAST = "last.pt"
 
 @dataclass(frozen=True)
 class Options:
-    """What to train on what, where, and where the results go; how is in the `Recipe`."""
+    """Model, data, device and output of a run. The `Recipe` holds the training itself."""
 
     # Model
-    model: str = option("audiomae", "model", "model", choices=("audiomae", "ast"))
-    size: str = option("base", "model", "its size", choices=("tiny", "small", "base", "large"))
-    embed_dim: int | None = option(None, "model", "width (the size's)")
-    depth: int | None = option(None, "model", "blocks (the size's)")
-    num_heads: int | None = option(None, "model", "attention heads (the size's)")
-    init: str | None = option(None, "model", "checkpoint to start from, in any of the known formats", metavar="FILE")
+    model: str = option("audiomae", "model", "model family", choices=("audiomae", "ast"))
+    size: str = option("base", "model", "size of the model", choices=("tiny", "small", "base", "large"))
+    embed_dim: int | None = option(None, "model", "width (default: that of the size)")
+    depth: int | None = option(None, "model", "number of blocks (default: that of the size)")
+    num_heads: int | None = option(None, "model", "number of attention heads (default: that of the size)")
+    init: str | None = option(None, "model", "checkpoint with initial weights, in any supported format", metavar="FILE")
 
     # Data
     dataset: str = option("toy", "data", "as20k, spc2, esc50, voxceleb1, toy, manifest or folder", metavar="NAME")
-    data_dir: str | None = option(None, "data", "where it is (else the variable PRUNEATTN_DATA)", metavar="DIR")
-    fold: int = option(1, "data", "esc50: the fold that is held out")
+    data_dir: str | None = option(
+        None, "data", "folder of the data (default: the variable PRUNEATTN_DATA)", metavar="DIR"
+    )
+    fold: int = option(1, "data", "esc50: held-out fold")
     train_manifest: str | None = option(None, "data", "manifest: JSON file of the training clips", metavar="FILE")
-    val_manifest: str | None = option(None, "data", "manifest: of the clips that choose the best", metavar="FILE")
-    test_manifest: str | None = option(None, "data", "manifest: of the clips to report on", metavar="FILE")
+    val_manifest: str | None = option(None, "data", "manifest: JSON file of the validation clips", metavar="FILE")
+    test_manifest: str | None = option(None, "data", "manifest: JSON file of the test clips", metavar="FILE")
     label_csv: str | None = option(None, "data", "manifest: CSV of labels (index,mid,display_name)", metavar="FILE")
     cache: bool = option(False, "data", "decode every clip once and keep the waveforms in memory")
-    workers: int = option(0, "data", "processes that decode clips")
+    workers: int = option(0, "data", "number of processes that decode clips")
 
     # Run
-    output: str | None = option(None, "run", "folder of the run (runs/MODEL_SIZE_DATASET)", metavar="DIR")
+    output: str | None = option(None, "run", "folder of the run (default: runs/MODEL_SIZE_DATASET)", metavar="DIR")
     resume: str | None = option(
         None,
         "run",
-        "go on with the run in --output, which starts now where there is no checkpoint yet, or with that of "
-        "this folder or checkpoint, which must be there",
+        "resume the run in --output, or start it if there is no checkpoint yet; with a PATH, resume the run of this "
+        "folder or checkpoint, which must exist",
         metavar="PATH",
     )
     branch_from: str | None = option(
         None,
         "run",
-        "start from another run's trunk.pt, its state before pruning began; only --keep-rate, --score, "
+        "start from the trunk.pt of another run, its state before pruning started; only --keep-rate, --score, "
         "--prune-blocks and --shrink-epochs may differ",
         metavar="FILE",
     )
     device: str = option("auto", "run", "auto, cpu, cuda or cuda:N", metavar="NAME")
     amp: str = option("fp32", "run", "precision of the model", choices=("fp32", "bf16", "fp16"))
     compile: bool = option(False, "run", "compile the model with torch.compile")
-    deterministic: bool = option(False, "run", "deterministic algorithms only: a GPU repeats a run bit for bit")
-    seed: int = option(0, "run", "seed of everything random")
-    eval_every: int = option(1, "run", "epochs between evaluations (the last is always evaluated)")
-    save_minutes: float = option(10.0, "run", "minutes between checkpoints within an epoch (each epoch ends with one)")
-    log_every: int = option(20, "run", "optimiser steps between step lines in the log")
-    tensorboard: bool = option(True, "run", "write TensorBoard events too")
+    deterministic: bool = option(
+        False, "run", "use only deterministic algorithms, so that a GPU repeats a run bit for bit"
+    )
+    seed: int = option(0, "run", "seed of all random numbers")
+    eval_every: int = option(1, "run", "epochs between evaluations; the last epoch is always evaluated")
+    save_minutes: float = option(
+        10.0, "run", "minutes between checkpoints within an epoch; each epoch ends with a checkpoint"
+    )
+    log_every: int = option(20, "run", "optimizer steps between step lines in the log")
+    tensorboard: bool = option(True, "run", "also write TensorBoard events")
 
 
-#: Options that decide where and how fast, not what is computed: they may change when a run is resumed.
+#: Options that affect only where and how fast a run computes. They may change when a run resumes.
 PLACE = {
     "data_dir",
     "cache",
@@ -85,13 +95,13 @@ PLACE = {
     "test_manifest",
     "label_csv",
 }
-#: What has no effect before the first pruned epoch, so that runs which differ only in these share a trunk.
+#: Options without effect before the first pruned epoch. Runs that differ only in these share a trunk.
 PRUNING = {"keep_rate", "shrink_epochs", "prune_blocks", "score"}
-#: What checkpoints of the first versions do not know of their data; these go on without the comparison.
+#: Descriptions of the data that checkpoints of the first versions do not contain. Such runs resume unchecked.
 _DATA = {"labels", "train_clips_digest", "val_clips_digest"}
 
-#: What options must be, in words: the test of a number, and the options.
-_RANGES = {
+#: Valid ranges, by their wording in messages: the test of a number, and the options to which the range applies.
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 1": (lambda x: x >= 1, "epochs batch_size accumulate lr_batch lr_step_every eval_every log_every"),
     "at least 0": (
         lambda x: x >= 0,
@@ -105,7 +115,7 @@ _RANGES = {
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "keep_rate"),
     "above 0 and finite": (lambda x: 0 < x < math.inf, "std"),
     "finite": (math.isfinite, "mean"),
-    "at least 0 and below 2**63": (lambda x: 0 <= x < 2**63, "seed"),  # what torch takes
+    "at least 0 and below 2**63": (lambda x: 0 <= x < 2**63, "seed"),  # the range that torch accepts
 }
 
 _GROUPS = {
@@ -113,15 +123,18 @@ _GROUPS = {
     "data": "data",
     "run": "run",
     "steps": "recipe: steps",
-    "optimiser": "recipe: optimiser",
+    "optimizer": "recipe: optimizer",
     "pruning": "recipe: pruning",
     "input": "recipe: input",
     "augmentation": "recipe: augmentation",
 }
 
 
+_METAVARS: dict[type, str] = {int: "N", float: "X"}
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is argparse.SUPPRESS:
             return action.help
         if isinstance(action.default, tuple):
@@ -129,8 +142,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def _value_type(hint):
-    """(type of one value, number of values as argparse's nargs) of a field's type hint."""
+def _value_type(hint: Any) -> tuple[type, int | str | None]:
+    """Type of one value, and number of values (``nargs`` of argparse), for the type hint of a field."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(arg for arg in get_args(hint) if arg is not type(None))
     if get_origin(hint) is tuple:
@@ -139,29 +152,42 @@ def _value_type(hint):
     return hint, None
 
 
-def _add_options(parser, groups, instance):
+def _add_options(
+    parser: argparse.ArgumentParser, groups: dict[str, argparse._ArgumentGroup], instance: Options | Recipe
+) -> None:
+    """Add an option for each field of an instance, whose values are the defaults, to its group."""
     hints = get_type_hints(type(instance))
     for field in dataclasses.fields(instance):
         name = field.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(_GROUPS[name])
         kind, nargs = _value_type(hints[field.name])
-        settings = {"help": field.metadata["help"], "default": getattr(instance, field.name)}
+        settings: dict[str, Any] = {"help": field.metadata["help"], "default": getattr(instance, field.name)}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings.update(type=kind, choices=field.metadata["choices"])
             if nargs:
-                settings.update(nargs=nargs, metavar={int: "N", float: "X"}[kind])
+                settings.update(nargs=nargs, metavar=_METAVARS[kind])
             elif not field.metadata["choices"]:
-                settings["metavar"] = field.metadata["metavar"] or {int: "N", float: "X"}[kind]
+                settings["metavar"] = field.metadata["metavar"] or _METAVARS[kind]
         if field.name == "resume":
             settings.update(nargs="?", const=LAST)
         groups[name].add_argument("--" + field.name.replace("_", "-"), **settings)
 
 
-def parse(argv=None):
-    """Read the command line: ``(Options, Recipe)``, checked. Options of the recipe default to the pair's recipe."""
+def parse(argv: Sequence[str] | None = None) -> tuple[Options, Recipe]:
+    """Read and check a command line.
+
+    Args:
+        argv: words of the command line; None for those of this process.
+
+    Returns:
+        The options and the recipe. The defaults of the recipe are those of ``--model`` and ``--dataset``.
+
+    Raises:
+        UserError: a value is invalid.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="audiomae")
     first.add_argument("--dataset", default="toy")
@@ -169,15 +195,15 @@ def parse(argv=None):
     recipe = recipe_for(known.model, known.dataset)
     pairs = ", ".join(f"{model} {dataset}" for model, dataset in RECIPES)
     parser = argparse.ArgumentParser(
-        prog="python -m pruneattn.train",
+        prog="pruneattn train",
         usage="%(prog)s [--model MODEL] [--dataset NAME] [options]",
-        description="Train a pruned AudioMAE or AST. The recipe defaults to the paper's for these pairs of --model and "
-        f"--dataset: {pairs}; elsewhere to one for training from random weights. Give both with --help to see its "
-        "values.",
+        description="Train a pruned AudioMAE or AST. The defaults of the recipe are the paper's for these pairs of "
+        f"--model and --dataset: {pairs}; for other pairs, they are meant for random weights. Pass both options with "
+        "--help to see the values.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
-    groups = {}
+    groups: dict[str, argparse._ArgumentGroup] = {}
     _add_options(parser, groups, Options())
     _add_options(parser, groups, recipe)
     values = vars(parser.parse_args(argv))
@@ -190,8 +216,8 @@ def parse(argv=None):
     return options, recipe
 
 
-def check(options, recipe):
-    """Raise ``UserError`` for values that cannot work, before anything is loaded."""
+def check(options: Options, recipe: Recipe) -> None:
+    """Raise ``UserError`` for invalid values, before anything is loaded."""
     values = describe(options, recipe)
     for words, (fits, names) in _RANGES.items():
         for name in names.split():
@@ -201,38 +227,47 @@ def check(options, recipe):
     if len(recipe.keep_rate) not in (1, len(recipe.prune_blocks)):
         blocks = len(recipe.prune_blocks)
         raise UserError(f"--keep-rate takes one value or one per pruning block ({blocks}), got {len(recipe.keep_rate)}")
-    if recipe.frames is not None and (recipe.frames < 16 or recipe.frames % 16):
-        raise UserError(f"--frames must be a multiple of 16, got {recipe.frames}")
+    if recipe.frames is not None and (recipe.frames < PATCH or recipe.frames % PATCH):
+        raise UserError(f"--frames must be a multiple of {PATCH}, got {recipe.frames}")
     last = recipe.shrink_start + recipe.shrink_epochs
     if min(recipe.keep_rate) < 1 and last >= recipe.epochs:
         raise UserError(
             f"the keep-rate reaches {min(recipe.keep_rate)} only in epoch {last} (--shrink-start {recipe.shrink_start} "
-            f"plus --shrink-epochs {recipe.shrink_epochs}), but the run ends with epoch {recipe.epochs - 1}: give more "
-            f"--epochs or shrink earlier, such as --shrink-start {recipe.epochs // 4} "
+            f"plus --shrink-epochs {recipe.shrink_epochs}), but the run ends with epoch {recipe.epochs - 1}: increase "
+            f"--epochs or prune earlier, for example with --shrink-start {recipe.epochs // 4} "
             f"--shrink-epochs {recipe.epochs // 3}"
         )
     if options.resume not in (None, LAST) and options.branch_from:
         raise UserError(
-            "--resume PATH continues a run, --branch-from starts a new one: give one of them, or --resume without a "
-            "path, which branches only where --output has no checkpoint yet"
+            "--resume PATH resumes a run, and --branch-from starts a new run: use one of them, or --resume without a "
+            "path, which branches only if --output has no checkpoint yet"
         )
 
 
-def describe(options, recipe):
-    """All options and recipe values as one flat dict of plain values (lists for tuples), as saved in config.json."""
+def describe(options: Options, recipe: Recipe) -> dict[str, Any]:
+    """All values of options and recipe as a flat dict of plain values, as in config.json (lists for tuples)."""
     values = {**dataclasses.asdict(options), **dataclasses.asdict(recipe)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def differences(old, new, ignore=frozenset()):
-    """Lines ``name: old -> new`` for the values of two configurations that differ and matter to the result."""
-    ignore = PLACE | set(ignore) | (_DATA - old.keys())
-    names = [name for name in {**old, **new} if name not in ignore and old.get(name) != new.get(name)]
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str] = ()) -> list[str]:
+    """Compare two configurations of `describe`.
+
+    Args:
+        old: configuration of a checkpoint.
+        new: configuration of the current run.
+        ignore: names that may differ, in addition to those that do not affect the result.
+
+    Returns:
+        A text ``name: old -> new`` for each value that differs.
+    """
+    ignored = PLACE | set(ignore) | (_DATA - old.keys())
+    names = [name for name in {**old, **new} if name not in ignored and old.get(name) != new.get(name)]
     return [f"{name}: " + " -> ".join(_first_difference(old.get(name), new.get(name))) for name in names]
 
 
-def _first_difference(old, new):
-    """Two values as texts; of long lists, such as the labels, the first items that differ."""
+def _first_difference(old: Any, new: Any) -> tuple[str, str]:
+    """Two values as texts; for long lists, for example of labels, the first items that differ."""
     if isinstance(old, list) and isinstance(new, list) and max(len(old), len(new)) > 8:
         old, new = next(pair for pair in zip_longest(old, new) if pair[0] != pair[1])
     return str(old), str(new)

@@ -1,91 +1,118 @@
-"""The paper's training recipes as data, and one for training from scratch. Every field is a command line option."""
+"""The paper's training recipes as data, and a recipe for random weights. Every field is a command line option."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from ..constants import PATCH
 from ..models.scores import SCORES
 
 
-def option(default, group, text, choices=None, metavar=None):
-    """A dataclass field that the command line offers as an option of the same name."""
+def option(
+    default: Any, group: str, text: str, choices: Sequence[str] | None = None, metavar: str | None = None
+) -> Any:
+    """Declare a dataclass field that is also a command line option of the same name.
+
+    Args:
+        default: default value; None if something else decides, which ``text`` names.
+        group: group of the option in ``--help``.
+        text: help text of the option.
+        choices: allowed values.
+        metavar: name of the value in ``--help``.
+    """
     return field(default=default, metadata={"group": group, "help": text, "choices": choices, "metavar": metavar})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. The defaults here are those for training from random weights; `RECIPES` holds the paper's."""
+    """How to train. The defaults are for training from random weights; `RECIPES` holds the paper's recipes."""
 
     # Steps
     epochs: int = option(40, "steps", "passes over the training clips")
     batch_size: int = option(
-        64, "steps", "clips of one optimiser step, all processes and accumulated parts together (the effective batch)"
+        64, "steps", "clips per optimizer step over all processes and accumulated parts (the effective batch)"
     )
-    accumulate: int = option(1, "steps", "parts that each process cuts its share of a batch into, to save memory")
+    accumulate: int = option(1, "steps", "parts into which each process splits its share of a batch, to save memory")
 
-    # Optimiser
-    optimizer: str = option("adamw", "optimiser", "rule", choices=("adamw", "adam"))
-    lr: float = option(3e-3, "optimiser", "peak learning rate at --lr-batch clips a step; proportional to --batch-size")
-    lr_batch: int = option(256, "optimiser", "batch that --lr is meant for")
+    # Optimizer
+    optimizer: str = option("adamw", "optimizer", "optimizer", choices=("adamw", "adam"))
+    lr: float = option(3e-3, "optimizer", "peak learning rate for --lr-batch clips per step; scales with --batch-size")
+    lr_batch: int = option(256, "optimizer", "batch size to which --lr applies")
     schedule: str = option(
-        "cosine", "optimiser", "decay: cosine in every step, or steps by epoch", choices=("cosine", "step")
+        "cosine",
+        "optimizer",
+        "decay: cosine (changes every optimizer step) or step (changes between epochs)",
+        choices=("cosine", "step"),
     )
-    min_lr: float = option(1e-5, "optimiser", "where the cosine ends")
-    lr_step_first: int = option(10, "optimiser", "step decay: first epoch (from 0) that is decayed")
-    lr_step_every: int = option(5, "optimiser", "step decay: epochs between decays")
-    lr_step_factor: float = option(0.5, "optimiser", "step decay: factor of each decay")
-    warmup_epochs: float = option(4.0, "optimiser", "linear warm-up, in epochs")
-    warmup_steps: int = option(0, "optimiser", "linear warm-up, in optimiser steps (added to --warmup-epochs)")
-    betas: tuple[float, float] = option((0.9, 0.95), "optimiser", "decay rates of the moments")
-    weight_decay: float = option(0.05, "optimiser", "weight decay of matrices (biases, norms and tokens have none)")
-    layer_decay: float = option(1.0, "optimiser", "learning rate factor from each layer to the one below")
-    drop_path: float = option(0.1, "optimiser", "stochastic depth of the last block (linear from 0)")
-    clip_grad: float = option(0.0, "optimiser", "largest gradient norm (0: no clipping)")
+    min_lr: float = option(1e-5, "optimizer", "final learning rate of the cosine")
+    lr_step_first: int = option(10, "optimizer", "step decay: first epoch (from 0) with a decayed learning rate")
+    lr_step_every: int = option(5, "optimizer", "step decay: epochs between decays")
+    lr_step_factor: float = option(0.5, "optimizer", "step decay: factor of each decay")
+    warmup_epochs: float = option(4.0, "optimizer", "linear warm-up, in epochs")
+    warmup_steps: int = option(0, "optimizer", "linear warm-up, in optimizer steps (added to --warmup-epochs)")
+    betas: tuple[float, float] = option((0.9, 0.95), "optimizer", "decay rates of the moments")
+    weight_decay: float = option(0.05, "optimizer", "weight decay of matrices; none for biases, norms and tokens")
+    layer_decay: float = option(1.0, "optimizer", "factor of the learning rate from each layer to the layer below")
+    drop_path: float = option(0.1, "optimizer", "stochastic depth rate of the last block (increases linearly from 0)")
+    clip_grad: float = option(0.0, "optimizer", "maximum gradient norm (0: no clipping)")
     loss: str = option(
-        "auto", "optimiser", "auto: bce where a clip can have several labels, else ce", choices=("auto", "bce", "ce")
+        "auto", "optimizer", "auto: bce if a clip can have several labels, else ce", choices=("auto", "bce", "ce")
     )
     metric: str = option(
         "auto",
-        "optimiser",
-        "what the best checkpoint is chosen by (auto: map where a clip can have several labels, else top1)",
+        "optimizer",
+        "metric that selects the best checkpoint (auto: map if a clip can have several labels, else top1)",
         choices=("auto", "map", "top1"),
     )
 
     # Pruning
     keep_rate: tuple[float, ...] = option(
-        (1.0,), "pruning", "share of patches kept in the end, in (0, 1]: one, or one per pruning block"
+        (1.0,), "pruning", "final share of patches kept, in (0, 1]: one number, or one per pruning block"
     )
     shrink_start: int = option(
-        12, "pruning", "epoch (from 0) in which pruning starts, and SpecAugment and patch masking stop"
+        12, "pruning", "epoch (from 0) in which pruning starts, and SpecAugment and patch masking end"
     )
     shrink_epochs: int = option(16, "pruning", "epochs over which the keep-rate falls from 1 to --keep-rate")
     prune_blocks: tuple[int, ...] = option((3, 6, 9), "pruning", "blocks (from 0) that prune")
     score: str | None = option(
         None,
         "pruning",
-        "what ranks patches (the paper's for the model)",
+        "score that ranks patches (default: the paper's for the model)",
         choices=SCORES,
     )
 
     # Input
-    frames: int | None = option(None, "input", "10 ms frames of a clip, a multiple of 16 (the dataset's)")
-    padding: str = option(
-        "min", "input", "pad short clips with the spectrogram's floor, or with 0", choices=("min", "zero")
+    frames: int | None = option(
+        None, "input", f"10 ms frames of a clip, a multiple of {PATCH} (default: the dataset's)"
     )
-    mean: float | None = option(None, "input", "mean of the log-mel (the dataset's; measured for manifest and folder)")
-    std: float | None = option(None, "input", "standard deviation of the log-mel (likewise)")
+    padding: str = option(
+        "min",
+        "input",
+        "value that pads short clips: min, the floor of the spectrogram, or zero",
+        choices=("min", "zero"),
+    )
+    mean: float | None = option(
+        None, "input", "mean of the log-mel (default: the dataset's; measured for manifest and folder)"
+    )
+    std: float | None = option(
+        None, "input", "standard deviation of the log-mel (default: the dataset's; measured for manifest and folder)"
+    )
 
     # Augmentation
     gain: bool = option(True, "augmentation", "random gain of the waveform")
-    mixup: float = option(0.3, "augmentation", "share of clips that are mixed with another")
-    specaug_freq: int = option(24, "augmentation", "widest frequency band that SpecAugment blanks, in mel bins")
-    specaug_time: int = option(24, "augmentation", "widest time band that SpecAugment blanks, in frames")
-    noise: bool = option(True, "augmentation", "noise on the spectrogram and a shift of up to 10 frames")
+    mixup: float = option(0.3, "augmentation", "share of clips that are mixed with another clip")
+    specaug_freq: int = option(24, "augmentation", "widest frequency band that SpecAugment masks, in mel bins")
+    specaug_time: int = option(24, "augmentation", "widest time band that SpecAugment masks, in frames")
+    noise: bool = option(True, "augmentation", "noise on the spectrogram, and a shift of up to 10 frames")
     mask_time: float = option(0.0, "augmentation", "share of patch columns (time) left out")
     mask_freq: float = option(0.0, "augmentation", "share of patch rows (frequency) left out")
     mask_1d: float = option(0.0, "augmentation", "share of single patches left out, instead of columns and rows")
 
     @property
-    def keep_rates(self):
-        """Tuple of the share that each pruning block keeps in the end, also where ``keep_rate`` is one for all."""
+    def keep_rates(self) -> tuple[float, ...]:
+        """Final keep-rate of each pruning block, also if ``keep_rate`` is a single number."""
         return self.keep_rate * (len(self.prune_blocks) // len(self.keep_rate))
 
 
@@ -119,9 +146,10 @@ _AST = Recipe(
     gain=False,
 )
 
-# The paper's AudioMAE runs use two GPUs, so `batch_size` is twice its batch per GPU. AST's learning rates are given
-# for their batch, hence lr_batch == batch_size. The paper has no gain, drop path or patch masking in AST's table.
-RECIPES = {
+# The paper trains AudioMAE on two GPUs, so `batch_size` is twice its batch per GPU. Its learning rates of AST apply to
+# the batch of the same table, hence lr_batch == batch_size. Its table of AST has no gain, drop path or patch masking.
+#: The paper's recipes by (model, dataset).
+RECIPES: dict[tuple[str, str], Recipe] = {
     ("audiomae", "as20k"): replace(
         _AUDIOMAE,
         batch_size=2 * 16,
@@ -244,6 +272,6 @@ RECIPES = {
 }
 
 
-def recipe_for(model, dataset):
-    """The paper's recipe for ``model`` ("audiomae", "ast") on ``dataset``, else the one for training from scratch."""
+def recipe_for(model: str, dataset: str) -> Recipe:
+    """The paper's recipe for ``model`` ("audiomae" or "ast") on ``dataset``, else the recipe for random weights."""
     return RECIPES.get((model, dataset), Recipe())

@@ -92,6 +92,7 @@ def test_outputs_inside_are_those_of_a_model_at_that_rate(request, kind):
         assert torch.equal(model(x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["own", "pruned"])
 def test_a_compiled_model_runs_at_the_rate(request, kind):
     torch._dynamo.reset()

@@ -29,7 +29,7 @@ def counts(model, tokens):
 
 def test_prunes_the_given_blocks_at_the_given_rates(plain_vit, tokens):
     assert counts(pruneattn.prune(plain_vit, 0.5, (0, 2)), tokens) == [6, 6, 4, 4]  # 5 of 10, 3 of 5
-    assert counts(pruneattn.prune(plain_vit, (0.7, 1, 0.3), (0, 2, 3)), tokens) == [8, 8, 8, 4]  # anew: 7, 7, ceil(2.1)
+    assert counts(pruneattn.prune(plain_vit, (0.7, 1, 0.3), (0, 2, 3)), tokens) == [8, 8, 8, 4]  # 7, 7, ceil(2.1)
     pruneattn.set_keep_rate(plain_vit, (1, 0.55, 0.01))
     assert counts(plain_vit, tokens) == [11, 11, 7, 2]  # 10, ceil(5.5), at least 1
     pruneattn.set_keep_rate(plain_vit, 0.9)
@@ -52,6 +52,7 @@ def test_a_family_can_have_its_own_default_blocks(plain_vit, tokens):
     def find(model):
         if model is plain_vit:
             return dataclasses.replace(adapters.timm.find(model), prune_blocks=(1,))
+        return None
 
     adapters.register_family(find)
     try:

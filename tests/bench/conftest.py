@@ -8,7 +8,7 @@ from pruneattn.runtime import timing
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One thread, and a single call in each round."""
+    """One thread, and one call in each round."""
     monkeypatch.setattr(timing, "_SHORTEST_ROUND", 1e-9)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -23,5 +23,5 @@ def peaks():
 
 @pytest.fixture
 def not_compiled(monkeypatch):
-    """Compiling takes half a minute a model."""
+    """Models run eagerly instead of compiled: compiling takes half a minute for each model."""
     monkeypatch.setattr(peers, "compiled", lambda model, fbank: model)

@@ -1,4 +1,4 @@
-"""The core: guard, turns, floor, savings, and what becomes of rows on disk. Nothing here depends on time."""
+"""Checks, rounds, lower bounds, savings and result files. No test depends on the speed of the machine."""
 
 import csv
 import json
@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
-from bench.harness import measure
+from bench.harness.case import TRAINING, Case, Provider, Work, left_out
 from bench.harness.guards import WrongResult
 from bench.harness.machine import Peaks, describe_machine, measure_peaks
-from bench.harness.measure import Case, Provider, Work, left_out, measure_case, with_savings
+from bench.harness.measure import measure_case, with_savings
 from bench.harness.memory import peak_growth
 from bench.harness.rows import COLUMNS, SCHEMA, ResultFile, key_of, name_of, read_result, row_of
 from pruneattn.errors import UserError
@@ -29,7 +29,7 @@ def sound(result):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A call of what ``clock(seconds)`` returns takes so long, by a clock that nothing else moves."""
+    """``clock(seconds)`` is a call that takes this long by a clock that only such calls advance."""
     now = [0.0]
 
     def make(seconds):
@@ -54,7 +54,7 @@ def test_rows(clock, peaks):
     assert [row["clips_per_second"] for row in rows] == pytest.approx([10, 40, 20])
     # 1e6 MACs at 1e11 FLOP/s take 0.02 ms, 5e5 bytes at 1e10 B/s 0.05 ms.
     assert rows[1]["floor_ms"] == pytest.approx(0.05) and rows[1]["floor_share"] == pytest.approx(0.0005)
-    # Against the fastest unpruned one, not the first.
+    # Relative to the fastest unpruned provider, not the first one.
     assert rows[1]["saving"] == pytest.approx(0.5) and rows[1]["theory"] == 0.5
     assert rows[1]["realised"] == pytest.approx(1.0)
     assert rows[0]["saving"] is None and rows[2]["realised"] is None
@@ -73,12 +73,12 @@ def test_savings():
         return row_of(keep_rate=rate, p50_ms=ms, macs_paper=macs)
 
     assert with_savings([row(1.0, 2, 8), row(0.5, 3, 4)])[1]["realised"] == pytest.approx(-1.0)
-    assert with_savings([row(0.5, 3, 4), row(None, 1, 8)])[0]["saving"] is None  # nothing dense to compare with
+    assert with_savings([row(0.5, 3, 4), row(None, 1, 8)])[0]["saving"] is None  # no dense provider
     assert with_savings([row(1.0, None, 8), row(0.5, 3, 4)])[1]["saving"] is None  # not timed
     assert with_savings([row(1.0, 2, 8), row(0.9, 1, 8)])[1]["realised"] is None  # nothing to save
 
 
-def test_what_is_wrong_is_not_timed(peaks):
+def test_wrong_providers_are_not_timed(peaks):
     calls = []
     providers = [
         Provider("ours", lambda: calls.append("ours"), sound),
@@ -91,7 +91,7 @@ def test_what_is_wrong_is_not_timed(peaks):
     assert rows[0]["p50_ms"] > 0
 
 
-def test_a_provider_without_memory_is_not_the_end(peaks):
+def test_other_providers_run_after_one_that_runs_out_of_memory(peaks):
     def greedy():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -99,13 +99,13 @@ def test_a_provider_without_memory_is_not_the_end(peaks):
     assert [row["status"] for row in rows] == ["out of memory", "ok"]
 
 
-def test_only_training_has_gradients(peaks):
+def test_only_training_steps_run_with_gradients(peaks):
     seen = []
     provider = [Provider("it", lambda: seen.append(torch.is_inference_mode_enabled()), sound)]
     measure_case(CASE, provider, peaks, 1)
     assert set(seen) == {True}
     seen.clear()
-    measure_case(CASE._replace(level=measure.TRAINING), provider, peaks, 1)
+    measure_case(CASE._replace(level=TRAINING), provider, peaks, 1)
     assert set(seen) == {False}
 
 
@@ -113,11 +113,11 @@ def test_floor():
     peaks = Peaks(copy=100.0, product={"float32": 1000.0})
     assert peaks.floor_ms("float32", Work(None, 1000, None)) == pytest.approx(2000)  # two FLOP each
     assert peaks.floor_ms("float32", Work(None, 1000, 500)) == pytest.approx(5000)
-    assert peaks.floor_ms("bfloat16", Work(None, 1000, 100)) == pytest.approx(1000)  # no peak of that type
+    assert peaks.floor_ms("bfloat16", Work(None, 1000, 100)) == pytest.approx(1000)  # no peak of this dtype
     assert peaks.floor_ms("float32", Work()) is None
 
 
-def test_peaks_are_of_the_fastest_round(monkeypatch):
+def test_peaks_are_those_of_the_fastest_round(monkeypatch):
     monkeypatch.setattr(
         "bench.harness.machine.timing.rounds_side_by_side", lambda *_: {"copy": [4.0, 2.0], "float32": [1.0, 9.0]}
     )
@@ -127,7 +127,7 @@ def test_peaks_are_of_the_fastest_round(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_growth():
-    """Of what is freed again, also where the allocator keeps it: the second time is as the first."""
+    """Memory that the call frees counts. It counts again in a second call, although the allocator has kept it."""
     for _ in range(2):
         assert 63 < peak_growth(lambda: torch.ones(16 * 2**20).sum(), "cpu") < 96
         assert 31 < peak_growth(lambda: [torch.ones(2**13) for _ in range(2**10)], "cpu") < 64
@@ -139,7 +139,7 @@ def test_result_file(tmp_path):
     rows = [row_of(**CASE._asdict(), provider="ours", keep_rate=0.5, status="ok", p50_ms=1.5)]
     file = ResultFile(tmp_path / "new", "cpu", machine)
     file.add([{**rows[0], "p50_ms": 7.0}, {**rows[0], "keep_rate": 1.0}])
-    file.add(rows)  # in place of the first
+    file.add(rows)  # replaces the first row
     rows.append({**rows[0], "keep_rate": 1.0, "p50_ms": 1.5})
     assert file.path.name.startswith("cpu-20") and file.path.suffix == ".json"
     assert read_result(file.path) == (json.loads(json.dumps(machine)), rows)
@@ -147,7 +147,7 @@ def test_result_file(tmp_path):
         table = list(csv.DictReader(csv_file))
     assert len(table) == 2 and table[0]["schema"] == str(SCHEMA)
     assert table[0]["p50_ms"] == "1.5" and table[0]["torch"] == torch.__version__ and table[0]["saving"] == ""
-    # The machine's device is its name, the case's is "cpu": neither hides the other.
+    # The device of the case and the name of the device are separate columns.
     assert table[0]["device"] == "cpu" and table[0]["device_name"] == machine["device_name"]
     assert {"driver", "clocks_mhz", "torch", "triton", "commit", "changed_files", "threads", "date"} <= machine.keys()
     assert not machine.keys() & set(COLUMNS)
@@ -164,14 +164,14 @@ def test_result_file(tmp_path):
         ('{"schema": 1, "machine": {}, "rows": [{"level": "op"}]}', "other columns"),
     ],
 )
-def test_a_file_that_is_no_result(tmp_path, content, message):
+def test_other_files_are_rejected(tmp_path, content, message):
     path = tmp_path / "it.json"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
         read_result(path)
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_missing_files_and_folders_are_errors(tmp_path):
     with pytest.raises(UserError, match="nowhere.json: No such file"):
         read_result(tmp_path / "nowhere.json")
     (tmp_path / "file").write_text("")

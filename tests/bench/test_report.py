@@ -1,4 +1,4 @@
-"""Reports and comparisons of results that are made up, so that what they must say is known."""
+"""Reports and comparisons of invented results, whose tables and figures are known."""
 
 import math
 import re
@@ -96,28 +96,66 @@ def test_report(tmp_path, capsys):
         "a CPU, 2 threads" in text and "commit 0123456789ab," in text and "copy 10.0 GB/s, float32 100 GFLOP/s" in text
     )
     table = text.partition("### model: audiomae_base, cpu, float32, batch 1, 513 tokens")[2].partition("###")[0]
-    line = [cell.strip() for cell in next(line for line in table.splitlines() if "ours, 0.5" in line).split("|")]
-    assert line[1:-1] == ["ours, 0.5", "55", "54.5", "55.5", "18.2", "5", "4", "12", "45.0%", "50.0%", "90%"]
+    line = cells_of(next(line for line in table.splitlines() if "ours, 0.5" in line))
+    assert line == ["ours, 0.5", "55", "54.5", "55.5", "18.2", "5", "4", "12", "45.0%", "50.0%", "90%"]
     assert "- timm ViT: left out: timm is not installed" in table and "floor" not in table
     figures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert len(figures) == 6 and all((tmp_path / "out" / name).stat().st_size > 5000 for name in figures)
 
 
-def test_the_readme_shows_a_committed_result():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    machine, rows = read_result(ROOT / re.search(r"`(bench/results/[\w.-]+\.json)`", readme)[1])
-    assert not machine["changed_files"]
-    for lines in (report.machine_lines(machine), report.summary_lines(rows)[2:]):
-        assert "\n".join(lines) in readme
+#: Names in docs/results.md: provider and backend in the result file.
+IMPLEMENTATIONS = {
+    "pruneattn, optimized": ("ours", "optimized"),
+    "pruneattn, eager": ("ours", "eager"),
+    "SDPA, eager": ("SDPA", "eager"),
+    "SDPA, compiled": ("SDPA", "compiled"),
+    "eager attention": ("the paper's way", "eager"),
+    "SDPA with a separate score": ("SDPA, separate score", "eager"),
+    "timm ViT": ("timm ViT", "eager"),
+    "timm ViT with `pruneattn.prune`": ("timm ViT", "pruneattn.prune"),
+    "Hugging Face AST": ("Hugging Face AST", "eager"),
+    "Hugging Face AST with `pruneattn.prune`": ("Hugging Face AST", "pruneattn.prune"),
+    "token merging, optimized": ("token merging", "optimized"),
+    "random drop, optimized": ("random drop", "optimized"),
+    "stride drop, optimized": ("stride drop", "optimized"),
+}
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_documented_speeds_are_those_of_the_result_file():
+    """All models of the result file are in the table of docs/results.md, with these numbers."""
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Speed on a CPU\n")[2].partition("\n### ")[0]
+    machine, rows = read_result(ROOT / re.search(r"`(bench/results/[\w.-]+\.json)`", section)[1])
+    assert not machine["changed_files"] and f"commit {machine['commit'][:12]}" in section
+    assert f"{machine['peaks']['copy'] / 1e9:.1f} GB/s" in section
+    assert f"{machine['peaks']['product']['float32'] / 1e9:.0f} GFLOP/s" in section
+    measured = {}
+    for row in rows:
+        if row["level"] == "model" and row["status"] == "ok":
+            saving, theory = (f"{100 * row[name]:.1f} %" if row[name] else "-" for name in ("saving", "theory"))
+            realized = f"{100 * row['realised']:.0f} %" if row["realised"] else "-"
+            key = row["provider"], row["backend"], f"{row['keep_rate']:g}"
+            measured.setdefault(key, {})[row["subject"]] = [f"{row['p50_ms']:.0f}", saving, realized], theory
+    documented = [cells_of(line) for line in section.splitlines() if line.startswith("|")][2:]
+    assert {(*IMPLEMENTATIONS[name], rate) for name, rate, *_ in documented} == measured.keys()
+    for name, rate, theory, *cells in documented:
+        models = measured[(*IMPLEMENTATIONS[name], rate)]
+        for subject, shown in (("audiomae_base", cells[:3]), ("ast_base", cells[3:])):
+            assert shown == models.get(subject, [["-"] * 3])[0], (name, rate, subject)
+        assert theory in [theory for _, theory in models.values()], (name, rate)
 
 
 def test_summary():
     lines = report.summary_lines(all_rows())
     assert lines[0] == "cpu, float32, batch 1, 512 patches:" and len(lines) == 7
-    assert [cell.strip() for cell in lines[6].split("|")[1:-1]] == ["ours, 0.5", "50.0%", "55", "45.0%", "90%"]
+    assert cells_of(lines[6]) == ["ours, 0.5", "50.0%", "55", "45.0%", "90%"]
 
 
-def test_figures_show_what_was_measured():
+def test_figures_show_the_measurements():
     pytest.importorskip("matplotlib")
     from bench.harness.figures import FIGURES
 
@@ -126,7 +164,7 @@ def test_figures_show_what_was_measured():
     line = next(line for line in axis.lines if line.get_label() == "ours")
     assert line.get_xydata().tolist() == [[0.5, pytest.approx(90)]]
     (axis,) = FIGURES["time-macs"](rows).axes
-    ideal = next(line for line in axis.lines if "followed" in line.get_label())
+    ideal = next(line for line in axis.lines if "proportional" in line.get_label())
     assert ideal.get_xydata().tolist() == [[0, 0], [10, 100]]
     assert sorted(map(tuple, next(line for line in axis.lines if line.get_label() == "ours").get_xydata())) == [
         (4, 55),
@@ -147,20 +185,20 @@ def test_figures_show_what_was_measured():
     assert [draw([rows[3]]) for draw in FIGURES.values()] == [None] * 6
 
 
-def test_what_eats_the_rest():
-    (line,) = report.what_eats_the_rest(part_rows())
-    # 84 ms in place of 70: the MLP 15 more than half of its 60, qkv 1 less than it might, norm 0.3 more than 70 %.
+def test_lost_savings():
+    (line,) = report.lost_savings(part_rows())
+    # 84 ms instead of 70: the MLP takes 15 ms more than half of its 60, qkv 1 ms less than 39, norm 0.3 more than 0.7.
     assert (
-        "53% of what the computed MACs promise; +14.00 ms of 84.00 beyond it: mlp +15.00 ms, norm +0.30 ms, qkv -1.00 ms"
+        "53% of the saving in computed MACs; +14.00 ms of 84.00 ms above it: mlp +15.00 ms, norm +0.30 ms, qkv -1.00 ms"
         in line
     )
-    assert report.what_eats_the_rest(model_rows()) == []
+    assert report.lost_savings(model_rows()) == []
 
 
 def test_exponents():
     sizes = [64, 128, 256, 512, 1024]
     assert exponent(sizes, [3 * n**1.5 for n in sizes]) == (pytest.approx(1.5), pytest.approx(0, abs=1e-9))
-    # By hand: logarithms 0, 1, 3 (in the base of the sizes) at 0, 1, 2 give 1.5, residuals 1/6, -1/3, 1/6.
+    # Computed by hand: logarithms 0, 1, 3 at 0, 1, 2 have slope 1.5 and residuals 1/6, -1/3, 1/6.
     slope, error = exponent([1, math.e, math.e**2], [1, math.e, math.e**3])
     assert slope == pytest.approx(1.5) and error == pytest.approx(math.sqrt((1 / 6) / 1 / 2))
     for values in ([1.0, 2.0], [1.0, 0.0, 2.0], [1.0, None, 2.0]):
@@ -180,7 +218,7 @@ def test_scaling_groups():
 
 
 def scaled(rows, spread=0.01, **factors):
-    """The rows with times that long: ``ours=1.1``, or ``all=0.5``."""
+    """The rows with scaled times: ``ours=1.1``, or ``all=0.5``."""
     times = {"p20_ms": 1 - spread, "p50_ms": 1, "p80_ms": 1 + spread}
     return [
         row
@@ -196,7 +234,7 @@ def scaled(rows, spread=0.01, **factors):
     "factor, spread, changed",
     [
         (1.0, 0.01, 0),
-        (1.04, 0.001, 0),  # apart, but less than counts
+        (1.04, 0.001, 0),  # less than `LEAST_CHANGE`
         (1.08, 0.01, 2),
         (0.9, 0.01, 2),
         (1.20, 0.06, 0),  # less than three spreads of 0.085
@@ -204,37 +242,37 @@ def scaled(rows, spread=0.01, **factors):
     ],
 )
 def test_changes_beyond_the_noise(factor, spread, changed, machine):
-    """A machine that was slower while the case was measured is no change of what was measured."""
+    """If the machine was slower during one run, its times have not changed."""
     rows = scaled(model_rows(), spread)
     result = compare((MACHINE, rows), (MACHINE, scaled(rows, spread, ours=factor * machine, all=machine)))
     if (factor - 1) * (machine - 1) < 0:
-        changed = 0  # against the others only, and the time itself says the contrary
+        changed = 0  # the time itself changed in the opposite direction
     assert result.compared == 3 and len(result.changes) == changed
     assert all(change.ratio == pytest.approx(factor) for change in result.changes)
     assert [ratio for _, ratio in result.shifts] == ([] if machine == 1 else [pytest.approx(machine)])
     text = "\n".join(comparison_text(result))
-    assert text.startswith(f"3 times compared with those beside them: {changed or 'none'} changed")
+    assert text.startswith(f"3 times compared within their cases: {changed or 'none'} changed")
     assert (f"audiomae_base, cpu, float32, batch 1, 513 tokens: {100 * machine - 100:+.1f} %" in text) == (machine != 1)
 
 
-def test_rounds_that_are_alike_by_chance():
-    """One row without a spread among others that have one is no more sure than they are."""
+def test_a_row_has_at_least_the_median_spread_of_its_file():
+    """The rounds of one row can be equal by chance."""
     rows = scaled(model_rows(), 0.06)
     new = scaled(rows, 0.06, ours=1.15)
     new[0] = new[0] | {"p20_ms": new[0]["p50_ms"], "p80_ms": new[0]["p50_ms"]}
     assert not compare((MACHINE, rows), (MACHINE, new)).changes
 
 
-def test_parts_are_compared_among_themselves():
+def test_parts_are_compared_with_the_other_parts_of_their_case():
     rows = part_rows()
     times = ("p20_ms", "p50_ms", "p80_ms")
     slower = [row | {name: row[name] * (3 if row["part"] == "mlp" else 1.2) for name in times} for row in rows]
     result = compare((MACHINE, rows), (MACHINE, slower))
     assert [change.row["part"] for change in result.changes] == ["mlp", "mlp"]
-    assert result.changes[0].ratio == pytest.approx(2.5)  # 3 times as long, and 1.2 times for all
+    assert result.changes[0].ratio == pytest.approx(2.5)  # 3 times as long, where all parts take 1.2 times as long
 
 
-def test_rows_that_cannot_be_compared():
+def test_rows_without_a_counterpart_are_listed():
     old = model_rows()
     wrong = old[0] | {"status": "wrong: logits differ", "p50_ms": None}
     result = compare((MACHINE, old), (MACHINE, [wrong, old[1], *old[3:], timed(Case(*"abcd", 1, 2), "new", 1.0)]))
@@ -247,9 +285,9 @@ def test_rows_that_cannot_be_compared():
 def test_compare_command(tmp_path, capsys):
     old, other = write(tmp_path / "a", model_rows()), write(tmp_path / "b", model_rows(), device_name="another CPU")
     assert report.main(["--compare", str(old), str(old)]) == 0
-    assert capsys.readouterr().out == "3 times compared with those beside them: none changed beyond the noise.\n"
+    assert capsys.readouterr().out == "3 times compared within their cases: none changed beyond the noise.\n"
     with pytest.raises(UserError, match="a CPU, 2 threads; another CPU, 2 threads.*--different-devices"):
         report.main(["--compare", str(old), str(other)])
     assert report.main(["--compare", "--different-devices", str(old), str(other)]) == 0
-    with pytest.raises(UserError, match="two results"):
+    with pytest.raises(UserError, match="needs two results"):
         report.main(["--compare", str(old)])

@@ -1,10 +1,12 @@
-"""Token merging by its own properties, since it computes something else by design."""
+"""Properties of token merging. By design its results differ from those of pruning, so they cannot be compared."""
 
 import pytest
 import torch
 
 import pruneattn
 from bench.harness.token_merging import MergingViT, match, merge, mergeable, merging_block, merging_for, merging_macs
+
+pytestmark = pytest.mark.harness
 
 FAMILIES = ("audiomae", "ast")
 
@@ -16,7 +18,7 @@ def make_model(family, **arguments):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_merging_it_is_the_model(family):
+def test_without_merging_the_result_is_that_of_the_model(family):
     model, fbank = make_model(family), torch.randn(2, 64, 128, dtype=torch.float64)
     with torch.inference_mode():
         torch.testing.assert_close(MergingViT(model, 0)(fbank), model(fbank), rtol=1e-9, atol=1e-9)
@@ -25,7 +27,7 @@ def test_without_merging_it_is_the_model(family):
 
 @pytest.mark.parametrize("extra", [1, 2])
 def test_merging_equal_tokens_changes_nothing(extra):
-    """With their number in the softmax, one token that stands for two of one value is worth as much as these."""
+    """Because attention adds log size to the logits, one token of size 2 has the same effect as two equal tokens."""
     block = make_model("audiomae").blocks[0]
     pairs = torch.randn(2, 5, 1, 24, dtype=torch.float64).expand(-1, -1, 2, -1).reshape(2, 10, 24)
     x = torch.cat([torch.randn(2, extra, 24, dtype=torch.float64), pairs], 1)
@@ -43,8 +45,8 @@ def one_of_each(x, extra):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_mean_over_merged_patches_counts_each(family):
-    """The whole model on a clip of which every two neighbouring patches are the same, positions too."""
+def test_the_mean_over_patches_is_weighted_by_size(family):
+    """A whole model on a clip in which each pair of neighboring patches is equal, with equal positional embeddings."""
     model = make_model(family, depth=1)
     with torch.no_grad():
         extra = model.num_extra_tokens
@@ -60,7 +62,7 @@ def test_the_mean_over_merged_patches_counts_each(family):
 
 @pytest.mark.parametrize("extra", [1, 2])
 @pytest.mark.parametrize("tokens", range(3, 12))
-def test_extra_tokens_stay_and_nothing_is_lost(tokens, extra):
+def test_extra_tokens_stay_and_sizes_add_up(tokens, extra):
     r = mergeable(tokens, 100, extra)
     keys, x = torch.randn(3, tokens, 4), torch.randn(3, tokens, 4)
     assert r > 0 or tokens - extra < 2
@@ -74,20 +76,20 @@ def test_extra_tokens_stay_and_nothing_is_lost(tokens, extra):
         assert (size.sum(1) == tokens).all()
 
 
-def test_the_nearest_are_merged():
+def test_the_most_similar_pair_is_merged():
     keys = torch.tensor([[[1.0, 0], [0, 1], [9, 0.1], [9, 0], [0.5, 1], [-1, 0.3]]])
     gone, into = match(keys, 1, 1)
     assert (gone.item(), into.item()) == (2, 3)
 
 
-def test_tokens_stay_in_order():
+def test_tokens_keep_their_order():
     x = torch.arange(6.0).reshape(1, 6, 1)
     merged, _ = merge(x, None, (torch.tensor([[4]]), torch.tensor([[1]])))
     assert merged.flatten().tolist() == [0, 2.5, 2, 3, 5]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_macs(family):
+def test_macs_match_those_of_pruning(family):
     model = make_model(family)
     paper = pruneattn.count_macs(model).paper
     assert merging_macs(model, 0)[0] == paper

@@ -20,7 +20,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_folder_is_made_and_written_again(tmp_path):
+def test_a_folder_is_created_and_written_again(tmp_path):
     folder = tmp_path / "new" / "folder"
     write(folder)
     write(folder, value=2)
@@ -34,7 +34,7 @@ def test_a_folder_is_made_and_written_again(tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_all_or_nothing(tmp_path, name):
-    """A disk that fills up while the last file is written leaves what was there."""
+    """If the disk fills up while the last file is written, the old files stay."""
     write(tmp_path)
     before = contents(tmp_path)
     target = "safetensors" if name == "model.safetensors" else "json"
@@ -49,18 +49,20 @@ def test_all_or_nothing(tmp_path, name):
 def test_a_config_of_something_else_stays(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="holds a config.json of something else, as of a training run; choose another"):
+    with pytest.raises(
+        UserError, match="holds a config.json of something else, such as a training run; choose another"
+    ):
         write(tmp_path)
     assert contents(tmp_path) == before
 
 
-def test_a_readme_of_somebody_stays(tmp_path):
+def test_a_readme_of_somebody_else_stays(tmp_path):
     (tmp_path / "README.md").write_text("# Mine\n")
     write(tmp_path)
     assert (tmp_path / "README.md").read_text() == "# Mine\n" and (tmp_path / "model.safetensors").exists()
 
 
-def test_a_place_that_is_no_folder(tmp_path):
+def test_a_path_that_is_not_a_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     for place in ("file", "file/below"):
         with pytest.raises(UserError, match="cannot make the folder .*file.*choose another place"):

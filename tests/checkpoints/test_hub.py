@@ -1,4 +1,4 @@
-"""Names on the Hub: from a cache as huggingface_hub lays it out, and from a small Hub of our own on this machine."""
+"""Names on the Hub: from a cache in the layout of huggingface_hub, and from a small Hub server on this machine."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def cached(tmp_path, constants, monkeypatch):
         ("", False),
     ],
 )
-def test_what_can_be_a_name(name, expected):
+def test_names_of_repositories(name, expected):
     assert is_hub_name(name) is expected
 
 
@@ -112,13 +112,13 @@ def test_hugging_face_ast_in_the_cache(cached):
     assert (loaded.features, loaded.labels) == (FEATURES, ["a", "b", "c"])
 
 
-def test_what_exists_here_goes_first(cached):
+def test_a_local_path_takes_precedence(cached):
     save(make(0), cached("main"))
     save(make(1), "user/name")
     assert_same(pruneattn.load_pretrained("user/name"), make(1))
 
 
-def test_offline_without_it_in_the_cache(cached, tmp_path):
+def test_offline_and_not_in_the_cache(cached, tmp_path):
     (cached("main") / "config.json").write_text("{}")  # no weights
     for name in ("user/name", "runs/audiomae", "user/name@v1"):
         with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids a download") as error:
@@ -127,7 +127,8 @@ def test_offline_without_it_in_the_cache(cached, tmp_path):
         assert str(tmp_path / "hub") in str(error.value)
 
 
-def test_the_variable_is_heeded(tmp_path, cached):
+@pytest.mark.slow  # a process of its own
+def test_the_variable_for_offline_use(tmp_path, cached):
     save(make(), cached("main"))
     code = "import pruneattn; [print(pruneattn.load_pretrained(name).name) for name in ('user/name', 'user/absent')]"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
@@ -148,7 +149,9 @@ def test_on_the_command_line(cached, tmp_path):
 def test_without_huggingface_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"user/name: no such file or folder in .*pip install 'pruneattn\[hub\]'"):
+    with pytest.raises(
+        UserError, match=r"user/name: no such file or folder in .*not installed: pip install 'pruneattn\[hub\]'"
+    ):
         pruneattn.load_pretrained("user/name")
     for path in ("runs/best.safetensors", "nothing"):
         with pytest.raises(UserError, match=f"{path}: no such checkpoint; give an existing file, .*user/name"):
@@ -159,8 +162,8 @@ def test_without_huggingface_hub(tmp_path, monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The two requests that count: ``/api/models/USER/NAME[/revision/REVISION]`` and
-    ``/USER/NAME/resolve/REVISION/FILE``; ``server.folder`` has the files of every name.
+    """A server for two kinds of requests: ``/api/models/USER/NAME[/revision/REVISION]`` and
+    ``/USER/NAME/resolve/REVISION/FILE``; ``server.folder`` holds the files of every repository.
     """
 
     def do_HEAD(self):
@@ -230,7 +233,7 @@ def test_a_download(hub, monkeypatch, constants):
     save(model, hub.folder)
     assert_same(pruneattn.load_pretrained("user/name"), model)
     got = [(revision, file) for command, revision, file in hub.asked if command == "GET"]
-    assert got == [("main", "config.json"), (COMMITS["main"], "model.safetensors")]  # all of one commit
+    assert got == [("main", "config.json"), (COMMITS["main"], "model.safetensors")]  # all from one commit
     hub.asked.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert_same(pruneattn.load_pretrained("user/name"), model)
@@ -254,10 +257,10 @@ def test_only_the_first_weights_are_downloaded(hub):
         ("user/name@v9", "user/name on the Hugging Face Hub has no revision v9"),
         ("user/name", "holds none of best.safetensors, model.safetensors, pytorch_model.bin"),
         ("user/broken", "not in the Hugging Face Hub's cache .* and the Hub could not be reached .*503"),
-        ("user--x/name", "no name that the Hugging Face Hub allows"),
+        ("user--x/name", "not a valid name on the Hugging Face Hub"),
     ],
 )
-def test_what_the_hub_has_not(hub, name, message):
+def test_names_that_the_hub_does_not_have(hub, name, message):
     (hub.folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match=message) as error:
         pruneattn.load_pretrained(name)
@@ -276,9 +279,9 @@ def test_a_hub_that_does_not_answer(hub):
         pruneattn.load_pretrained("user/another")
 
 
-def test_a_file_that_does_not_arrive(hub, monkeypatch):
+def test_a_file_that_cannot_be_downloaded(hub, monkeypatch):
     save(make(), hub.folder)
     (hub.folder / "model.safetensors").unlink()
-    (hub.folder / "model.safetensors").mkdir()  # listed, and not to be had
+    (hub.folder / "model.safetensors").mkdir()  # listed, but not a file
     with pytest.raises(UserError, match="user/name: model.safetensors cannot be fetched from the Hugging Face Hub"):
         pruneattn.load_pretrained("user/name")

@@ -1,4 +1,4 @@
-"""An AST of Hugging Face's opened by what lies beside its weights, and its feature extractor before our model."""
+"""Hugging Face's AST, opened by the files next to its weights, and its feature extractor with our model."""
 
 import json
 import warnings
@@ -13,7 +13,7 @@ from pruneattn.data import FeatureConfig, FeatureExtractor
 from pruneattn.data.decode import load_audio
 from pruneattn.errors import UserError
 
-# Of transformers' own filterbank: one of 128 filters is empty with these settings.
+# From transformers' filterbank: one of the 128 filters is empty with these settings.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
 LABELS = ["dog", "näher", "rain, heavy"]
 
@@ -60,7 +60,7 @@ def test_a_folder_opens_by_its_config(tmp_path, hugging_face, frames):
     theirs = hugging_face(tmp_path, max_length=frames, problem_type="multi_label_classification")
     model = pruneattn.load_pretrained(tmp_path)
     fbank = torch.randn(2, frames, 128)
-    # Frames that fill no patch are left out by the convolution, and here by the features.
+    # The convolution skips frames that fill no patch; here the features skip them.
     torch.testing.assert_close(model(fbank[:, : model.frames]), theirs(fbank).logits, rtol=1e-4, atol=1e-4)
     assert model.features == FeatureConfig(frames // 16 * 16, -4.25, 4.5, "zero")
     assert (model.labels, model.multilabel, model.extra) == (LABELS, True, {})
@@ -73,7 +73,7 @@ def test_a_folder_opens_by_its_config(tmp_path, hugging_face, frames):
 
 
 @torch.no_grad()
-def test_a_folder_remembers_its_pruning(tmp_path, transformers, make_model):
+def test_a_folder_keeps_its_pruning(tmp_path, transformers, make_model):
     ours = make_model("ast", keep_rate=(0.7, 0.5), prune_blocks=(1, 2), score="column_mean", num_classes=len(LABELS))
     about = {"features": FeatureConfig(128, -4.25, 4.5, "zero"), "labels": LABELS, "multilabel": False}
     fbank = torch.randn(2, 128, 128)
@@ -86,10 +86,37 @@ def test_a_folder_remembers_its_pruning(tmp_path, transformers, make_model):
     torch.testing.assert_close(theirs(fbank).logits, ours(fbank), rtol=1e-4, atol=1e-4)
 
 
-def test_a_pruning_that_cannot_be_is_told(tmp_path, hugging_face):
+def test_an_invalid_pruning_is_rejected(tmp_path, hugging_face):
     hugging_face(tmp_path, pruneattn={"keep_rate": 2.0, "blocks": [1], "score": "cls"})
     with pytest.raises(UserError, match="config.json: .*keep_rate: must be above 0"):
         pruneattn.load_pretrained(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["blocks", "prune_blocks"])
+def test_both_names_of_the_pruning_blocks(tmp_path, transformers, hugging_face, name):
+    """Files hold ``blocks``, which every version of pruneattn reads."""
+    pruning = {"keep_rate": [0.7, 0.5], name: [1, 2], "score": "column_mean"}
+    hugging_face(tmp_path, pruneattn=pruning)
+    model = pruneattn.load_pretrained(tmp_path)
+    assert (model.prune_blocks, model.keep_rates, model.score) == ((1, 2), (0.7, 0.5), "column_mean")
+    theirs = transformers.ASTForAudioClassification.from_pretrained(tmp_path).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruneattn.prune(theirs, **theirs.config.pruneattn)
+    fbank = torch.randn(2, 128, 128)
+    torch.testing.assert_close(theirs(fbank).logits, model(fbank), rtol=1e-4, atol=1e-4)
+    pruneattn.save_checkpoint(model, tmp_path / "again", format="huggingface")
+    config = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
+    assert config["pruneattn"] == {"keep_rate": [0.7, 0.5], "blocks": [1, 2], "score": "column_mean"}
+
+
+def test_two_names_with_different_pruning_blocks_are_rejected(tmp_path, hugging_face):
+    hugging_face(tmp_path, pruneattn={"keep_rate": 0.5, "blocks": [1], "prune_blocks": [2]})
+    with pytest.raises(UserError, match=r"prune_blocks is \[2\] and blocks, its other name, is \[1\]"):
+        pruneattn.load_pretrained(tmp_path)
+    hugging_face(tmp_path, pruneattn={"keep_rate": 0.5, "blocks": [1], "prune_blocks": [1]})
+    assert pruneattn.load_pretrained(tmp_path).prune_blocks == (1,)
 
 
 def test_sizes_get_their_names(tmp_path, hugging_face):
@@ -99,7 +126,7 @@ def test_sizes_get_their_names(tmp_path, hugging_face):
 
 
 def test_defaults_that_a_config_leaves_out(tmp_path, hugging_face):
-    """transformers writes no ``id2label`` where there are its two default labels, and no ``problem_type``."""
+    """transformers writes no ``id2label`` for its two default labels, and no ``problem_type``."""
     hugging_face(tmp_path, id2label={0: "LABEL_0", 1: "LABEL_1"})
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -117,7 +144,7 @@ def test_stride_10_is_resampled(tmp_path, hugging_face):
     assert model.pos_embed.shape == (1, 66, 48)
 
 
-def test_the_config_says_what_grid_the_positions_have(tmp_path, hugging_face):
+def test_the_config_determines_the_grid_of_the_positions(tmp_path, hugging_face):
     """12 x 18 positions of stride 10 are as many as 8 x 27 of stride 16; 12 x 50 as many as 8 x 75."""
     theirs = hugging_face(tmp_path / "10", frequency_stride=10, time_stride=10, max_length=200)
     table = theirs.audio_spectrogram_transformer.embeddings.position_embeddings[0, 2:].reshape(12, 19, 48)
@@ -144,7 +171,7 @@ def extractor(text):
     return lambda folder: (folder / "preprocessor_config.json").write_text(text)
 
 
-REFUSED = {
+REJECTED = {
     "stride": (change(time_stride=10), r"frequency_stride, time_stride is \(16, 10\), not \(16, 16\) or"),
     "patches": (change(patch_size=8), "patch_size is 8, not 16"),
     "activation": (change(hidden_act="gelu_new"), "hidden_act is 'gelu_new'"),
@@ -158,7 +185,8 @@ REFUSED = {
     "depth": (change(num_hidden_layers=4), "embed_dim 48 and depth 5"),
     "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "holds a list, not a configuration"),
-    "another model": (change(model_type="wav2vec2"), "not a model that pruneattn saved.*nor does a config.json"),
+    "pruning": (change(pruneattn=None), "config.json: an AST that cannot be made here"),
+    "another model": (change(model_type="wav2vec2"), "not a model that pruneattn saved.*not next to a config.json"),
     "no extractor": (
         lambda folder: (folder / "preprocessor_config.json").unlink(),
         "preprocessor_config.json: no such file, so mean and std of the model's input are unknown",
@@ -174,9 +202,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals(tmp_path, hugging_face, case):
-    spoil, message = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejected_folders(tmp_path, hugging_face, case):
+    spoil, message = REJECTED[case]
     hugging_face(tmp_path)
     spoil(tmp_path)
     with pytest.raises(UserError, match=message) as error:
@@ -190,12 +218,12 @@ def test_a_trunk_without_a_head(tmp_path, hugging_face, transformers):
         pruneattn.load_pretrained(tmp_path)
 
 
-# ASTFeatureExtractor --------------------------------------------------------------------------------------------------
+# ASTFeatureExtractor -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["torchaudio", "numpy"])
 def extract(request, transformers, monkeypatch):
-    """``extract(extractor, wave)`` in each of the extractor's two ways: torchaudio, or numpy where that is absent."""
+    """``extract(wave, **options)`` with each of the extractor's two backends: torchaudio, or numpy without it."""
     if request.param == "torchaudio":
         pytest.importorskip("torchaudio")
     module = pytest.importorskip(
@@ -229,9 +257,9 @@ def waves(real_audio):
         {"max_length": 512, "do_normalize": False},
     ],
 )
-def test_its_features_are_ours(extract, waves, options):
-    """Seen on 150 clips: at most 3.2e-3 (torchaudio) and 3.9e-3 (numpy) apart in log-mel, where a bin is near silence:
-    ours takes the clip's mean away first, theirs that of each frame only.
+def test_its_features_equal_ours(extract, waves, options):
+    """On 150 clips, log-mels differ by at most 3.2e-3 (torchaudio) and 3.9e-3 (numpy), in bins near silence. Ours
+    subtracts the mean of the clip first, theirs only the mean of each frame.
     """
     for wave in waves:
         theirs, config = extract(wave, **options)
@@ -252,7 +280,7 @@ def test_its_features_go_into_our_model(tmp_path, hugging_face, extract, waves):
             ours = model(FeatureExtractor(model.features)(wave[None]))
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
         logits.append(expected)
-    assert torch.cat(logits).std(0).min() > 0.01  # clips are told apart, so that this says something
+    assert torch.cat(logits).std(0).min() > 0.01  # the logits depend on the clip, so the comparison is meaningful
 
 
 def test_configs_go_both_ways():

@@ -1,4 +1,4 @@
-"""Small files of each true layout, checked by the logits of the source model wherever there is one to run."""
+"""Small files of each layout, checked by the logits of the source model if one can run."""
 
 import argparse
 
@@ -19,8 +19,8 @@ def make(family, **arguments):
     return create_model(f"{family}_tiny", **defaults | arguments)
 
 
-def randomise(module, seed=0):
-    """Weights that show every mistake: nothing is zero, one, or equal to its neighbour."""
+def randomize(module, seed=0):
+    """Weights that reveal every mistake: no value is zero, one, or equal to its neighbor."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -46,11 +46,11 @@ def snapshot(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-# AST ----------------------------------------------------------------------------------------------------------------
+# AST -----------------------------------------------------------------------------------------------------------------
 
 
 class OfficialAST(nn.Module):
-    """The official AST around timm's distilled ViT, whose names its checkpoints have (`v.`, `mlp_head.`)."""
+    """The official AST around timm's distilled ViT, with the keys of its checkpoints (`v.`, `mlp_head.`)."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ class OfficialAST(nn.Module):
 
 
 def test_ast_official(tmp_path):
-    source = randomise(OfficialAST())
+    source = randomize(OfficialAST())
     torch.save({f"module.{key}": value for key, value in source.state_dict().items()}, tmp_path / "audioset_16_16.pth")
     model = make("ast")
     report = load_checkpoint(model, tmp_path / "audioset_16_16.pth")
@@ -86,11 +86,11 @@ def hugging_face(**config):
     transformers = pytest.importorskip("transformers")
     shape = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": 4 * DIM}
     stride = {"frequency_stride": 16, "time_stride": 16, "max_length": 1024, "num_labels": CLASSES}
-    return randomise(transformers.ASTForAudioClassification(transformers.ASTConfig(**shape | stride | config)))
+    return randomize(transformers.ASTForAudioClassification(transformers.ASTConfig(**shape | stride | config)))
 
 
 def exact_eps(source):
-    """Give Hugging Face's model the official eps, so that its logits can be compared closely."""
+    """Set the official eps in Hugging Face's model, so that its logits can be compared closely."""
     for name, module in source.named_modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-5 if name == "classifier.layernorm" else 1e-6
@@ -117,7 +117,7 @@ def test_hugging_face_ast_module_names(tmp_path, save):
     source = exact_eps(hugging_face())
     state = source.state_dict()
     if "audio_spectrogram_transformer.layers.0.attention.q_proj.weight" not in state:
-        pytest.skip("this transformers has the names of the disk in memory")
+        pytest.skip("this version of transformers has the same names in memory and on disk")
     save(state, tmp_path / "weights")
     model = make("ast")
     report = load_checkpoint(model, tmp_path / "weights")
@@ -165,17 +165,17 @@ def test_hugging_face_default_stride_is_resampled(tmp_path):
         report = load_checkpoint(model, tmp_path)
     assert caught[0].filename == __file__
     table = source.audio_spectrogram_transformer.embeddings.position_embeddings
-    torch.testing.assert_close(model.pos_embed[0, 2], table[0, 2])  # corners of both grids start at the same cell
+    torch.testing.assert_close(model.pos_embed[0, 2], table[0, 2])  # the corners of both grids are the same cell
     torch.testing.assert_close(model.pos_embed[0, 2 + 5 * 64 + 10], table[0, 2 + 8 * 101 + 16])
     assert any("stride 10" in note for note in report.notes) and "stride 10" in str(report)
 
 
-# AudioMAE -----------------------------------------------------------------------------------------------------------
+# AudioMAE ------------------------------------------------------------------------------------------------------------
 
 
 def timm_audiomae(**arguments):
     vit = pytest.importorskip("timm.models.vision_transformer")
-    return randomise(
+    return randomize(
         vit.VisionTransformer(
             img_size=(1024, 128),
             patch_size=16,
@@ -214,8 +214,8 @@ def test_audiomae_of_timm_with_norm_instead_of_fc_norm(tmp_path):
 
 
 def audiomae_state(seed=3):
-    """Trunk, `fc_norm` and `head` with the names of AudioMAE's fine-tuned files."""
-    return snapshot(randomise(make("audiomae"), seed))
+    """Trunk, `fc_norm` and `head` with the keys of AudioMAE's fine-tuned files."""
+    return snapshot(randomize(make("audiomae"), seed))
 
 
 def pretrained_state():
@@ -247,7 +247,7 @@ def test_audiomae_pretrained(tmp_path):
 
 
 def test_audiomae_finetuned_with_args(tmp_path):
-    source = randomise(make("audiomae"), seed=3)
+    source = randomize(make("audiomae"), seed=3)
     args = argparse.Namespace(model="vit_base_patch16", lr=1e-3, dist_url="env://", mask_2d=True)
     content = {"model": source.state_dict(), "optimizer": {"state": {}}, "epoch": 59, "scaler": {}, "args": args}
     torch.save(content, tmp_path / "finetuned.pth")
@@ -271,12 +271,12 @@ def test_positions_follow_the_models_frames(tmp_path, frames):
         assert f"64 time columns to {columns}" in report.notes[0]
 
 
-# Our own, and what all formats share ---------------------------------------------------------------------------------
+# pruneattn's own files, and properties of all formats ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["ast", "audiomae"])
 def test_training_state_round_trip_is_bit_equal(tmp_path, family):
-    source = randomise(make(family))
+    source = randomize(make(family))
     optimizer = torch.optim.AdamW(source.parameters())
     state = {"model": source.state_dict(), "optimizer": optimizer.state_dict(), "config": {"lr": 0.1}, "log_bytes": 3}
     torch.save(state, tmp_path / "last.pt")
@@ -289,7 +289,7 @@ def test_training_state_round_trip_is_bit_equal(tmp_path, family):
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 def test_half_precision_files(tmp_path, stored):
-    source = randomise(make("ast"))
+    source = randomize(make("ast"))
     save_file({name: value.to(stored) for name, value in source.state_dict().items()}, tmp_path / "half.safetensors")
     model = make("ast")
     load_checkpoint(model, tmp_path / "half.safetensors")
@@ -299,7 +299,7 @@ def test_half_precision_files(tmp_path, stored):
 
 @pytest.mark.parametrize(("family", "fresh"), [("ast", {"head", "head_norm"}), ("audiomae", {"head"})])
 def test_a_head_of_other_classes_stays_fresh(tmp_path, family, fresh):
-    torch.save(randomise(make(family, num_classes=5)).state_dict(), tmp_path / "x.pt")
+    torch.save(randomize(make(family, num_classes=5)).state_dict(), tmp_path / "x.pt")
     model = make(family)
     before = snapshot(model)
     report = load_checkpoint(model, tmp_path / "x.pt")
@@ -310,7 +310,7 @@ def test_a_head_of_other_classes_stays_fresh(tmp_path, family, fresh):
 
 
 def test_the_best_file_of_a_training_folder(tmp_path):
-    source = randomise(make("audiomae"))
+    source = randomize(make("audiomae"))
     save_file(source.state_dict(), tmp_path / "best.safetensors")
     torch.save({}, tmp_path / "last.pt")
     model = make("audiomae")
@@ -318,21 +318,21 @@ def test_the_best_file_of_a_training_folder(tmp_path):
     assert_untouched(model, source.state_dict())
 
 
-# Refusals: one message that names the file and the remedy, and a model that is as it was ----------------------------
+# Errors: one message that names the file and the remedy, and an unchanged model --------------------------------------
 
 
 def ast_state(**changes):
-    return snapshot(randomise(make("ast", **changes)))
+    return snapshot(randomize(make("ast", **changes)))
 
 
 def without(state, *names):
     return {name: value for name, value in state.items() if name not in names}
 
 
-REFUSED = {
+REJECTED = {
     "width": (
         lambda: ast_state(embed_dim=24),
-        r"embed_dim 24 and depth 3 .*\[72, 24\].* embed_dim 48 and depth 3 .*embed_dim=24, depth=3",
+        r"embed_dim 24 and depth 3 .*\[72, 24\].*but.* embed_dim 48 and depth 3 .*embed_dim=24, depth=3",
     ),
     "a known size": (
         lambda: ast_state() | {f"blocks.{i}.attn.qkv.weight": torch.ones(576, 192) for i in range(12)},
@@ -344,12 +344,12 @@ REFUSED = {
         lambda: without(ast_state(), "blocks.1.norm2.bias", "norm.weight"),
         r"without blocks.1.norm2.bias, norm.weight; give a complete",
     ),
-    "more parts": (lambda: ast_state() | {"blocks.0.ls1.gamma": torch.ones(DIM)}, r"no place for.*blocks.0.ls1.gamma"),
+    "more parts": (lambda: ast_state() | {"blocks.0.ls1.gamma": torch.ones(DIM)}, r"does not have.*blocks.0.ls1.gamma"),
     "shape": (
         lambda: ast_state() | {"blocks.1.mlp.fc1.bias": torch.ones(96)},
         r"blocks.1.mlp.fc1.bias is \[96\] and the model's blocks.1.mlp.fc1.bias \[192\]",
     ),
-    "colour": (
+    "RGB": (
         lambda: ast_state() | {"patch_embed.proj.weight": torch.ones(DIM, 3, 16, 16)},
         r"patch_embed.proj.weight is \[48, 3, 16, 16\]: patches of 3 channels",
     ),
@@ -364,16 +364,18 @@ REFUSED = {
     ),
     "unknown": (
         lambda: {f"conv{i}.weight": torch.ones(1) for i in range(9)},
-        r"no known checkpoint format. Looked for AST, official \(v.pos_embed.*AudioMAE, pre-trained.*"
-        r"has 9 tensors: conv0.weight.*conv5.weight, \.\.\.",
+        (
+            r"no known checkpoint format. Looked for AST, official \(v.pos_embed.*AudioMAE, pre-trained.*"
+            r"has 9 tensors: conv0.weight.*conv5.weight, \.\.\."
+        ),
     ),
     "nothing": (lambda: {"epoch": 3, "args": {}}, r"no state dict in it.*\(epoch, args\)"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_fit_is_refused(tmp_path, case):
-    state, message = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_files_that_do_not_fit_are_rejected(tmp_path, case):
+    state, message = REJECTED[case]
     path = tmp_path / "checkpoint.pth"
     torch.save(state(), path)
     model = make("ast")
@@ -384,7 +386,7 @@ def test_what_does_not_fit_is_refused(tmp_path, case):
     assert_untouched(model, before)
 
 
-def test_ast_into_audiomae_is_refused(tmp_path):
+def test_ast_into_audiomae_is_rejected(tmp_path):
     torch.save(ast_state(), tmp_path / "x.pt")
     with pytest.raises(UserError, match="AST, pruneattn, which does not fit the model audiomae_tiny"):
         load_checkpoint(make("audiomae"), tmp_path / "x.pt")

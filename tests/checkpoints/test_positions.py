@@ -20,26 +20,26 @@ def numbered(family, patches):
 
 
 def values(table, family):
-    """What arrived: the extra tokens' values and the patches' ones, as lists."""
+    """The values of the extra tokens and of the patches, as lists."""
     assert table.dtype == torch.float32 and table.shape[0] == 1 and (table == table[..., :1]).all()
     column = table[0, :, 0].tolist()
     return column[: EXTRA[family]], column[EXTRA[family] :]
 
 
 @pytest.mark.parametrize("family", ["ast", "audiomae"])
-def test_the_same_grid_is_taken_as_it_is(family):
+def test_a_table_of_the_same_grid_is_unchanged(family):
     table = numbered(family, 512)
     fitted, note = fit_positions(table, make(family, 1024))
     assert torch.equal(fitted, table) and note == ""
 
 
 @pytest.mark.parametrize(("frames", "start"), [(128, 28), (512, 16), (16, 32), (48, 31)])
-def test_ast_takes_the_centre_columns(frames, start):
+def test_ast_takes_the_center_columns(frames, start):
     columns = frames // 16
     fitted, note = fit_positions(numbered("ast", 512), make("ast", frames))
     expected = [64 * row + start + column for row in range(8) for column in range(columns)]
     assert values(fitted, "ast") == ([-1, -2], expected)
-    assert note == f"positions: centre crop of 64 time columns to {columns}"
+    assert note == f"positions: center crop of 64 time columns to {columns}"
 
 
 @pytest.mark.parametrize("frames", [128, 512, 1008])
@@ -61,7 +61,7 @@ def test_a_crop_of_a_crop_is_the_crop(family):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("had", "frames"), [(1024, 512), (1024, 128), (128, 1024)])
-def test_our_own_sine_cosine_table_is_made_anew(had, frames, stored):
+def test_our_own_sine_cosine_table_is_computed_anew(had, frames, stored):
     source, model = make("audiomae", had), make("audiomae", frames)
     table = source.pos_embed.detach().clone()
     table[0, 0] = 3.0
@@ -85,31 +85,31 @@ def test_more_columns_are_interpolated_bilinearly(family, patches, frames):
 
 
 @pytest.mark.parametrize(("patches", "frames"), [(1212, 1024), (600, 512), (144, 128)])
-def test_stride_10_is_read_at_the_centres_of_stride_16(patches, frames):
+def test_stride_10_is_read_at_the_centers_of_stride_16(patches, frames):
     had, columns = patches // 12, frames // 16
     rows, times = torch.meshgrid(torch.arange(12.0), torch.arange(float(had)), indexing="ij")
-    # Positions that say where they are, in mel bins and frames: bilinear interpolation must keep them true.
+    # The values are the positions in mel bins and frames; bilinear interpolation must reproduce them.
     place = torch.stack([10 * rows, 10 * times, 10 * rows + 20 * times, torch.ones_like(rows)], dim=-1)
     table = torch.cat([torch.full((1, 2, 4), -1.0), place.reshape(1, patches, 4)], dim=1)
     with pytest.warns(UserWarning, match="stride 10"):
         fitted, note = fit_positions(table, make("ast", frames), stride=None)
     grid = fitted[0, 2:].reshape(8, columns, 4)
-    bins = (16.0 * torch.arange(8)).clamp(max=110).reshape(8, 1).expand(8, columns)  # the last row is the 12th's
+    bins = (16.0 * torch.arange(8)).clamp(max=110).reshape(8, 1).expand(8, columns)  # the last row has the 12th's value
     start = (16.0 * torch.arange(columns)).clamp(max=10.0 * (had - 1)).expand(8, columns)
     torch.testing.assert_close(grid, torch.stack([bins, start, bins + 2 * start, torch.ones_like(bins)], dim=-1))
     assert (fitted[:, :2] == -1).all() and f"12 x {had}" in note
 
 
 @pytest.mark.parametrize("frames", range(128, 1200, 7))
-def test_a_known_stride_decides_what_the_table_is_for(frames):
-    """The positions of a configuration of any length, whose column says in which frame it begins."""
+def test_a_known_stride_determines_the_grid(frames):
+    """Positions for any number of frames; the value of a column is the frame in which it begins."""
     columns, rows = (frames - 16) // 10 + 1, torch.arange(12.0)
     grid = torch.stack([10 * rows.reshape(12, 1).expand(-1, columns), 10 * torch.arange(columns).expand(12, -1)], -1)
     table = torch.cat([torch.zeros(1, 2, 2), grid.reshape(1, -1, 2).float()], 1)
     model = make("ast", frames // 16 * 16)
     for stride in (10, None):
         if stride is None and frames // 16 * 16 != frames:
-            continue  # of a multiple of 16 frames the size tells
+            continue  # the size is unambiguous only for a multiple of 16 frames
         with pytest.warns(UserWarning, match="stride 10"):
             fitted, note = fit_positions(table, model, stride=stride)
         assert "crop" not in note
@@ -117,15 +117,18 @@ def test_a_known_stride_decides_what_the_table_is_for(frames):
         torch.testing.assert_close(fitted[0, 2:, 1].reshape(8, -1), start.expand(8, -1))
 
 
-def test_what_is_known_to_have_stride_16_is_not_resampled():
+def test_a_table_of_known_stride_16_is_not_resampled():
     """600 patches are 12 x 50 with stride 10, but 8 x 75 of 1200 frames."""
     fitted, note = fit_positions(numbered("ast", 600), make("ast", 512), stride=16)
     assert values(fitted, "ast")[1] == [75 * row + 21 + column for row in range(8) for column in range(32)]
-    assert note == "positions: centre crop of 75 time columns to 32"
+    assert note == "positions: center crop of 75 time columns to 32"
     same, note = fit_positions(numbered("ast", 600), make("ast", 1200), stride=None)
     assert values(same, "ast")[1] == list(range(600)) and note == ""
-    with pytest.warns(UserWarning, match="stride 10"):
+    with pytest.warns(UserWarning, match="^positions: ") as caught:
         fit_positions(numbered("ast", 600), make("ast", 1200), stride=10)
+    resampled, stretched = (str(warning.message) for warning in caught)
+    assert "stride 10: its 12 x 50 positions resampled to 8 x 32" in resampled
+    assert stretched == "positions: 32 time columns interpolated to 75; fine-tune the model before you use it"
 
 
 def test_stride_10_is_resampled_before_the_crop():
@@ -136,7 +139,7 @@ def test_stride_10_is_resampled_before_the_crop():
         short, note = fit_positions(table, make("ast", 128), stride=None)
     cropped, _ = fit_positions(full, make("ast", 128))
     assert torch.equal(short, cropped)
-    assert "12 x 101" in note and "centre crop of 64 time columns to 8" in note
+    assert "12 x 101" in note and "center crop of 64 time columns to 8" in note
 
 
 def test_only_formats_that_come_with_stride_10_are_resampled():
@@ -147,11 +150,11 @@ def test_only_formats_that_come_with_stride_10_are_resampled():
 
 
 @pytest.mark.parametrize(("family", "patches"), [("ast", 1213), ("ast", 196), ("audiomae", 1212), ("audiomae", 0)])
-def test_other_counts_are_refused(family, patches):
+def test_other_sizes_are_rejected(family, patches):
     with pytest.raises(UserError, match=f"{patches} patches are no grid"):
         fit_positions(numbered(family, patches), make(family, 1024), stride=None if family == "ast" else 16)
 
 
-def test_a_table_of_another_rank_is_refused():
+def test_a_table_of_another_rank_is_rejected():
     with pytest.raises(UserError, match=r"expected \[1, tokens, channels\], the file has \[514, 4\]"):
         fit_positions(torch.zeros(514, 4), make("ast", 1024))

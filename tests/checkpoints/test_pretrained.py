@@ -12,6 +12,7 @@ from pruneattn.checkpoints import pretrained
 from pruneattn.data.fbank import FeatureConfig
 from pruneattn.errors import UserError
 from pruneattn.models import create_model
+from pruneattn.models.description import Description
 
 LABELS = ["dog", "näher", "rain, heavy"]
 FEATURES = FeatureConfig(frames=128, mean=-6.85, std=5.57, padding="zero")
@@ -56,7 +57,7 @@ def test_a_folder_prefers_the_best_file(tmp_path):
     assert pruneattn.load_pretrained(tmp_path).extra == {}
 
 
-def test_what_is_in_the_file(tmp_path):
+def test_contents_of_the_file(tmp_path):
     save(make(), tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -75,10 +76,10 @@ def test_a_folder_holds_a_card_and_a_copy_of_the_configuration(tmp_path):
     with safe_open(folder / "model.safetensors", "pt") as file:
         content = json.loads(file.metadata()["pruneattn"])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert "load_pretrained reads that one" in config.pop("about") and config == content
+    assert "load_pretrained reads the metadata" in config.pop("about") and config == content
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "library_name: pruneattn" in card and "several at once" in card and "value: 97.25" in card
-    (folder / "config.json").write_text("{}")  # the metadata count, and nothing else
+    assert "library_name: pruneattn" in card and "multilabel (sigmoid)" in card and "value: 97.25" in card
+    (folder / "config.json").write_text("{}")  # only the metadata matter
     assert pruneattn.load_pretrained(folder).config == model.config
     with pytest.raises(UserError, match="holds a config.json of something else"):
         save(model, folder)
@@ -90,7 +91,35 @@ def test_a_folder_holds_a_card_and_a_copy_of_the_configuration(tmp_path):
     assert pruneattn.load_pretrained(folder).keep_rates == other.keep_rates
 
 
-def test_what_is_a_folder_by_its_name(tmp_path):
+def test_a_loaded_model_is_saved_with_its_own_description(tmp_path):
+    """Except ``extra``, which describes the loaded weights: it is saved only if given."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    save(make(), first, multilabel=True, extra={"top1": 0.5})
+    model = pruneattn.load_pretrained(first)
+    assert model.description == Description(FEATURES, LABELS, True, {"top1": 0.5})
+    pruneattn.save_pretrained(model, second, extra=model.extra)
+    again = pruneattn.load_pretrained(second)
+    assert again.description == model.description and again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    pruneattn.save_pretrained(model, second, multilabel=False, labels=("a", "b", "c"))
+    assert pruneattn.load_pretrained(second).description == Description(FEATURES, ["a", "b", "c"], False, {})
+    assert model.description == Description(FEATURES, LABELS, True, {"top1": 0.5})
+
+
+@pytest.mark.parametrize("name", ["features", "labels", "multilabel"])
+def test_a_model_without_a_description(tmp_path, name):
+    model, path = make(), tmp_path / "x.safetensors"
+    with pytest.raises(UserError, match="save_pretrained: the model has no features, labels, multilabel; give them"):
+        pruneattn.save_pretrained(model, path)
+    with pytest.raises(UserError, match=f"save_pretrained: the model has no {name}; give them"):
+        save(model, path, **{name: None})
+    assert os.listdir(tmp_path) == []
+    setattr(model, name, {"features": FEATURES, "labels": LABELS, "multilabel": False}[name])
+    save(model, path, **{name: None})
+    assert pruneattn.load_pretrained(path).description == Description(FEATURES, LABELS, False, {})
+
+
+def test_paths_that_are_folders(tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
     save(make(), tmp_path / "folder.safetensors")
     save(make(), tmp_path / "run.v2")
@@ -117,13 +146,13 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         temporary.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with mock.patch.object(pretrained, "save_file", full_disk):
-        with pytest.raises(UserError, match="cannot write .*No space left on device.*is unchanged"):
-            save(make(), path, extra={"epoch": 2})
+    failed = pytest.raises(UserError, match="cannot write .*No space left on device.*is unchanged")
+    with mock.patch.object(pretrained, "save_file", full_disk), failed:
+        save(make(), path, extra={"epoch": 2})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["best.safetensors"]
 
 
-def test_what_cannot_be_saved(tmp_path):
+def test_models_that_cannot_be_saved(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(ValueError, match="labels: expected 3 names, one per class of the model, got 2"):
         save(make(), path, labels=["a", "b"])
@@ -132,7 +161,7 @@ def test_what_cannot_be_saved(tmp_path):
     for value in (float("nan"), torch.ones(1)):
         with pytest.raises(ValueError, match="plain finite values that JSON can hold"):
             save(make(), path, extra={"value": value})
-    with pytest.raises(UserError, match="function"):
+    with pytest.raises(UserError, match="score: .*no plain configuration"):
         save(make(score=lambda q, k, v, extra_tokens: k.mean((1, 3))[:, extra_tokens:]), path)
     with pytest.raises(UserError, match="absent"):
         save(make(), tmp_path / "absent" / "x.safetensors")
@@ -143,7 +172,8 @@ def rewritten(path, change):
     """Save the file at `path` again with its configuration changed by `change`."""
     save(make(), path)
     with safe_open(path, "pt") as file:
-        state, content = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["pruneattn"])
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        content = json.loads(file.metadata()["pruneattn"])
     content = change(content, state)
     save_file(state, path, metadata={"pruneattn": content if isinstance(content, str) else json.dumps(content)})
 
@@ -161,7 +191,7 @@ def rewritten(path, change):
         (lambda content, state: state.pop("head.bias") is None or content, "do not make a model.*head.bias"),
     ],
 )
-def test_files_that_make_no_model(tmp_path, change, message):
+def test_files_that_do_not_make_a_model(tmp_path, change, message):
     path = tmp_path / "x.safetensors"
     rewritten(path, change)
     with pytest.raises(UserError, match=message) as error:

@@ -1,4 +1,4 @@
-"""Their files to our model and back, bit for bit; and their own code on what we wrote."""
+"""Files of other projects to our model and back, bit for bit; and the code of other projects on our files."""
 
 import json
 import os
@@ -118,7 +118,7 @@ def test_official_ast_round_trip(tmp_path):
     again = official_ast()
     again.load_state_dict(torch.load(tmp_path / "ours.pth", weights_only=True))  # strict
     expected = source.state_dict()
-    for key in [key for key in expected if ".v.head" in key]:  # never used, so that ours has none to give back
+    for key in [key for key in expected if ".v.head" in key]:  # never used, so our model does not keep them
         expected[key] = torch.zeros_like(expected[key])
     assert_same(again.state_dict(), expected)
     assert list(torch.load(tmp_path / "ours.pth", weights_only=True).keys() ^ expected.keys()) == []
@@ -143,7 +143,7 @@ def test_timm_round_trip(tmp_path):
 
 
 def test_audiomae_round_trip(tmp_path):
-    state = make("audiomae").state_dict()  # the names of AudioMAE's own files
+    state = make("audiomae").state_dict()  # the keys of AudioMAE's own files
     torch.save({"model": state, "epoch": 59}, tmp_path / "theirs.pth")
     model = make("audiomae")
     pruneattn.load_checkpoint(model, tmp_path / "theirs.pth")
@@ -151,7 +151,7 @@ def test_audiomae_round_trip(tmp_path):
     assert_same(torch.load(tmp_path / "ours.pth", weights_only=True)["model"], state)
 
 
-# Their code on our files ---------------------------------------------------------------------------------------------
+# Code of other projects on our files ---------------------------------------------------------------------------------
 
 
 def fbank():
@@ -177,22 +177,22 @@ def test_transformers_opens_the_folder(tmp_path):
     extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path)
     assert type(extractor) is transformers.ASTFeatureExtractor
     assert FeatureConfig.from_hugging_face(extractor.to_dict()) == FEATURES
-    save(model, tmp_path, "huggingface")  # over the older one
+    save(model, tmp_path, "huggingface")  # over the older files
     assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == "single_label_classification"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("multilabel", [True, False])
-def test_pipeline_gives_our_scores(tmp_path, multilabel):
+def test_pipeline_returns_our_scores(tmp_path, multilabel):
     transformers = pytest.importorskip("transformers")
     model = make("ast")
-    model.head.weight *= 0.02  # scores that differ, none of them 0 or 1
+    model.head.weight *= 0.02  # different scores, none of them 0 or 1
     save(model, tmp_path, "huggingface", multilabel=multilabel)
     wave = torch.randn(20000, generator=torch.Generator().manual_seed(2)) * 0.1  # short: padded
     logits = model(pruneattn.data.FeatureExtractor(FEATURES)(wave[None]))[0]
     expected = logits.sigmoid() if multilabel else logits.softmax(0)
     classify = transformers.pipeline("audio-classification", str(tmp_path), device="cpu")
-    # Up to transformers 4 the pipeline does not look at the configuration's problem_type.
+    # The pipeline of transformers 4 ignores problem_type.
     old = {"function_to_apply": "sigmoid"} if multilabel and int(transformers.__version__.split(".")[0]) < 5 else {}
     scores = {row["label"]: row["score"] for row in classify(wave.numpy(), top_k=CLASSES, **old)}
     assert [scores[label] for label in LABELS] == pytest.approx(expected.tolist(), abs=1e-5)
@@ -210,12 +210,12 @@ def test_timm_opens_the_folder(tmp_path):
     assert list(theirs.pretrained_cfg["label_names"]) == LABELS
 
 
-# What else is written, and what is refused ---------------------------------------------------------------------------
+# Further properties of the files, and errors -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("family", "format_"), CASES)
-def test_half_precision_stays(tmp_path, family, format_, dtype):
+def test_half_precision_is_kept(tmp_path, family, format_, dtype):
     model = make(family).to(dtype)
     save(model, tmp_path / "out", format_)
     assert {tensor.dtype for tensor in read(tmp_path / "out", format_).values()} == {dtype}
@@ -227,7 +227,7 @@ def test_half_precision_stays(tmp_path, family, format_, dtype):
         assert loaded.dtype == dtype
 
 
-def test_an_opened_model_needs_no_more(tmp_path):
+def test_an_opened_model_needs_no_arguments(tmp_path):
     save(make("ast"), tmp_path / "first", "huggingface", multilabel=True)
     model = pruneattn.load_pretrained(tmp_path / "first")
     pruneattn.save_checkpoint(model, tmp_path / "second", format="huggingface")
@@ -235,14 +235,14 @@ def test_an_opened_model_needs_no_more(tmp_path):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
-def test_without_labels_classes_are_numbered(tmp_path):
+def test_classes_without_labels_are_numbered(tmp_path):
     save(make("ast"), tmp_path, "huggingface", labels=None, multilabel=None)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["id2label"]["6"] == "LABEL_6" and "problem_type" not in config
     assert pruneattn.load_pretrained(tmp_path).multilabel is False
 
 
-def test_a_model_made_fast_is_written_too(tmp_path):
+def test_an_optimized_model(tmp_path):
     model = make("ast")
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save(pruneattn.optimize_for_inference(model), tmp_path / "x.pth", "ast")
@@ -251,7 +251,7 @@ def test_a_model_made_fast_is_written_too(tmp_path):
     assert_same(again.state_dict(), expected)
 
 
-def test_padding_that_hugging_face_has_not(tmp_path):
+def test_padding_that_hugging_face_does_not_support(tmp_path):
     other = FeatureConfig(frames=FRAMES, mean=-4.25, std=4.5, padding="min")
     with pytest.warns(UserWarning, match="pads short clips with 0.*fewer than 256 frames") as caught:
         save(make("ast"), tmp_path, "huggingface", features=other)
@@ -273,7 +273,7 @@ def test_formats_of_the_other_family(tmp_path, family, format_):
     assert os.listdir(tmp_path) == []
 
 
-def test_refusals_write_nothing(tmp_path):
+def test_errors_write_nothing(tmp_path):
     with pytest.raises(UserError, match="'huggingface': give features"):
         save(make("ast"), tmp_path / "out", "huggingface", features=None)
     with pytest.raises(ValueError, match="labels: expected 7 names"):
@@ -286,9 +286,9 @@ def test_refusals_write_nothing(tmp_path):
         save(make("ast"), tmp_path / "absent" / "x.pth", "ast")
     assert os.listdir(tmp_path) == []
     (tmp_path / "config.json").write_text('{"epochs": 3}')
-    with pytest.raises(UserError, match="holds a config.json of something else, as of a training run"):
+    with pytest.raises(UserError, match="holds a config.json of something else, such as a training run"):
         save(make("ast"), tmp_path, "huggingface")
-    for _ in range(2):  # over its own
+    for _ in range(2):  # over its own files
         save(make("audiomae"), tmp_path / "timm", "timm")
     with pytest.raises(UserError, match="config.json of something else"):
         save(make("ast"), tmp_path / "timm", "huggingface")

@@ -1,4 +1,4 @@
-"""What is read from a file, and that nothing in a file is executed."""
+"""Reading tensors from files, without executing anything in them."""
 
 import argparse
 import os
@@ -28,14 +28,14 @@ def assert_state(path):
 
 
 @pytest.mark.parametrize("save", [torch.save, save_legacy, save_file])
-def test_formats_are_told_by_content(tmp_path, save):
+def test_formats_are_recognized_by_content(tmp_path, save):
     save(STATE, tmp_path / "weights.anything")
     assert_state(tmp_path / "weights.anything")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("keys", [(), ("model",), ("state_dict",), ("model", "state_dict")])
-def test_wrappers_are_taken_off(tmp_path, prefix, keys):
+def test_prefixes_of_wrappers_are_removed(tmp_path, prefix, keys):
     content = {prefix + key: value for key, value in STATE.items()}
     for key in reversed(keys):
         content = {"epoch": 3, "optimizer": {"state": {0: torch.ones(1)}}, key: content}
@@ -43,13 +43,13 @@ def test_wrappers_are_taken_off(tmp_path, prefix, keys):
     assert_state(tmp_path / "x.pt")
 
 
-def test_a_prefix_of_some_keys_stays(tmp_path):
+def test_a_prefix_of_only_some_keys_stays(tmp_path):
     save_file({"module.x": torch.ones(1), "y": torch.ones(1)}, tmp_path / "x")
     assert set(read_state(tmp_path / "x")) == {"module.x", "y"}
 
 
 @pytest.mark.parametrize("save", [torch.save, save_legacy])
-def test_a_command_line_beside_the_weights_is_harmless(tmp_path, save):
+def test_a_namespace_next_to_the_weights_is_allowed(tmp_path, save):
     save({"model": STATE, "args": argparse.Namespace(lr=0.1, model="vit")}, tmp_path / "x.pth")
     assert_state(tmp_path / "x.pth")
 
@@ -96,7 +96,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files_are_refused(tmp_path, case):
+def test_bad_files_are_rejected(tmp_path, case):
     write, message = BAD_FILES[case]
     path = tmp_path / "checkpoint"
     write(path)
@@ -114,11 +114,11 @@ class Malicious:
 
 
 @pytest.mark.parametrize("save", [torch.save, save_legacy, lambda x, path: path.write_bytes(pickle.dumps(x, 2))])
-def test_a_file_that_would_run_code_is_refused(tmp_path, save):
+def test_a_file_that_would_run_code_is_rejected(tmp_path, save):
     path, trap = tmp_path / "evil.pth", tmp_path / "executed"
     save({"epoch": 3, "args": Malicious(trap)}, path)
-    with pytest.raises(UserError, match=r"refused, .*mkdir.*can run any code\. If you trust") as error:
+    with pytest.raises(UserError, match=r"rejected, .*mkdir.*can run any code\. If you trust") as error:
         read_state(path)
     assert not trap.exists() and str(error.value).startswith(str(path))
     pickle.loads(pickle.dumps(Malicious(trap)))
-    assert trap.exists()  # so the trap works
+    assert trap.exists()  # the trap works

@@ -1,4 +1,4 @@
-"""``python -m pruneattn.convert``: anything in, and what came in stays."""
+"""``pruneattn convert``: any checkpoint as input, which is never changed."""
 
 import json
 import os
@@ -17,11 +17,10 @@ FEATURES = FeatureConfig(frames=128, mean=-6.85, std=5.57, padding="zero")
 LABELS = ["dog", "näher", "rain, heavy"]
 
 
-def make(family):
+def make(family, **size):
     torch.manual_seed(0)
-    return create_model(
-        f"{family}_tiny", embed_dim=192, depth=12, num_heads=3, num_classes=3, frames=128, keep_rate=0.5
-    )
+    size = size or {"embed_dim": 48, "depth": 3, "num_heads": 3, "prune_blocks": (1, 2)}
+    return create_model(f"{family}_tiny", num_classes=3, frames=128, keep_rate=0.5, **size)
 
 
 def save(model, path):
@@ -41,7 +40,7 @@ def assert_same(path, expected):
 @pytest.mark.parametrize(
     ("family", "format_"), [("ast", "ast"), ("ast", "huggingface"), ("audiomae", "audiomae"), ("audiomae", "timm")]
 )
-def test_our_own(tmp_path, capsys, family, format_):
+def test_checkpoints_of_this_package(tmp_path, capsys, family, format_):
     model = make(family)
     save(model, tmp_path / "best.safetensors")
     convert(tmp_path, tmp_path / "out", "--format", format_)
@@ -53,8 +52,8 @@ def test_our_own(tmp_path, capsys, family, format_):
 
 
 def test_from_one_project_to_another(tmp_path):
-    """The official AST to Hugging Face and back, by way of options."""
-    model = make("ast")
+    """The official AST to Hugging Face and back, described by options."""
+    model = make("ast", depth=12)  # the size that --model says
     pruneattn.save_checkpoint(model, tmp_path / "official.pth", format="ast")
     (tmp_path / "labels.csv").write_text("index,mid,display_name\n0,/m/0,dog\n1,/m/1,cat\n2,/m/2,rain\n")
     convert(
@@ -84,7 +83,7 @@ def test_from_one_project_to_another(tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_input_is_never_written_over(tmp_path):
+def test_the_input_is_never_overwritten(tmp_path):
     run, weights = tmp_path / "run", tmp_path / "run" / "model.safetensors"
     save(make("ast"), run)
     (run / "last.pt").write_bytes(b"a run's state")
@@ -111,11 +110,11 @@ def test_the_input_is_never_written_over(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     convert(run, run / "new.pth", "--format", "ast")
     convert(weights, tmp_path / "hf", "--format", "huggingface")
-    convert(weights, tmp_path / "hf", "--format", "huggingface")  # over its own
+    convert(weights, tmp_path / "hf", "--format", "huggingface")  # over its own output
     assert json.loads((run / "config.json").read_text())["labels"] == LABELS
 
 
-def test_refusals(tmp_path):
+def test_errors_say_what_to_do(tmp_path):
     save(make("audiomae"), tmp_path / "best.safetensors")
     with pytest.raises(UserError, match="'ast' has no place for the weights of audiomae_tiny; use 'audiomae' or"):
         convert(tmp_path, tmp_path / "out", "--format", "ast")
@@ -124,10 +123,10 @@ def test_refusals(tmp_path):
     (tmp_path / "labels.csv").write_text("index,mid,display_name\n0,/m/0,dog\n")
     with pytest.raises(UserError, match="names 1 classes, the checkpoint has 3"):
         convert(tmp_path, tmp_path / "out", "--format", "timm", "--label-csv", tmp_path / "labels.csv")
-    with pytest.raises(UserError, match="--mean is for checkpoints of other projects"):
+    with pytest.raises(UserError, match="--mean.* to checkpoints of other projects"):
         convert(tmp_path, tmp_path / "out", "--format", "timm", "--mean", 1)
     foreign = (tmp_path / "best.safetensors", tmp_path / "out", "--format", "audiomae", "--model", "audiomae_tiny")
-    with pytest.raises(UserError, match="no data set 'nope'; there are as20k"):
+    with pytest.raises(UserError, match="unknown dataset 'nope'; choose one of as20k"):
         convert(*foreign, "--dataset", "nope")
     for option in ("--frames", "--num-classes"):
         with pytest.raises(UserError, match=f"{option[2:].replace('-', '_')}: must be a whole number above 0, got 0"):

@@ -1,7 +1,6 @@
 import argparse
 import csv
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,11 +17,10 @@ from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio, load_dat
 from pruneattn.data.toy import KINDS, make_sound
 from pruneattn.errors import UserError
 from pruneattn.metrics import evaluate_predictions
-from pruneattn.report import save_failed
-from pruneattn.runtime import timing
+from pruneattn.runtime import distributed, timing
 from pruneattn.runtime.timing import measure_speed
 
-pytestmark = pytest.mark.device  # commands and models take the GPU where there is one
+pytestmark = pytest.mark.device  # commands and models use the GPU if there is one
 
 LABELS = ["buzz", "siren", "tone"]
 FEATURES = FeatureConfig(frames=128, mean=-11.0, std=3.0)
@@ -33,7 +31,7 @@ def make_model(name="audiomae_tiny", num_classes=3, **options):
     model = pruneattn.create_model(
         name, num_classes=num_classes, frames=128, embed_dim=48, depth=4, num_heads=3, prune_blocks=(0, 1, 2), **options
     )
-    torch.nn.init.normal_(model.head.weight, std=1.0)  # opinions, so that clips and keep-rates differ
+    torch.nn.init.normal_(model.head.weight, std=1.0)  # large, so that clips and keep-rates give different scores
     return model.eval()
 
 
@@ -60,7 +58,7 @@ def clips(tmp_path_factory):
 
 
 def by_hand(model, keep_rate, paths):
-    """Logits of clips one by one, without any of the evaluation's code."""
+    """Logits of clips one by one, without the code of the evaluation."""
     model.set_keep_rate(keep_rate)
     extract = FeatureExtractor(FEATURES)
     with torch.no_grad():
@@ -80,13 +78,14 @@ def run(checkpoint, clips, output, *options):
 
 
 def test_table_equals_computing_by_hand(checkpoint, clips, tmp_path, capsys):
-    rates = [1.0, 0.5, 0.25]
-    table = run(checkpoint, clips, tmp_path, "--keep-rate", *rates, "--batch-size", 3, "--rounds", 1)
+    rates = {"1": 1.0, "0.5": 0.5, "0.9,0.4,0.25": [0.9, 0.4, 0.25]}
+    table = run(checkpoint, clips, tmp_path, "--keep-rates", *rates, "--batch-size", 3, "--rounds", 1)
     paths = sorted((clips / "test").rglob("*.wav"))
     labels = true_labels(paths)
     model = make_model()
+    dense = pruneattn.count_macs(model, 1.0).paper
     right, precise = [], []
-    for row, rate in zip(table["rows"], rates, strict=True):
+    for row, (name, rate) in zip(table["rows"], rates.items(), strict=True):
         logits = by_hand(model, rate, paths)
         right.append(float((logits.argmax(1) == labels).float().mean()))
         macs = pruneattn.count_macs(model)
@@ -97,12 +96,11 @@ def test_table_equals_computing_by_hand(checkpoint, clips, tmp_path, capsys):
         assert row["map"] == pytest.approx(precise[-1])
         assert row["gmacs_paper"] == pytest.approx(macs.paper / 1e9)
         assert row["gmacs_computed"] == pytest.approx(macs.computed / 1e9)
-        model.set_keep_rate(1.0)
-        theory = 1 - macs.paper / pruneattn.count_macs(model).paper
+        theory = 1 - macs.paper / dense
         assert row["theory"] == pytest.approx(theory)
         assert row["saving"] == pytest.approx(1 - table["dense_clips_per_second"] / row["clips_per_second"])
         assert row["realised"] == (pytest.approx(row["saving"] / theory) if theory else None)
-        with open(tmp_path / f"per_class_{rate:g}.csv") as file:
+        with open(tmp_path / f"per_class_{name.replace(',', '-')}.csv") as file:
             classes = list(csv.DictReader(file))
         assert [one["name"] for one in classes] == LABELS
         assert [int(one["positives"]) for one in classes] == [2, 2, 3]
@@ -111,15 +109,54 @@ def test_table_equals_computing_by_hand(checkpoint, clips, tmp_path, capsys):
     assert len(set(precise)) > 1, "the keep-rates cannot be told apart: a poor test"
     printed = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() in printed
-    cells = [line.split("|")[1:3] for line in printed.splitlines() if line.startswith("|")][2:]
-    assert [(float(rate), cell.strip()) for rate, cell in cells] == [(r, f"{a:.2%}") for r, a in zip(rates, right)]
+    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in printed.splitlines() if line.startswith("|")]
+    assert cells[2:] == [[name, f"{top1:.2%}"] for name, top1 in zip(rates, right, strict=True)]
     with open(tmp_path / "table.csv") as file:
-        assert [float(row["top1"]) for row in csv.DictReader(file)] == pytest.approx(right)
+        rows = list(csv.DictReader(file))
+    assert [row["keep_rate"] for row in rows] == ["1.0", "0.5", "0.9,0.4,0.25"]
+    assert [float(row["top1"]) for row in rows] == pytest.approx(right)
     assert table["clips"] == 7 and not (tmp_path / "failed_clips.txt").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "rates"),
+    [
+        ("", [*evaluate.KEEP_RATES]),
+        ("--keep-rate 0.7", [0.7]),
+        ("--keep-rate 0.9,0.4,0.25", [[0.9, 0.4, 0.25]]),
+        ("--keep-rate 0.5,0.5,0.5", [0.5]),
+        ("--keep-rates 1 0.5 1 0.5,0.5,0.5", [1.0, 0.5]),
+    ],
+)
+def test_keep_rates_to_evaluate(checkpoint, clips, tmp_path, capsys, words, rates):
+    table = run(checkpoint, clips, tmp_path, "--rounds", 0, *words.split())
+    assert [row["keep_rate"] for row in table["rows"]] == rates
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "rates"), [("1 0.5", [1.0, 0.5]), ("0.9 0.8 0.7 0.6", [0.9, 0.8, 0.7, 0.6]), ("0.5 0.5 0.5", [0.5])]
+)
+def test_several_words_after_keep_rate_are_a_sweep_as_before_with_a_warning(
+    checkpoint, clips, tmp_path, capsys, words, rates
+):
+    """These words cannot be one rate for each of the model's three pruning blocks, or both meanings are the same."""
+    table = run(checkpoint, clips, tmp_path, "--rounds", 0, "--keep-rate", *words.split())
+    assert [row["keep_rate"] for row in table["rows"]] == rates
+    warning = f"warning: --keep-rate with several values is deprecated: use --keep-rates {words}\n"
+    assert capsys.readouterr().err == warning
+
+
+@pytest.mark.parametrize("words", ["1 0.7 0.5", "0.9 0.7 0.5"])
+def test_as_many_words_after_keep_rate_as_pruning_blocks_are_ambiguous(checkpoint, clips, tmp_path, words):
+    message = f"--keep-rates {words} to compare.*--keep-rate {words.replace(' ', ',')} to evaluate.* 3 pruning blocks"
+    with pytest.raises(UserError, match=message):
+        run(checkpoint, clips, tmp_path / "out", "--keep-rate", *words.split())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError("out of memory")])
-def test_scores_outlive_the_timing(checkpoint, clips, tmp_path, monkeypatch, capsys, interruption):
+def test_scores_are_saved_before_the_timing(checkpoint, clips, tmp_path, monkeypatch, capsys, interruption):
     def measure_speed(*args, **options):
         raise interruption
 
@@ -132,8 +169,8 @@ def test_scores_outlive_the_timing(checkpoint, clips, tmp_path, monkeypatch, cap
     assert (tmp_path / "table.md").read_text() in printed
 
 
-def test_checkpoint_decides_what_is_seen(checkpoint, clips, tmp_path):
-    """Ranking by intensity keeps other patches than the model's own score."""
+def test_the_score_of_the_checkpoint_is_the_default(checkpoint, clips, tmp_path):
+    """Ranking by intensity keeps different patches than the score of the checkpoint."""
     own = run(checkpoint, clips, tmp_path, "--keep-rate", 0.1, "--rounds", 0)
     other = run(checkpoint, clips, tmp_path, "--keep-rate", 0.1, "--rounds", 0, "--score", "intensity")
     paths = sorted((clips / "test").rglob("*.wav"))
@@ -144,8 +181,8 @@ def test_checkpoint_decides_what_is_seen(checkpoint, clips, tmp_path):
     assert "clips_per_second" not in other["rows"][0] and "dense" not in other
 
 
-def test_checkpoint_decides_whether_the_task_is_multilabel(clips, tmp_path):
-    """The clips of a small manifest may happen to have one label each."""
+def test_the_checkpoint_says_whether_the_task_is_multilabel(clips, tmp_path):
+    """By chance each clip of a small manifest can have one label."""
     pruneattn.save_pretrained(
         make_model(), tmp_path / "best.safetensors", features=FEATURES, labels=LABELS, multilabel=True
     )
@@ -160,8 +197,33 @@ def test_checkpoint_decides_whether_the_task_is_multilabel(clips, tmp_path):
     assert table["metric"] == "map" and table["rows"][0]["metric"] == pytest.approx(expected["map"])
 
 
+def test_processes_share_the_clips(checkpoint, clips, monkeypatch):
+    """What each of two processes scores, without starting them."""
+    model = pruneattn.load_pretrained(checkpoint)
+    dataset = load_dataset("folder", "test", data_dir=clips, frames=128)
+    alone, _ = evaluate.score_keep_rates(model, dataset, [1.0, 0.5], "cpu")
+    parts = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather_objects", lambda part: parts.append(part) or parts)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        together, failed = evaluate.score_keep_rates(model, dataset, [1.0, 0.5], "cpu", batch_size=2)
+    (first, _), (second, _) = parts
+    assert sorted([*first[2].tolist(), *second[2].tolist()]) == list(range(7))  # each once, though 2 does not divide 7
+    assert failed == []
+    for name in ("map", "mauc", "top1"):
+        assert [one[name] for one in together] == pytest.approx([one[name] for one in alone])
+
+
+def test_a_model_without_features_is_an_error(clips):
+    dataset = load_dataset("folder", "test", data_dir=clips, frames=128)
+    with pytest.raises(UserError, match="set model.features"):
+        evaluate.score_keep_rates(make_model(), dataset, [1.0], "cpu")
+
+
+@pytest.mark.slow
 def test_two_processes_agree_with_one(checkpoint, clips, tmp_path):
-    options = ["--keep-rate", "1", "0.5", "--rounds", "0", "--batch-size", "2"]
+    options = ["--keep-rates", "1", "0.5", "--rounds", "0", "--batch-size", "2"]
     one = run(checkpoint, clips, tmp_path / "one", *options)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "pruneattn.evaluate", str(checkpoint), "--dataset", "folder", "--data-dir", str(clips)]
@@ -177,7 +239,7 @@ def test_two_processes_agree_with_one(checkpoint, clips, tmp_path):
     assert done.stdout.count("| keep-rate |") == 1  # one process prints
 
 
-def test_bad_clips_are_left_out_and_listed(checkpoint, clips, tmp_path, capsys):
+def test_unreadable_clips_are_left_out_and_listed(checkpoint, clips, tmp_path, capsys):
     good = run(checkpoint, clips, tmp_path / "good", "--keep-rate", 0.5, "--rounds", 0)
     mixed = tmp_path / "mixed" / "test"
     for path in (clips / "test").rglob("*.wav"):
@@ -201,11 +263,6 @@ def test_bad_clips_are_left_out_and_listed(checkpoint, clips, tmp_path, capsys):
     assert "4 of 11 clips could not be read" in printed and "text.wav" in printed
 
 
-def test_names_that_are_not_utf8_are_listed(tmp_path):
-    path = save_failed(tmp_path, [(os.fsdecode(b"\xff.wav"), "the file is empty")])
-    assert path.read_text() == "\\udcff.wav\tthe file is empty\n"
-
-
 def test_misuse_is_one_clear_error(checkpoint, clips, tmp_path):
     with pytest.raises(UserError, match="keep_rate.*got 0"):
         run(checkpoint, clips, tmp_path, "--keep-rate", 0)
@@ -213,29 +270,29 @@ def test_misuse_is_one_clear_error(checkpoint, clips, tmp_path):
         evaluate.main([str(checkpoint), "--dataset", "toy", "--output", str(tmp_path)])
     renamed = tmp_path / "renamed" / "test"
     renamed.mkdir(parents=True)
-    for label, other in zip(LABELS, ("buzz", "horn", "tone")):
+    for label, other in zip(LABELS, ("buzz", "horn", "tone"), strict=True):
         (renamed / other).symlink_to(clips / "test" / label)
         (tmp_path / "renamed" / "train" / other).mkdir(parents=True)
     with pytest.raises(UserError, match="do not go together.*class 1 is 'siren' in the checkpoint and 'horn'"):
         run(checkpoint, tmp_path / "renamed", tmp_path)
     with pytest.raises(UserError, match="--batch-size 0"):
         run(checkpoint, clips, tmp_path, "--batch-size", 0)
-    with pytest.raises(UserError, match="--num-classes is for checkpoints of other projects"):
+    with pytest.raises(UserError, match="--num-classes.* to checkpoints of other projects"):
         run(checkpoint, clips, tmp_path, "--num-classes", 3)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another folder with --output"):
         run(checkpoint, clips, tmp_path / "file" / "below")
-    assert not list(tmp_path.glob("table*"))  # nothing was left behind
+    assert not list(tmp_path.glob("table*"))  # nothing was written
 
 
-def test_default_output_is_beside_the_checkpoint(checkpoint, clips):
+def test_results_are_saved_next_to_the_checkpoint(checkpoint, clips):
     options = ["--dataset", "folder", "--data-dir", str(clips), "--rounds", "0", "--keep-rate", "1"]
     evaluate.main([str(checkpoint), *options])
     assert (checkpoint / "evaluation-folder-test" / "table.csv").is_file()
 
 
 def test_checkpoint_of_another_project(clips, tmp_path):
-    """A file of AudioMAE's layout: told what it is by options, padded with 0."""
+    """A file in AudioMAE's layout, described by options and padded with 0."""
     model = pruneattn.create_model("audiomae_tiny", num_classes=3, frames=128)
     torch.nn.init.normal_(model.head.weight, std=1.0)
     torch.save({"model": model.state_dict()}, tmp_path / "finetuned.pth")
@@ -254,7 +311,7 @@ def test_checkpoint_of_another_project(clips, tmp_path):
         run(tmp_path / "pretrained.pth", clips, tmp_path, *options)
 
 
-def test_results_lie_beside_the_checkpoint(checkpoint, tmp_path, monkeypatch):
+def test_the_default_output_is_next_to_the_checkpoint_or_here(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given, expected in (
         (checkpoint, checkpoint),
@@ -267,7 +324,7 @@ def test_results_lie_beside_the_checkpoint(checkpoint, tmp_path, monkeypatch):
 
 
 def test_real_clips(real_audio, tmp_path):
-    """ESC-10 through its reader: five seconds, AST, and the failed and the good add up."""
+    """ESC-10 through its reader, with an AST model of five seconds: every clip is counted."""
     torch.manual_seed(0)
     dataset = load_dataset("esc50", "test", data_dir=real_audio / "esc10", fold=1, frames=512)
     model = pruneattn.create_model(
@@ -283,7 +340,7 @@ def test_real_clips(real_audio, tmp_path):
     assert 0 <= table["rows"][0]["top1"] <= 1
 
 
-def test_speed_is_held_against_the_fastest_dense_variant(monkeypatch):
+def test_the_speed_baseline_is_the_fastest_dense_variant(monkeypatch):
     seen = []
 
     def fake(variants, device, rounds):
@@ -310,12 +367,12 @@ def test_speed_is_held_against_the_fastest_dense_variant(monkeypatch):
 
 
 def test_speed_in_half_precision_runs_as_asked(monkeypatch):
-    """float16 has no packed weights on a CPU: the model runs as it is, inside autocast."""
+    """float16 has no packed weights on a CPU: the unchanged model runs inside autocast."""
     seen = {}
 
     def fake(variants, device, rounds):
         seen.update({name: function().dtype for name, function in variants.items()})
-        return dict.fromkeys(variants, [1.0])
+        return {name: [1.0] for name in variants}
 
     monkeypatch.setattr(timing, "rounds_side_by_side", fake)
     model = make_model()
@@ -324,7 +381,7 @@ def test_speed_in_half_precision_runs_as_asked(monkeypatch):
     seen.clear()
     measure_speed(model, [0.5], "cpu", amp="bf16", batch_size=2)
     assert seen == dict.fromkeys([(1.0, "optimized"), (0.5, "optimized"), (1.0, "eager, SDPA")], torch.bfloat16)
-    assert model.head.weight.dtype == torch.float32  # the model itself is as it was
+    assert model.head.weight.dtype == torch.float32  # the model itself is unchanged
 
 
 def test_pruned_copies_share_the_weights():
@@ -336,9 +393,3 @@ def test_pruned_copies_share_the_weights():
     model.set_keep_rate(0.5)
     with torch.no_grad():
         assert torch.equal(half(fbank), model(fbank))
-
-
-def test_json_has_no_nan():
-    from pruneattn.files import json_values
-
-    assert json_values({"a": [math.nan, 1.0], "b": (math.inf, "x")}) == {"a": [None, 1.0], "b": [None, "x"]}

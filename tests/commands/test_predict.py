@@ -12,14 +12,14 @@ import soundfile
 import torch
 
 import pruneattn
-from pruneattn import predict
+from pruneattn import plot, predict
 from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio
 from pruneattn.data.fbank import samples_for
 from pruneattn.data.toy import make_sound
 from pruneattn.errors import UserError
 from pruneattn.labelling import pictures, windows
 
-pytestmark = pytest.mark.device  # commands and models take the GPU where there is one
+pytestmark = pytest.mark.device  # commands and models use the GPU if there is one
 
 LABELS = ["buzz", "siren", "tone", "noise"]
 FEATURES = FeatureConfig(frames=128, mean=-11.0, std=3.0)
@@ -58,7 +58,7 @@ def clip(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What would be drawn."""
+    """The arguments of the drawing function."""
     pytest.importorskip("matplotlib")
     seen = {}
     monkeypatch.setattr(
@@ -68,7 +68,7 @@ def drawn(monkeypatch):
 
 
 def run(capsys, *arguments):
-    """Exit code and rows of a run that writes them to standard output."""
+    """Exit code and rows of a run that writes its rows to standard output."""
     capsys.readouterr()
     code = predict.main([*map(str, arguments), "--output", "-"])
     return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -80,17 +80,17 @@ def test_labels_with_scores(checkpoint, clip, capsys):
     best = expected.argsort(descending=True)[:3].tolist()
     assert code == 0 and set(row) == {"path", "seconds", "labels", "scores"} and row["path"] == str(clip)
     assert row["labels"] == [LABELS[i] for i in best]
-    assert row["scores"] == pytest.approx(expected[best].tolist(), abs=1e-5)  # a GPU adds up in another order
+    assert row["scores"] == pytest.approx(expected[best].tolist(), abs=1e-5)  # a GPU sums in another order
     assert row["seconds"] == pytest.approx(len(load_audio(clip)) / 16000)
 
-    _, (row,) = run(capsys, checkpoint, clip, "--keep-rate", 1.0, "--windows")
+    _, (row,) = run(capsys, "--keep-rate", 1.0, checkpoint, clip, "--windows")
     dense = logits_of(make_model(), load_audio(clip)).softmax(-1)
     assert row["scores"][0] == pytest.approx(float(dense.max()), abs=1e-6)
     assert abs(float(dense.max()) - float(expected.max())) > 1e-4, "the keep-rates cannot be told apart: a poor test"
     assert row["windows"] == [{"start": 0, "end": row["seconds"], "labels": row["labels"], "scores": row["scores"]}]
 
 
-def test_text_for_people(checkpoint, clip, capsys):
+def test_the_labels_as_text(checkpoint, clip, capsys):
     assert predict.main([str(checkpoint), str(clip), "--top-k", "2"]) == 0
     expected = logits_of(make_model(keep_rate=0.5), load_audio(clip)).softmax(-1)
     best = expected.argsort(descending=True)[:2].tolist()
@@ -106,7 +106,7 @@ def test_text_for_people(checkpoint, clip, capsys):
     assert f"mean of {count} windows" in capsys.readouterr().out
 
 
-def test_several_labels_are_scored_one_by_one(clip, tmp_path, capsys):
+def test_scores_of_a_multilabel_model_are_sigmoids(clip, tmp_path, capsys):
     checkpoint = save(tmp_path, make_model(), multilabel=True)
     _, (row,) = run(capsys, checkpoint, clip)
     expected = logits_of(make_model(), load_audio(clip)).sigmoid().sort(descending=True).values
@@ -138,7 +138,7 @@ def test_long_clips_are_averaged_over_windows(checkpoint, tmp_path, capsys):
         _, (row,) = run(
             capsys, checkpoint, tmp_path / "long.flac", "--batch-size", batch_size, "--top-k", 4, "--windows"
         )
-        scores = dict(zip(row["labels"], row["scores"]))
+        scores = dict(zip(row["labels"], row["scores"], strict=True))
         assert [scores[label] for label in LABELS] == pytest.approx(each.mean(0).tolist(), abs=1e-5)
         assert [one["start"] for one in row["windows"]] == [start / 16000 for start in starts]
         assert row["windows"][-1]["end"] == pytest.approx(row["seconds"])
@@ -146,7 +146,7 @@ def test_long_clips_are_averaged_over_windows(checkpoint, tmp_path, capsys):
         assert [one["labels"][0] for one in row["windows"]] == [LABELS[i] for i in each.argmax(1)]
 
 
-def test_a_bad_clip_does_not_stop_the_run(checkpoint, clip, tmp_path, capsys):
+def test_an_unreadable_clip_does_not_stop_the_run(checkpoint, clip, tmp_path, capsys):
     folder = tmp_path / "sounds" / "below"
     folder.mkdir(parents=True)
     wave = make_sound("buzz", np.random.default_rng(3))
@@ -164,15 +164,45 @@ def test_a_bad_clip_does_not_stop_the_run(checkpoint, clip, tmp_path, capsys):
     assert predict.main([str(checkpoint), *map(str, inputs), "--top-k", "1"]) == 0
     printed = capsys.readouterr()
     assert [line.split(" (")[0] for line in printed.out.splitlines()[::2]] == [str(folder / "good.wav"), str(clip)]
-    assert "7 of 9 could not be predicted:\n" in printed.err
+    assert "7 of 9 clips could not be labeled:\n" in printed.err
     for name in ("cut.wav", "empty.wav", "text.wav", "short.wav", "nan.wav", "gone.wav", "none"):
         assert printed.err.count(f"{name}:") == 1
     assert predict.main([str(checkpoint), str(folder / "text.wav")]) == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="holds the run up by a named pipe")
+@pytest.mark.parametrize("words", [["0.9,0.5,0.2"], ["0.9", "0.5", "0.2"]])
+def test_a_keep_rate_for_each_pruning_block(checkpoint, clip, capsys, words):
+    _, (row,) = run(capsys, "--keep-rate", *words, checkpoint, clip)
+    expected = logits_of(make_model(keep_rate=(0.9, 0.5, 0.2)), load_audio(clip)).softmax(-1)
+    assert row["scores"][0] == pytest.approx(float(expected.max()), abs=1e-5)
+    with pytest.raises(UserError, match="keep_rate: 2 values for 3 pruning blocks"):
+        predict.main([str(checkpoint), str(clip), "--keep-rate", "0.9", "0.5"])
+
+
+def test_a_stopped_run_is_resumed(checkpoint, tmp_path, capsys, monkeypatch):
+    folder, output = tmp_path / "sounds", tmp_path / "out.jsonl"
+    folder.mkdir()
+    for number in range(3):
+        soundfile.write(folder / f"{number}.wav", make_sound(LABELS[number], np.random.default_rng(number)), 16000)
+    command = [str(checkpoint), str(folder), "--output", str(output)]
+    assert predict.main(command) == 0
+    lines = output.read_text().splitlines(keepends=True)
+    output.write_text(lines[0] + lines[1] + lines[2][:-9])  # as after a kill
+    decoded = []
+    monkeypatch.setattr(predict, "decode_clips", lambda paths, *rest, **options: decoded.extend(paths) or [])
+    predict.main(command)
+    assert decoded == [str(folder / "2.wav")] and output.read_text() == lines[0] + lines[1]
+    monkeypatch.undo()
+    assert predict.main(command) == 0
+    rows = [[json.loads(line) for line in text] for text in (output.read_text().splitlines(), lines)]
+    assert [row["labels"] for row in rows[0]] == [row["labels"] for row in rows[1]]
+    assert [row["scores"] for row in rows[0]] == [pytest.approx(row["scores"], abs=1e-5) for row in rows[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a named pipe stops the run")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_killed_run_is_gone_on_with(workers, checkpoint, tmp_path, capsys):
+def test_a_killed_run_is_resumed(workers, checkpoint, tmp_path, capsys):
     folder, output = tmp_path / "sounds", tmp_path / "out.jsonl"
     folder.mkdir()
     for number in range(9):
@@ -197,11 +227,11 @@ def test_a_killed_run_is_gone_on_with(workers, checkpoint, tmp_path, capsys):
     assert predict.main(command) == 0
     rows = sorted(map(json.loads, output.read_text().splitlines()), key=lambda row: row["path"])
     assert [row["path"] for row in rows] == [row["path"] for row in expected]
-    for row, whole in zip(rows, expected):  # other clips share a batch, which shows in the last bits
+    for row, whole in zip(rows, expected, strict=True):  # other clips share a batch, which shows in the last bits
         assert row["labels"] == whole["labels"] and row["scores"] == pytest.approx(whole["scores"], abs=1e-5)
 
 
-def test_labels_of_another_model_are_not_mixed_in(checkpoint, clip, tmp_path):
+def test_a_file_takes_no_labels_of_another_model_or_other_options(checkpoint, clip, tmp_path):
     command = [str(checkpoint), str(clip), "--output", str(tmp_path / "out.jsonl")]
     assert predict.main(command) == 0
     assert predict.main([*command, "--batch-size", "3"]) == 0  # does not matter
@@ -213,18 +243,18 @@ def test_labels_of_another_model_are_not_mixed_in(checkpoint, clip, tmp_path):
         (["--amp", "bf16"], "amp"),
         (["--score", "intensity"], "sha256"),
     ]:
-        with pytest.raises(UserError, match=f"made otherwise.*{name}: "):
+        with pytest.raises(UserError, match=f"made with other settings.*{name}: "):
             predict.main([*command, *option])
     model = make_model(keep_rate=0.5)
     with torch.no_grad():
         model.blocks[1].mlp.fc1.bias[7] += 1e-3
     save(tmp_path, model)
-    with pytest.raises(UserError, match="made otherwise.*sha256: "):
+    with pytest.raises(UserError, match="made with other settings.*sha256: "):
         predict.main(command)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1
 
 
-def test_what_is_not_finite_has_no_label(clip, tmp_path):
+def test_a_clip_with_a_score_that_is_not_finite_gets_no_label(clip, tmp_path):
     model = make_model()
     with torch.no_grad():
         model.head.bias[2] = math.nan
@@ -235,8 +265,8 @@ def test_what_is_not_finite_has_no_label(clip, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["audiomae_tiny", "ast_tiny"])
-def test_picture_shows_the_patches_that_were_kept(name, tmp_path, drawn):
-    """Ranked by intensity, the patches that stay are the loudest of the picture, whatever the token order."""
+def test_the_picture_shows_the_kept_patches(name, tmp_path, drawn):
+    """With the intensity score, the kept patches are the loudest of the picture, in any token order."""
     time = np.arange(12000) / 16000
     noise = 1e-3 * np.random.default_rng(0).standard_normal(12000)
     wave = torch.from_numpy(np.where(time < 0.16, np.sin(2 * np.pi * 300 * time), noise)).float()
@@ -246,7 +276,7 @@ def test_picture_shows_the_patches_that_were_kept(name, tmp_path, drawn):
     pictures.draw_clip(model, clip, "cpu")
     loudness = torch.from_numpy(drawn["fbank"]).reshape(8, 16, 8, 16).mean((1, 3)).T  # [mel, time]
     assert [name for name, _ in drawn["kept"]] == ["after block 1", "after block 2", "after block 3"]
-    for (_, grid), count in zip(drawn["kept"], (16, 4, 1)):
+    for (_, grid), count in zip(drawn["kept"], (16, 4, 1), strict=True):
         loudest = loudness.flatten().topk(count).values.min()
         assert grid.shape == (8, 8) and grid.sum() == count
         assert np.array_equal(grid, (loudness >= loudest).numpy())
@@ -256,7 +286,7 @@ def test_picture_shows_the_patches_that_were_kept(name, tmp_path, drawn):
     assert drawn["sounding"] == 1 + (12000 - 400) // 160 and drawn["start"] == 0
 
 
-def test_picture_of_a_long_clip_shows_its_clearest_window(tmp_path, drawn):
+def test_the_picture_of_a_long_clip_shows_the_window_with_the_highest_score(tmp_path, drawn):
     model = make_model()
     model.features, model.labels = FEATURES, LABELS
     wave = torch.randn(3 * WINDOW)
@@ -266,19 +296,26 @@ def test_picture_of_a_long_clip_shows_its_clearest_window(tmp_path, drawn):
     expected = FeatureExtractor(FEATURES)(wave[None, WINDOW : 2 * WINDOW])[0]
     assert np.allclose(drawn["fbank"], expected.numpy()) and drawn["start"] == WINDOW / 16000
     assert drawn["title"].endswith("siren (0.70)")
-    assert drawn["kept"] == [] and "keep-rate 1, nothing is pruned" in drawn["subtitle"]
+    assert drawn["kept"] == [] and "keep-rate 1: no patch is pruned" in drawn["subtitle"]
 
 
-def test_pictures_are_written(checkpoint, clip, tmp_path):
+def test_a_picture_is_written(checkpoint, clip, tmp_path):
     pytest.importorskip("matplotlib")
     assert predict.main([str(checkpoint), str(clip), "--plot", str(tmp_path / "one.png")]) == 0
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="the folder .*no does not exist"):
+        predict.main([str(checkpoint), str(clip), "--plot", str(tmp_path / "no" / "a.png")])
+
+
+def test_each_clip_gets_its_own_picture(checkpoint, clip, tmp_path, drawn, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        plot, "save_figure", lambda figure, path: saved.append((drawn["title"].split(":")[0], path.name))
+    )
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "clip.wav").symlink_to(clip)
     predict.main([str(checkpoint), str(clip), str(tmp_path / "b"), "--plot", str(tmp_path / "out.png")])
-    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out-clip-2.png", "out-clip.png"]
-    with pytest.raises(UserError, match="there is no folder"):
-        predict.main([str(checkpoint), str(clip), "--plot", str(tmp_path / "no" / "a.png")])
+    assert saved == [("clip.wav", "out-clip.png"), ("clip.wav", "out-clip-2.png")]
 
 
 def test_misuse_is_one_clear_error(checkpoint, clip, tmp_path):
@@ -289,7 +326,7 @@ def test_misuse_is_one_clear_error(checkpoint, clip, tmp_path):
         (["--top-k", "0"], "--top-k 0"),
         (["--workers", "-1"], "--workers -1"),
         (["--output", str(checkpoint)], "must end in .jsonl or .parquet"),
-        (["--output", str(tmp_path / "no" / "a.jsonl")], "no folder"),
+        (["--output", str(tmp_path / "no" / "a.jsonl")], "the folder .*no does not exist"),
         (["--plot", str(tmp_path / "a.jpeg")], "must end in .png"),
         (["--label-csv", str(tmp_path / "labels.csv")], "labels.csv names 1 classes, the checkpoint has 4"),
     ]:

@@ -11,6 +11,7 @@ files are relative to ``files``, which is the working directory of every command
 """
 
 import contextlib
+import io
 import json
 import os
 import runpy
@@ -42,13 +43,17 @@ _SOUNDS = "--dataset folder --data-dir sounds"
 #: Options of pruneattn.train, each with the optimizer step that SIGTERM interrupts.
 RUNS = {
     "run": (
-        f"--model audiomae {_TINY} {_SPEED} {_SOUNDS} --embed-dim 16 --depth 3 --prune-blocks 1 2 --batch-size 3 "
-        "--lr-batch 3 --lr 0.02 --epochs 3 --keep-rate 0.5 --shrink-start 1 --shrink-epochs 1 --mean -11 --std 3",
+        (
+            f"--model audiomae {_TINY} {_SPEED} {_SOUNDS} --embed-dim 16 --depth 3 --prune-blocks 1 2 --batch-size 3 "
+            "--lr-batch 3 --lr 0.02 --epochs 3 --keep-rate 0.5 --shrink-start 1 --shrink-epochs 1 --mean -11 --std 3"
+        ),
         3,
     ),
     "toy-run": (
-        f"--model ast {_TINY} {_SPEED} --dataset toy --embed-dim 8 --depth 2 --prune-blocks 1 --batch-size 250 "
-        "--epochs 2 --keep-rate 0.7 --shrink-start 1 --shrink-epochs 0 --score column_mean",
+        (
+            f"--model ast {_TINY} {_SPEED} --dataset toy --embed-dim 8 --depth 2 --prune-blocks 1 --batch-size 250 "
+            "--epochs 2 --keep-rate 0.7 --shrink-start 1 --shrink-epochs 0 --score column_mean"
+        ),
         15,
     ),
 }
@@ -325,7 +330,7 @@ def run_script(name, *arguments, code=0):
 
 
 def run(name, arguments, code, prints, program):
-    before, output = sys.argv, tempfile.TemporaryFile("w+")
+    before, output = sys.argv, io.StringIO()
     sys.argv = [name, *arguments]
     try:
         with contextlib.redirect_stdout(output if prints else sys.stdout):
@@ -337,8 +342,7 @@ def run(name, arguments, code, prints, program):
         sys.argv = before
     if left != code:
         raise RuntimeError(f"{name} {' '.join(arguments)}: exit code {left}, expected {code}")
-    output.seek(0)
-    return output.read()
+    return output.getvalue()
 
 
 def rounded(value):

@@ -1,4 +1,4 @@
-"""The compiled kernels as the tests see them: C++ on the CPU, CUDA C++ under the shim, CUDA C++ on a GPU."""
+"""Fixtures for the compiled kernels: C++ on the CPU, CUDA C++ under emulation, CUDA C++ on a GPU."""
 
 import fcntl
 import importlib.util
@@ -14,14 +14,46 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHIM = Path(__file__).parent / "shim"
+RUNTIME = Path(__file__).parent / "runtime"
+#: `make race` sets it: the emulation then also finds data races.
+RACE = bool(os.environ.get("EMULATED_RACE"))
+
+
+def has_gpu():
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def instruction_sets():
+    """The instruction sets of the CPU kernels on this machine."""
+    try:
+        from pruneattn import _C
+    except ImportError:
+        return ["baseline"]  # tests skip
+    return _C.cpu_isas()
+
+
+# Only implementations that this machine can run are parameters, so that the report lists no skipped duplicates.
+EMULATED = [pytest.param("emulated", marks=pytest.mark.emulated)]
+EMULATED_MMA_SYNC = [pytest.param("emulated_mma_sync", marks=pytest.mark.emulated)]
+DEVICE = [pytest.param("device", marks=pytest.mark.device)] if has_gpu() else []
+
+
+def pytest_collection_modifyitems(items):
+    """Marks tests that use `build_emulated` as ``emulated``. The smoke tests use `build_library` and are not marked."""
+    for item in items:
+        if "build_emulated" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.emulated)
 
 
 class Memory:
     """Buffers in host memory."""
 
     def put(self, array):
-        """A copy that lives as long as this object; returns (handle, pointer)."""
+        """Copies the array. Returns (handle, pointer); the copy lives as long as the handle."""
         array = np.array(array, copy=True)
         return array, array.ctypes.data
 
@@ -30,7 +62,7 @@ class Memory:
 
 
 class DeviceMemory(Memory):
-    """Buffers in the memory of the GPU, allocated by torch."""
+    """Buffers in GPU memory, allocated by torch."""
 
     def put(self, array):
         import torch
@@ -43,7 +75,7 @@ class DeviceMemory(Memory):
 
 
 class Kernels:
-    """The functions of one implementation over numpy arrays."""
+    """The kernels of one implementation, called with numpy arrays."""
 
     def __init__(self, module, prefix, last, memory):
         self.module, self.prefix, self.last, self.memory = module, prefix, last, memory
@@ -52,13 +84,13 @@ class Kernels:
         getattr(self.module, f"{self.prefix}_{name}")(*arguments, *self.last)
 
     def select(self, scores, keep):
-        scores_handle, scores_ptr = self.memory.put(scores)
+        _scores_handle, scores_ptr = self.memory.put(scores)
         index, index_ptr = self.memory.put(np.full((len(scores), keep), -7, np.int64))
         self.call("select_tokens", scores_ptr, *scores.shape, scores.shape[1], keep, index_ptr)
         return self.memory.get(index)
 
     def copy(self, tensors, keep, extra_tokens, run, shift=0):
-        """Calls ``run(rows)`` on [B, N, row_bytes] uint8 tensors that start `shift` bytes off alignment."""
+        """Calls ``run(rows)`` for uint8 tensors [B, N, row_bytes] that start `shift` bytes off alignment."""
         outputs, rows, alive = [], [], []
         for x in tensors:
             batch, tokens, row_bytes = x.shape
@@ -77,35 +109,62 @@ class Kernels:
         return results
 
     def gather(self, tensors, index, extra_tokens, shift=0):
-        handle, index_ptr = self.memory.put(index)
+        _handle, index_ptr = self.memory.put(index)
         batch, keep = index.shape
         patches = tensors[0].shape[1] - extra_tokens
-        return self.copy(tensors, keep, extra_tokens, lambda rows: self.call(
-            "gather_tokens", index_ptr, batch, patches, keep, extra_tokens, rows), shift)
+        return self.copy(
+            tensors,
+            keep,
+            extra_tokens,
+            lambda rows: self.call("gather_tokens", index_ptr, batch, patches, keep, extra_tokens, rows),
+            shift,
+        )
 
     def prune(self, scores, tensors, keep, extra_tokens, shift=0):
-        handle, scores_ptr = self.memory.put(scores)
+        _handle, scores_ptr = self.memory.put(scores)
         index, index_ptr = self.memory.put(np.full((len(scores), keep), -7, np.int64))
-        out = self.copy(tensors, keep, extra_tokens, lambda rows: self.call(
-            "prune_tokens", scores_ptr, *scores.shape, scores.shape[1], keep, index_ptr, extra_tokens, rows), shift)
+        out = self.copy(
+            tensors,
+            keep,
+            extra_tokens,
+            lambda rows: self.call(
+                "prune_tokens", scores_ptr, *scores.shape, scores.shape[1], keep, index_ptr, extra_tokens, rows
+            ),
+            shift,
+        )
         return self.memory.get(index), out
 
     def prune_sums(self, partials, tensors, keep, extra_tokens, write=True):
-        """``prune_epilogue`` of partial scores [B, R, P]: (scores, or None if not to write them; index; outputs)."""
+        """Runs ``prune_epilogue`` on partial scores [B, R, P]. Returns (scores or None, index, outputs)."""
         batch, rows, patches = partials.shape
-        handle, pointer = self.memory.put(partials)
+        _handle, pointer = self.memory.put(partials)
         scores, scores_ptr = self.memory.put(np.full((batch, patches), -7, np.float32))
         index, index_ptr = self.memory.put(np.full((batch, keep), -7, np.int64))
         strides = (rows * patches, patches)
-        out = self.copy(tensors, keep, extra_tokens, lambda places: self.call(
-            "prune_epilogue", pointer, batch, rows, patches, *strides, keep, scores_ptr if write else 0, index_ptr,
-            extra_tokens, places))
+        out = self.copy(
+            tensors,
+            keep,
+            extra_tokens,
+            lambda places: self.call(
+                "prune_epilogue",
+                pointer,
+                batch,
+                rows,
+                patches,
+                *strides,
+                keep,
+                scores_ptr if write else 0,
+                index_ptr,
+                extra_tokens,
+                places,
+            ),
+        )
         return self.memory.get(scores) if write else None, self.memory.get(index), out
 
 
 @pytest.fixture(scope="session")
 def setup_module():
-    """setup.py as a module, without running it."""
+    """The module setup.py, imported without running a build."""
     pytest.importorskip("setuptools")
     spec = importlib.util.spec_from_file_location("pruneattn_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
@@ -114,57 +173,77 @@ def setup_module():
 
 
 @pytest.fixture(scope="session")
-def build_shim(setup_module):
-    """``build_shim(sources, output, *flags, own={}, race=...)``: sources compiled against tests/csrc/shim, a library.
+def build_library(setup_module):
+    """``build_library(name, sources, flags=(), own=None, race=RACE)``: compiles a library of emulated kernels.
 
-    ``own``: further flags of some sources, by source; all else is shared by the libraries of a folder. Objects stay
-    beside ``output``; what has not changed is not compiled again.
+    The library and its objects stay in build/, where all libraries share the objects of the runtime. A rebuild compiles
+    only changed files. A file lock serializes the builds of all processes, so that each object is compiled once.
 
-    ``race``: so that it finds races, too; by default where SHIM_RACE is set, as by ``make race``.
+    Args:
+        name: of the library.
+        sources: the source files. The files ``*.cu`` are kernels.
+        flags: compiler flags for sources that are not kernels. All libraries share the objects of the kernels.
+        own: ``{source: flags}``, additional flags for sources whose objects other libraries do not share.
+        race: whether the library finds data races.
     """
     if shutil.which("g++") is None:
-        pytest.skip("no g++ on the PATH")
+        pytest.skip("g++ is not on the PATH")
     ninja = pytest.importorskip("ninja")
     from ninja.ninja_syntax import Writer
 
-    def build(sources, output, *flags, own={}, race=bool(os.environ.get("SHIM_RACE"))):
-        flags = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{SHIM}",
-                 f"-I{ROOT / 'csrc'}", *flags]
-        kernel_flags = ["-O1"]
-        runtime = [SHIM / "fibres.cpp"]
+    def objects_of(folder, name, sources, flags, own, race):
+        """``[(object, source, flags)]`` in link order."""
+        kernel_flags, runtime = ["-O1"], [RUNTIME / "fibers.cpp"]
+        if race:
+            kernel_flags += ["-fsanitize=thread", "-fno-threadsafe-statics"]
+            runtime += [RUNTIME / "race.cpp"]
+        edges = [
+            (folder / f"edge_{edge}.o", RUNTIME / "shared_edge.cpp", [f"-DEMULATED_EDGE=emulated_shared_{edge}"])
+            for edge in ("begin", "end")
+        ]
+
+        def compiled(source, how):
+            suffix = f"-{name}" if source in own else ""
+            return folder / f"{source.parent.name}_{source.name}{suffix}.o", source, [*how, *own.get(source, [])]
+
+        # The kernels are first: of several copies of an inline function, the linker takes the first, instrumented copy.
+        # Tests never call the CPU kernels of this library, so they are not optimized.
+        kernels = [compiled(source, kernel_flags) for source in sources if source.suffix == ".cu"]
+        others = [
+            compiled(source, ["-O0", *setup_module.isa_flags(source).split(), *flags])
+            for source in sources
+            if source.suffix != ".cu"
+        ]
+        return [edges[0], *kernels, edges[1], *others, *((folder / f"{s.name}.o", s, ["-O2"]) for s in runtime)]
+
+    def build(name, sources, flags=(), own=None, race=RACE):
+        own = own or {}
+        base = ["-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
+        base += [f"-I{RUNTIME}", f"-I{ROOT / 'csrc'}"]
         if race:
             probe = ["g++", "-fsanitize=thread", "-x", "c++", "-fsyntax-only", "-"]
-            if subprocess.run(probe, input="", text=True, stderr=subprocess.DEVNULL).returncode:
-                pytest.skip("g++ has no -fsanitize=thread for this machine")
-            flags += ["-DSHIM_RACE", "-g1"]
-            kernel_flags += ["-fsanitize=thread", "-fno-threadsafe-statics"]
-            runtime += [SHIM / "race.cpp"]
-        # The kernels first: of an inline function that others have too, the linker takes the first, an instrumented one.
-        kernels = [source for source in sources if source.suffix == ".cu"]
-        others = [source for source in sources if source not in kernels]
-        edges = [(SHIM / "shared_edge.cpp", [f"-DSHIM_EDGE=shim_shared_{edge}"]) for edge in ("begin", "end")]
-        parts = [edges[0], *((source, kernel_flags) for source in kernels), edges[1]]
-        parts += [(source, ["-O1", *setup_module.isa_flags(source).split()]) for source in others]
-        parts += [(source, ["-O2"]) for source in runtime]
-        parts = [(source, [*how, *own.get(source, [])]) for source, how in parts]
-        whose = [f"-{output.name.partition('.')[0]}" if source in own else "" for source, _ in parts]
-        objects = [output.with_name(f"{number}-{part[0].name}{whose[number]}.o") for number, part in enumerate(parts)]
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with open(output.with_name("lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # tests of the same checkout that run at the same time
-            script = output.with_suffix(".ninja")
+            if subprocess.run(probe, input="", text=True, stderr=subprocess.DEVNULL, check=False).returncode:
+                pytest.skip("g++ does not support -fsanitize=thread on this machine")
+            base += ["-DEMULATED_RACE", "-g1"]
+        folder = ROOT / "build" / f"{'race' if race else 'emulated'}-{sysconfig.get_config_var('SOABI')}"
+        folder.mkdir(parents=True, exist_ok=True)
+        output = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            script = folder / f"{name}.ninja"
+            objects = objects_of(folder, name, sources, flags, own, race)
             with open(script, "w") as file:
                 writer = Writer(file, width=10000)
-                writer.variable("builddir", str(output.parent))
-                writer.rule("compile", f"g++ {shlex.join(map(str, flags))} $how -MMD -MF $out.d -x c++ -c $in -o $out",
-                            deps="gcc", depfile="$out.d")
+                writer.variable("builddir", str(folder))
+                command = f"g++ {shlex.join(base)} $flags -MMD -MF $out.d -x c++ -c $in -o $out"
+                writer.rule("compile", command, deps="gcc", depfile="$out.d")
                 writer.rule("link", "g++ -shared -fopenmp $in -ldl -o $out")
-                # The largest first, so that no core is left with it at the end.
-                for size, (source, how), where in sorted(zip((-s.stat().st_size for s, _ in parts), parts, objects)):
-                    writer.build(str(where), "compile", str(source), variables={"how": shlex.join(how)})
-                writer.build(str(output), "link", [str(where) for where in objects])
+                # The largest file first, so that it does not finish last on a single core.
+                for target, source, how in sorted(objects, key=lambda part: -part[1].stat().st_size):
+                    writer.build(str(target), "compile", str(source), variables={"flags": shlex.join(how)})
+                writer.build(str(output), "link", [str(target) for target, *_ in objects])
             command = [Path(ninja.BIN_DIR, "ninja"), f"-j{os.cpu_count()}", "-f", script]
-            run = subprocess.run(command, capture_output=True, text=True)
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
             assert run.returncode == 0, run.stdout
         return output
 
@@ -172,19 +251,26 @@ def build_shim(setup_module):
 
 
 @pytest.fixture(scope="session")
-def load_shim(setup_module, build_shim):
-    """``load_shim(name, own={})``: ``_C`` with the CUDA sources compiled by g++ against tests/csrc/shim."""
-    pybind11 = pytest.importorskip("pybind11")
-    folder = ROOT / "build" / f"{'race' if os.environ.get('SHIM_RACE') else 'shim'}-{sysconfig.get_config_var('SOABI')}"
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ("CUDA_ARCHITECTURES", "CUDA_REASON", "COMPILER")
-    config = "".join(f'#define PRUNEATTN_{name} "shim"\n' for name in names)
-    setup_module.write_if_changed(folder / "build_config.h", config)
-    sources = sorted([*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cpp")])
-    flags = ["-DPRUNEATTN_CUDA", f"-I{folder}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+def build_emulated(build_library):
+    """`build_library` for tests that are marked ``emulated``."""
+    return build_library
 
-    def load(name, own={}):
-        output = build_shim(sources, folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}", *flags, own=own)
+
+@pytest.fixture(scope="session")
+def load_emulated(setup_module, build_emulated):
+    """``load_emulated(name, own=None)``: the module ``_C`` with the CUDA sources compiled for emulation."""
+    pybind11 = pytest.importorskip("pybind11")
+    config = ROOT / "build" / f"emulated-config-{sysconfig.get_config_var('SOABI')}"
+    config.mkdir(parents=True, exist_ok=True)
+    names = ("CUDA_ARCHITECTURES", "CUDA_REASON", "COMPILER")
+    text = "".join(f'#define PRUNEATTN_{name} "emulated"\n' for name in names)
+    setup_module.write_if_changed(config / "build_config.h", text)
+    sources = sorted([*(ROOT / "csrc").rglob("*.cu"), *(ROOT / "csrc").rglob("*.cpp")])
+    includes = [config, pybind11.get_include(), sysconfig.get_path("include")]
+    flags = ["-DPRUNEATTN_CUDA", *(f"-I{folder}" for folder in includes)]
+
+    def load(name, own=None):
+        output = build_emulated(name, sources, flags, own)
         spec = importlib.util.spec_from_file_location("_C", output)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -195,19 +281,29 @@ def load_shim(setup_module, build_shim):
 
 
 @pytest.fixture(scope="session")
-def shim_module(load_shim):
-    return load_shim("_C")
+def emulated_module(load_emulated):
+    return load_emulated("_C")
 
 
 @pytest.fixture(scope="session")
-def mma_sync_module(load_shim):
-    """As `shim_module`, with the tensor cores of GPUs other than Hopper's."""
-    return load_shim("mma_sync", {ROOT / "csrc/cuda/column_mean_attention.cu": ["-DSHIM_MMA_SYNC"]})
+def mma_sync_module(load_emulated):
+    """Same as `emulated_module`, with mma.sync instead of wgmma."""
+    source = ROOT / "csrc/cuda/column_mean_attention.cu"
+    return load_emulated("mma_sync", {source: ["-DPRUNEATTN_EMULATE_MMA_SYNC"]})
 
 
 @pytest.fixture(scope="session")
 def compiled():
     return pytest.importorskip("pruneattn._C", reason="pruneattn._C is not built: pip install -e .")
+
+
+@pytest.fixture(params=instruction_sets())
+def isa(request, compiled):
+    """Each instruction set of the CPU kernels that this machine supports."""
+    previous = compiled.cpu_isa()
+    compiled.cpu_use_isa(request.param)
+    yield request.param
+    compiled.cpu_use_isa(previous)
 
 
 @pytest.fixture
@@ -216,30 +312,45 @@ def cpu(compiled):
 
 
 @pytest.fixture
-def shim(shim_module):
-    return Kernels(shim_module, "cuda", (0, 0), Memory())
+def emulated(emulated_module):
+    return Kernels(emulated_module, "cuda", (0, 0), Memory())
 
 
 @pytest.fixture
-def shim_mma_sync(mma_sync_module):
+def emulated_mma_sync(mma_sync_module):
     return Kernels(mma_sync_module, "cuda", (0, 0), Memory())
 
 
 @pytest.fixture
 def device(compiled):
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
+    if not has_gpu():
+        pytest.skip("no CUDA device")
+    import torch
+
     if not compiled.build_info()["cuda"]:
         pytest.skip(f"pruneattn._C has no CUDA code: {compiled.build_info()['cuda_reason']}")
     return Kernels(compiled, "cuda", (0, torch.cuda.current_stream().cuda_stream), DeviceMemory())
 
 
-@pytest.fixture(params=["cpu", "shim", pytest.param("device", marks=pytest.mark.device)])
+@pytest.fixture(params=["cpu", *EMULATED, *DEVICE])
 def kernels(request):
+    """Each implementation of the kernels."""
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(params=["shim", pytest.param("device", marks=pytest.mark.device)])
+@pytest.fixture(params=[*EMULATED, *DEVICE])
 def cuda(request):
+    """Each implementation of the CUDA kernels."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=[*EMULATED, *EMULATED_MMA_SYNC])
+def emulated_attention(request):
+    """The emulated kernels, with each kind of tensor core instruction."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=[*EMULATED, *EMULATED_MMA_SYNC, *DEVICE])
+def cuda_attention(request):
+    """Each implementation of the CUDA kernels, with each kind of tensor core instruction."""
     return request.getfixturevalue(request.param)

@@ -1,15 +1,14 @@
-// Kernels with a race each, and the same without it; test_race.py runs them.
+// Kernels with and without data races; test_race.py runs them.
 #include <string>
 
-#include "cuda/dynamic_shared.cuh"
+#include "cuda/device.cuh"
 #include "cuda/launch.h"
-#include "cuda/synchronize.cuh"
 
 using namespace pruneattn::cuda;
 
 namespace {
 
-// Each thread reads what another one wrote: its neighbour in the warp, or the one at the other end of the block.
+// Each thread reads the number of thread `threadIdx.x ^ other`.
 enum class Barrier { none, warp, block, half };
 
 template <Barrier kBarrier>
@@ -27,7 +26,7 @@ __global__ void write_read_kernel(int* data, int other) {
   data[threadIdx.x] = shared[threadIdx.x ^ other];
 }
 
-// The second round's write comes after the first round's read.
+// The write of the second round must follow the reads of the first round.
 template <bool kBarrier>
 __global__ void read_write_kernel(int* data) {
   __shared__ unsigned short value;
@@ -39,7 +38,7 @@ __global__ void read_write_kernel(int* data) {
   }
 }
 
-// The values of a warp's exchange arrive without a barrier, but what is in memory does not.
+// A warp shuffle needs no barrier for its values, but it does not order memory accesses.
 template <bool kMemory>
 __global__ void exchange_kernel(int* data) {
   __shared__ int shared[32];
@@ -48,14 +47,14 @@ __global__ void exchange_kernel(int* data) {
   data[threadIdx.x] = kMemory ? shared[next] : next;
 }
 
-// Threads write bytes that nobody else touches, of words that they share.
+// Threads write different bytes of the same words.
 __global__ void bytes_kernel(int* data) {
   reinterpret_cast<unsigned char*>(data)[blockIdx.x * blockDim.x + threadIdx.x] = threadIdx.x;
 }
 
 __global__ void same_place_kernel(int* data) { data[threadIdx.x] = threadIdx.x; }
 
-// Each block writes a part of data, and the last one to be done sums the first numbers of all parts.
+// Each block writes a part of data. The last block sums one number of each part.
 template <bool kFenceBefore, bool kFenceAfter, bool kBarrier>
 __global__ void last_block_kernel(int* data, unsigned* done) {
   __shared__ bool last;
@@ -75,7 +74,7 @@ __global__ void last_block_kernel(int* data, unsigned* done) {
   }
 }
 
-// The same, where all threads of a block fence, and then meet.
+// The same, with a fence in all threads before the barrier.
 __global__ void all_fence_kernel(int* data, unsigned* done) {
   __shared__ bool last;
   int* parts = data + 1;
@@ -90,7 +89,7 @@ __global__ void all_fence_kernel(int* data, unsigned* done) {
   if (last && threadIdx.x == 0) data[0] = parts[5] + parts[(gridDim.x - 1) * blockDim.x + 5];
 }
 
-// An atomic operation and a plain access of the same number.
+// An atomic operation and a plain access to the same number.
 __global__ void plain_count_kernel(unsigned* done) {
   if (threadIdx.x == 0) ++*done;
   if (threadIdx.x == 1) atomicAdd(done, 1u);
@@ -98,7 +97,7 @@ __global__ void plain_count_kernel(unsigned* done) {
 
 }  // namespace
 
-// Runs a kernel by name; returns its error, "" if there is none. `data` holds 1024 zeros.
+// Runs a kernel by name. Returns its error, or "". `data` holds 1024 zeros.
 extern "C" __attribute__((visibility("default"))) const char* run(const char* kernel, int* data) {
   static std::string error;
   const std::string name = kernel;

@@ -1,4 +1,4 @@
-"""The linker keeps one copy of a function that several objects define: no object may define one for all machines."""
+"""Objects for different instruction sets share no function, because the linker keeps one copy of a shared function."""
 
 import platform
 import re
@@ -13,15 +13,16 @@ SOURCES = sorted((ROOT / "csrc").rglob("isa_*.cpp"))
 
 
 def shared_symbols(object_file):
-    """The mangled names of an object's functions and data that other objects may define, too."""
+    """The mangled names of an object's functions and data that other objects can also define."""
     lines = subprocess.run(["nm", object_file], capture_output=True, text=True, check=True).stdout.splitlines()
     return [name for *_, kind, name in map(str.split, lines) if kind in "WVu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=[source.stem for source in SOURCES])
 def test_shares_no_function(setup_module, tmp_path, source):
     if shutil.which("g++") is None or shutil.which("nm") is None:
-        pytest.skip("no g++ or no nm on the PATH")
+        pytest.skip("g++ or nm is not on the PATH")
     if platform.machine().lower() not in ("x86_64", "amd64"):
         pytest.skip("only x86-64 has several instruction sets")
     output = tmp_path / "isa.o"

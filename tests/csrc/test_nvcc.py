@@ -1,12 +1,30 @@
-"""The CUDA sources compile for the GPUs that are promised, within the limits of a block, and as the table says."""
+"""The CUDA sources compile for all supported GPUs, within the limits of a block, with the resources of the table."""
+
+import fcntl
+import hashlib
+import inspect
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from bench.cuda_resources import (
-    COLUMNS, OUTPUT, SOURCES, compile_all, find_nvcc, known_to, parse_resources, rows_of, serialized, short,
-)  # fmt: skip
-from bench.resource_table import MOST_SHARED, read
+from tools.cuda_resources import (
+    COLUMNS,
+    OUTPUT,
+    SOURCES,
+    compile_source,
+    find_nvcc,
+    known_to,
+    parse_resources,
+    release_of,
+    rows_of,
+    serialized,
+    short,
+)
+from tools.resource_table import MOST_SHARED, read
 
+ROOT = Path(__file__).parents[2]
 REPORT = """ptxas info    : Compiling entry function 'k1' for 'sm_90a'
 ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient \
 register resources for the wgmma pipeline in the function 'k1'
@@ -24,16 +42,22 @@ def test_parse_resources():
     assert parse_resources(REPORT) == [("sm_90a", "k1", 48, 8320, 8, 32), ("sm_80", "k2", 10, 0, 0, 0)]
 
 
-def test_products_that_wait_for_each_other_are_found():
+def test_serialized_products_are_found():
     assert [line[:23] for line in serialized(REPORT)] == ["ptxas info    : (C7510)"]
     assert serialized(REPORT.replace("(C7510) ", "").replace("serialized", "run")) == []
 
 
-@pytest.mark.parametrize("name,expected", [
-    ("void a::b::(anonymous namespace)::k_kernel<a::b::Half, (int)48>(a::b::Rows, float*, int)", "k_kernel<Half, 48>"),
-    ("void a::k<unsigned short, -1>(int)", "k<unsigned short, -1>"),
-    ("a::(anonymous namespace)::k(a::Rows<4>)", "k"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        (
+            "void a::b::(anonymous namespace)::k_kernel<a::b::Half, (int)48>(a::b::Rows, float*, int)",
+            "k_kernel<Half, 48>",
+        ),
+        ("void a::k<unsigned short, -1>(int)", "k<unsigned short, -1>"),
+        ("a::(anonymous namespace)::k(a::Rows<4>)", "k"),
+    ],
+)
 def test_short_names(name, expected):
     assert short(name) == expected
 
@@ -43,19 +67,19 @@ def check(row):
     static, dynamic = int(row["static_shared_bytes"]), int(row["dynamic_shared_bytes"])
     most = MOST_SHARED[row["architecture"].rstrip("a")]
     if dynamic > most:
-        assert row["architecture"] == "sm_80", row  # never launched there: cuda_most_tokens says so
+        assert row["architecture"] == "sm_80", row  # cuda_most_tokens excludes this kernel there
         return
     assert (row["stack_bytes"], row["spilled_bytes"]) == ("0", "0"), row
     if kernel.startswith("column_mean_attention_kernel"):
-        # 256 threads, of which the smallest one has two blocks on a multiprocessor: 64K registers.
+        # A block has 256 threads. The smallest instantiation has two blocks per multiprocessor with its 64K registers.
         blocks = 2 if ", 48>" in kernel else 1
         assert registers <= (128 if blocks == 2 else 255) and blocks * (static + dynamic + 1024) <= most + 1024, row
     else:
-        # Four blocks of 256 threads fit one multiprocessor: 64K registers, and 100 KB shared on the smallest.
+        # Four blocks of 256 threads fit a multiprocessor with 64K registers and at least 100 KB of shared memory.
         assert registers <= 64 and static <= 25 << 10 and dynamic == 0, row
 
 
-def test_the_table_keeps_the_promises():
+def test_the_table_is_within_the_limits():
     rows = read(OUTPUT)
     assert tuple(rows[0]) == COLUMNS and {row["architecture"] for row in rows} == {"sm_80", "sm_90a", "sm_100"}
     assert {row["source"] for row in rows} == {source.name for source in SOURCES}
@@ -67,20 +91,39 @@ def test_the_table_keeps_the_promises():
 def nvcc():
     found = find_nvcc()
     if found is None:
-        pytest.skip("no nvcc in CUDA_HOME, PATH or /usr/local/cuda")
+        pytest.skip("nvcc is not in CUDA_HOME, PATH or /usr/local/cuda")
     return found
 
 
 @pytest.fixture(scope="module")
 def reports(nvcc):
-    futures = compile_all(nvcc)
-    yield futures
-    for future in sum(futures.values(), []):
-        future.cancel()
+    """``{source: futures of the compilers' reports}``, one per architecture.
+
+    Reports stay in build/. A change to a source, to nvcc or to the compiler's flags invalidates all of them.
+    """
+    code = [path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.*")) if path.suffix in (".cu", ".cuh", ".h")]
+    code += [release_of(nvcc).encode(), inspect.getsource(compile_source).encode()]
+    folder = ROOT / "build" / "nvcc-reports" / hashlib.sha256(b"\0".join(code)).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def report(source, name):
+        file = folder / f"{source.name}.{name}.txt"
+        with open(file.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # xdist workers share the reports
+            if not file.exists():
+                part = file.with_suffix(".part")
+                part.write_text(compile_source(nvcc, source, name))
+                part.replace(file)
+        return file.read_text()
+
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {source: [pool.submit(report, source, name) for name in known_to(nvcc)] for source in SOURCES}
+    pool.shutdown(cancel_futures=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=[source.name for source in SOURCES])
-def test_compiles_within_the_limits_and_as_the_table_says(nvcc, reports, source):
+def test_sources_compile_with_the_resources_of_the_table(nvcc, reports, source):
     texts = [report.result() for report in reports[source]]
     assert [line for text in texts for line in serialized(text)] == []
     rows = [dict(zip(COLUMNS, map(str, row))) for row in rows_of(nvcc, source, texts)]
@@ -89,4 +132,4 @@ def test_compiles_within_the_limits_and_as_the_table_says(nvcc, reports, source)
         check(row)
     table = [row for row in read(OUTPUT) if row["source"] == source.name and row["architecture"] in known_to(nvcc)]
     if table and table[0]["nvcc"] == rows[0]["nvcc"]:
-        assert rows == table, "write the table again: python -m bench.cuda_resources"
+        assert rows == table, "update the table with python -m tools.cuda_resources"

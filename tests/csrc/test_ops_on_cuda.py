@@ -1,4 +1,4 @@
-"""What the ops hand to the CUDA kernels: their CUDA functions on CPU tensors, with the kernels under the shim."""
+"""The ops' CUDA functions on CPU tensors, with emulated CUDA kernels."""
 
 import sys
 
@@ -6,28 +6,28 @@ import pytest
 import torch
 
 import pruneattn.ops  # noqa: F401
-from pruneattn import backend
+from pruneattn.ops import backend
 
 MODULES = ("cls_scores", "column_mean_attention", "gather_tokens", "prune_epilogue", "prune_tokens", "select_tokens")
 EPS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @pytest.fixture
-def launched(shim_module, monkeypatch):
-    """The names of the kernels that were launched."""
+def launched(emulated_module, monkeypatch):
+    """The names of the launched kernels."""
     names = []
 
     def launch(kernel, tensor, *args):
         names.append(kernel)
-        getattr(shim_module, f"cuda_{kernel}")(*args, 0, 0)
+        getattr(emulated_module, f"cuda_{kernel}")(*args, 0, 0)
 
     for name in MODULES:
         monkeypatch.setattr(sys.modules[f"pruneattn.ops.{name}"], "launch", launch)
-        monkeypatch.setattr(sys.modules[f"pruneattn.ops.{name}"], "_C", shim_module)
+        monkeypatch.setattr(sys.modules[f"pruneattn.ops.{name}"], "_C", emulated_module)
     functions = backend._kernels["prune_epilogue"]
     for name in ("cls_prune_tokens", "pruned_attention"):
         monkeypatch.setattr(sys.modules[f"pruneattn.ops.{name}"], "choose", lambda op, device: functions["cuda"])
-    # Which remembers what it was told: here by the shim.
+    # This function caches the limit of a device: here, of the emulated device.
     most_tokens = sys.modules["pruneattn.ops.column_mean_attention"]._most_tokens
     most_tokens.cache_clear()
     yield names
@@ -35,7 +35,7 @@ def launched(shim_module, monkeypatch):
 
 
 def check(name, *args):
-    """The op's CUDA function gives what its reference gives."""
+    """Checks that the op's CUDA function and its reference have equal results."""
     functions = backend._kernels[name]
     ours, expected = functions["cuda"](*args), functions["reference"](*args)
     for one, other in zip(*((t,) if torch.is_tensor(t) else t for t in (ours, expected)), strict=True):
@@ -93,7 +93,7 @@ def test_attention_with_column_means(launched, dtype):
 
 
 def check_pruned(q, k, v, x, keep, extra_tokens, scale=None):
-    """pruned_attention's CUDA function gives its reference's scores, and prunes by its own."""
+    """Checks the scores of pruned_attention's CUDA function, and that it prunes by these scores."""
     functions = backend._kernels["pruned_attention"]
     scores, index, x_kept, out_kept, out, lse = functions["cuda"](q, k, v, x, keep, extra_tokens, scale)
     expected, *_, expected_out, expected_lse = functions["reference"](q, k, v, x, keep, extra_tokens, scale)
@@ -106,22 +106,22 @@ def check_pruned(q, k, v, x, keep, extra_tokens, scale=None):
         assert one.is_contiguous() and torch.equal(one, other)
 
 
-def test_attention_where_accesses_of_16_bytes_do_not_fit(launched):
+def test_attention_of_inputs_without_16_byte_alignment(launched):
     q, k, v = attention_input(2, 2, 33, torch.bfloat16)
 
     def run(*qkv):
         return backend._kernels["column_mean_attention"]["cuda"](*qkv, 1)
 
     def moved(x):
-        """Two bytes off."""
+        """A copy that starts two bytes off alignment."""
         return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
 
     def odd(x):
-        """Rows of 67 elements."""
+        """A copy with rows of 67 elements."""
         return torch.empty(*x.shape[:3], 67, dtype=x.dtype)[..., :64].copy_(x)
 
     def apart(x):
-        """Every other channel of twice as many."""
+        """A copy in every other channel of a larger tensor."""
         return torch.empty(*x.shape[:3], 128, dtype=x.dtype)[..., ::2].copy_(x)
 
     expected = run(q, k, v)
@@ -131,7 +131,12 @@ def test_attention_where_accesses_of_16_bytes_do_not_fit(launched):
     assert launched == ["column_mean_attention"] * 13
 
 
-def test_what_the_attention_kernel_does_not_take_runs_the_reference(launched):
+def test_unsupported_attention_inputs_run_the_reference(launched, monkeypatch):
+    # Otherwise Triton's kernel would run, in the interpreter.
+    monkeypatch.setattr(
+        sys.modules["pruneattn.ops.column_mean_attention"], "stands_in", lambda name, device_type: False
+    )
+
     def both(q, k, v, scale=None):
         check("column_mean_attention", q, k, v, 1, scale)
         check_pruned(q, k, v, torch.randn(1, q.shape[2], 4), 3, 1, scale)
@@ -145,7 +150,7 @@ def test_what_the_attention_kernel_does_not_take_runs_the_reference(launched):
     assert launched == ["prune_epilogue"] * 5
 
 
-def test_triton_stands_in_where_it_can(launched, monkeypatch):
+def test_triton_replaces_the_cuda_kernel_for_unsupported_inputs(launched, monkeypatch):
     module = sys.modules["pruneattn.ops.column_mean_attention"]
     monkeypatch.setattr(module, "stands_in", lambda name, device_type: name == "triton")
     monkeypatch.setattr(module, "triton_partials", lambda q, *args: ("by", "triton", q))
@@ -154,7 +159,7 @@ def test_triton_stands_in_where_it_can(launched, monkeypatch):
     assert launched == []
 
 
-def test_what_the_kernels_do_not_take_runs_the_reference(launched):
+def test_unsupported_inputs_run_the_reference(launched):
     q, x = torch.randn(2, 2, 9, 4), tokens_of(2, 9)
     check("cls_scores", q[:, :, 0].double(), q.double(), 1)
     check("cls_prune_tokens", q[:, :, 0].double(), q.double(), *x, 3, 1)

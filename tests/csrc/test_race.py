@@ -1,4 +1,4 @@
-"""`make race`: races that were put into kernels are found, and the same kernels without them pass."""
+"""The race finder of `make race` reports kernels with a data race, and accepts the same kernels without it."""
 
 import ctypes
 from pathlib import Path
@@ -10,8 +10,8 @@ KERNELS = Path(__file__).with_name("race_kernels.cu")
 
 
 @pytest.fixture(scope="session")
-def library(build_shim, tmp_path_factory):
-    return ctypes.CDLL(str(build_shim([KERNELS], tmp_path_factory.mktemp("race_kernels") / "kernels.so", race=True)))
+def library(build_emulated):
+    return ctypes.CDLL(str(build_emulated("race_kernels", [KERNELS], race=True)))
 
 
 @pytest.fixture
@@ -30,12 +30,22 @@ ORDERS = ["forward", "reverse", "shuffle"]
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", [
-    "own", "warp, in it", "half, in it", "block", "read then write, barrier", "exchange", "bytes", "last block",
-    "last block, all fence",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "own",
+        "warp, in it",
+        "half, in it",
+        "block",
+        "read then write, barrier",
+        "exchange",
+        "bytes",
+        "last block",
+        "last block, all fence",
+    ],
+)
 def test_no_race(run, monkeypatch, name, order):
-    monkeypatch.setenv("SHIM_ORDER", order)
+    monkeypatch.setenv("EMULATED_ORDER", order)
     error, data = run(name)
     assert error == ""
     if name == "block":
@@ -45,29 +55,34 @@ def test_no_race(run, monkeypatch, name, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name,where,what", [
-    ("none", "shared", "no barrier"),
-    ("warp, beyond it", "shared", "no barrier"),
-    ("half, beyond it", "shared", "no barrier"),
-    ("read then write", "shared", "no barrier"),
-    ("exchange, memory", "shared", "no barrier"),
-    ("same place", "global", "no fences around atomic operations"),
-    ("last block, no fence before", "global", "no fences around atomic operations"),
-    ("last block, no fence after", "global", "no fences around atomic operations"),
-    ("last block, no barrier", "global", "no fences around atomic operations"),
-    ("plain count", "global", "no barrier"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,where,what",
+    [
+        ("none", "shared", "no barrier"),
+        ("warp, beyond it", "shared", "no barrier"),
+        ("half, beyond it", "shared", "no barrier"),
+        ("read then write", "shared", "no barrier"),
+        ("exchange, memory", "shared", "no barrier"),
+        ("same place", "global", "no fences around atomic operations"),
+        ("last block, no fence before", "global", "no fences around atomic operations"),
+        ("last block, no fence after", "global", "no fences around atomic operations"),
+        ("last block, no barrier", "global", "no fences around atomic operations"),
+        ("plain count", "global", "no barrier"),
+    ],
+)
 def test_race(run, monkeypatch, name, where, what, order):
-    monkeypatch.setenv("SHIM_ORDER", order)
+    monkeypatch.setenv("EMULATED_ORDER", order)
     error, _ = run(name)
     assert f"race in {where} memory: thread " in error and what in error, error
 
 
-def test_a_race_is_reported_with_both_places(run, monkeypatch):
-    monkeypatch.delenv("SHIM_ORDER", raising=False)
+def test_the_report_of_a_race_has_both_source_lines(run, monkeypatch):
+    monkeypatch.delenv("EMULATED_ORDER", raising=False)
     lines = KERNELS.read_text().splitlines()
     write = 1 + next(number for number, line in enumerate(lines) if "shared[threadIdx.x] = threadIdx.x" in line)
     error, _ = run("none")
-    assert error.startswith("shim: kernel write_read_kernel<") and "block 0 of 128 threads: race in shared" in error
-    assert f"thread 0 of block 0 reads in write_read_kernel<(Barrier)0>(int*, int) at race_kernels.cu:{write + 2}" in error
+    assert error.startswith("emulated kernel write_read_kernel<") and "block 0 of 128 threads: race in shared" in error
+    assert (
+        f"thread 0 of block 0 reads in write_read_kernel<(Barrier)0>(int*, int) at race_kernels.cu:{write + 2}" in error
+    )
     assert f"thread 1 of block 0 writes in write_read_kernel<(Barrier)0>(int*, int) at race_kernels.cu:{write}" in error

@@ -1,4 +1,4 @@
-"""What setup.py decides about CUDA, and a build without it."""
+"""How setup.py chooses nvcc and the architectures, and a build without CUDA."""
 
 import json
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def fake_nvcc(tmp_path, monkeypatch):
-    """An nvcc of CUDA 12.4 in CUDA_HOME."""
+    """A fake nvcc of CUDA 12.4 in CUDA_HOME."""
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho sm_80\necho sm_89\necho sm_90\n")
@@ -29,37 +29,41 @@ def test_cuda_home_comes_first(setup_module, fake_nvcc):
 
 
 @pytest.mark.parametrize("value", ["", "0", "none"])
-def test_cuda_can_be_left_out(setup_module, fake_nvcc, monkeypatch, value):
+def test_a_build_without_cuda_can_be_requested(setup_module, fake_nvcc, monkeypatch, value):
     monkeypatch.setenv("PRUNEATTN_CUDA_ARCHS", value)
     assert setup_module.choose_cuda() == (None, [], f"PRUNEATTN_CUDA_ARCHS={value}")
 
 
-def test_without_nvcc_cuda_is_left_out(setup_module, monkeypatch):
+def test_without_nvcc_the_build_has_no_cuda(setup_module, monkeypatch):
     monkeypatch.delenv("PRUNEATTN_CUDA_ARCHS", raising=False)
     monkeypatch.setattr(setup_module, "find_nvcc", lambda: None)
-    assert setup_module.choose_cuda() == (None, [], "no nvcc in CUDA_HOME, PATH or /usr/local/cuda")
+    assert setup_module.choose_cuda() == (None, [], "nvcc is not in CUDA_HOME, PATH or /usr/local/cuda")
 
 
-def test_older_nvcc_builds_what_it_knows_and_says_so(setup_module, fake_nvcc, capsys):
+def test_an_old_nvcc_builds_only_the_architectures_that_it_supports(setup_module, fake_nvcc, capsys):
     assert setup_module.choose_cuda() == (fake_nvcc, ["80", "90a"], "")
-    assert capsys.readouterr().out == f"pruneattn: {fake_nvcc} is too old for sm_100: built without\n"
+    assert (
+        capsys.readouterr().out
+        == f"pruneattn: {fake_nvcc} does not support sm_100: built without these architectures\n"
+    )
 
 
-def test_asking_for_an_unknown_architecture_is_an_error(setup_module, fake_nvcc, monkeypatch):
+def test_an_explicit_unknown_architecture_is_an_error(setup_module, fake_nvcc, monkeypatch):
     monkeypatch.setenv("PRUNEATTN_CUDA_ARCHS", "89; 100")
-    with pytest.raises(setup_module.CompileError, match=r"does not know \['100'\]; it knows \['sm_80', 'sm_89'"):
+    with pytest.raises(setup_module.CompileError, match=r"does not support \['100'\]; it supports \['sm_80', 'sm_89'"):
         setup_module.choose_cuda()
     monkeypatch.setenv("PRUNEATTN_CUDA_ARCHS", "89; 90a")
     assert setup_module.choose_cuda() == (fake_nvcc, ["89", "90a"], "")
 
 
-def test_only_plain_architectures_carry_ptx(setup_module):
+def test_only_architectures_without_suffix_include_ptx(setup_module):
     assert setup_module.gencode("80") == "-gencode arch=compute_80,code=[sm_80,compute_80]"
     assert setup_module.gencode("90a") == "-gencode arch=compute_90a,code=sm_90a"
 
 
+@pytest.mark.slow
 def test_build_without_cuda(tmp_path):
-    """One clear line; the module works without torch; a second build has nothing to do."""
+    """The build says why it has no CUDA code, the module works without torch, and a second build has no work."""
     for package in ("setuptools", "pybind11", "ninja"):
         pytest.importorskip(package)
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
@@ -72,12 +76,18 @@ def test_build_without_cuda(tmp_path):
     env = {**os.environ, "PRUNEATTN_CUDA_ARCHS": "none", "CXXFLAGS": "-O0", "PYTHONPATH": ""}
 
     def build():
-        return subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, env=env, check=True,
-                              stdout=subprocess.PIPE, text=True).stdout
+        return subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=tmp_path,
+            env=env,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
 
     first = build()
     assert first.count("CUDA code") == 1
-    assert "pruneattn: CUDA code is left out: PRUNEATTN_CUDA_ARCHS=none\n" in first
+    assert "pruneattn: builds without CUDA code: PRUNEATTN_CUDA_ARCHS=none\n" in first
     assert "ninja: no work to do." in build()
 
     script = "import json, sys; from pruneattn import _C; print(json.dumps([_C.build_info(), dir(_C)]))"

@@ -68,7 +68,7 @@ def test_resampling_removes_what_would_alias(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 192000])
-def test_blocks_are_resampled_as_the_whole(tmp_path, monkeypatch, rate):
+def test_resampling_in_blocks_equals_resampling_at_once(tmp_path, monkeypatch, rate):
     monkeypatch.setattr(decode, "_BLOCK", 10000)
     for samples in (rate // 20, 20000, 2 * rate + 7):  # less than a block, two, and many with a rest
         noise = np.random.default_rng(0).uniform(-1, 1, samples).astype(np.float32)
@@ -76,7 +76,7 @@ def test_blocks_are_resampled_as_the_whole(tmp_path, monkeypatch, rate):
         assert np.array_equal(wave, soxr.resample(noise, rate, 16000, quality="VHQ"))
 
 
-def test_memory_of_a_long_clip_is_that_of_its_result(tmp_path, monkeypatch):
+def test_a_long_clip_needs_the_memory_of_its_result(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "_BLOCK", 10000)
     path = write(tmp_path / "a.wav", np.zeros((96000 * 20, 2)), 96000)
     tracemalloc.start()
@@ -97,7 +97,7 @@ def test_seconds_are_the_start_of_the_whole(tmp_path, rate):
     torch.testing.assert_close(load_audio(path, seconds=60), whole, rtol=0, atol=0)
 
 
-def test_seconds_leave_the_rest_undecoded(tmp_path, monkeypatch):
+def test_seconds_limit_the_decoded_samples(tmp_path, monkeypatch):
     path = write(tmp_path / "a.wav", np.zeros(16000 * 60))
     read = []
     original = soundfile.SoundFile.read
@@ -112,28 +112,28 @@ def test_seconds_leave_the_rest_undecoded(tmp_path, monkeypatch):
     assert 32000 <= sum(read) < 48000
 
 
-def test_what_is_no_sound_is_refused(tmp_path):
-    def refuse(path, message):
+def test_files_without_audio_are_rejected(tmp_path):
+    def reject(path, message):
         with pytest.raises(UserError, match=message) as caught:
             load_audio(path)
         assert str(path) in str(caught.value)
 
-    refuse(tmp_path / "missing.wav", "no such file")
-    refuse(tmp_path, "a folder")
+    reject(tmp_path / "missing.wav", "no such file")
+    reject(tmp_path, "a folder")
     (tmp_path / "empty.wav").touch()
-    refuse(tmp_path / "empty.wav", "empty")
+    reject(tmp_path / "empty.wav", "empty")
     for name in ("text.wav", "text.mp3"):
         (tmp_path / name).write_text("this is not sound\n" * 100)
-        refuse(tmp_path / name, "cannot be decoded: not sound, damaged or cut short")
+        reject(tmp_path / name, "cannot be decoded: not audio, damaged or truncated")
     (tmp_path / "noise.ogg").write_bytes(np.random.default_rng(0).bytes(5000))
-    refuse(tmp_path / "noise.ogg", "cannot be decoded")
-    refuse(write(tmp_path / "none.wav", np.zeros(0)), "0 samples")
-    refuse(write(tmp_path / "10ms.wav", tone(0.010, 16000)), r"too short: 10\.0 ms, needs at least 25 ms")
+    reject(tmp_path / "noise.ogg", "cannot be decoded")
+    reject(write(tmp_path / "none.wav", np.zeros(0)), "contains no samples")
+    reject(write(tmp_path / "10ms.wav", tone(0.010, 16000)), r"too short: 10\.0 ms, at least 25 ms are needed")
     broken = tone(1, 16000)
     broken[[3, 70]] = np.nan, np.inf
-    refuse(write(tmp_path / "nan.wav", broken, subtype="FLOAT"), "2 samples are NaN")
+    reject(write(tmp_path / "nan.wav", broken, subtype="FLOAT"), "2 samples are NaN")
     broken[[3, 70]] = 1e18, -2e9
-    refuse(write(tmp_path / "huge.wav", broken, subtype="FLOAT"), r"2 samples are .* beyond \+-1e\+09; export")
+    reject(write(tmp_path / "huge.wav", broken, subtype="FLOAT"), r"2 samples are .* beyond \+-1e\+09; export")
 
 
 def test_shortest_clip(tmp_path):
@@ -144,25 +144,25 @@ def test_shortest_clip(tmp_path):
 
 @pytest.mark.parametrize("share", [0.999, 0.6, 0.2])
 @pytest.mark.parametrize("name", ["a.wav", "b.wav", "c.flac", "d.aiff", "e.ogg", "f.opus"])
-def test_files_that_were_cut_are_refused(tmp_path, name, share):
+def test_truncated_files_are_rejected(tmp_path, name, share):
     subtypes = {"a.wav": "FLOAT", "b.wav": "PCM_24", "f.opus": "OPUS"}
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, (48000, 2))
     path = write(tmp_path / name, noise, 48000, format="OGG" if name == "f.opus" else None, subtype=subtypes.get(name))
     load_audio(path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match="cut short|cannot be decoded"):
+    with pytest.raises(UserError, match="truncated|cannot be decoded"):
         load_audio(path)
 
 
-def test_a_cut_behind_the_wanted_part_does_no_harm(tmp_path):
+def test_a_truncation_after_the_requested_part_is_ignored(tmp_path):
     path = write(tmp_path / "a.wav", tone(10, 16000))
     path.write_bytes(path.read_bytes()[:-1000])
     assert len(load_audio(path, seconds=5)) == 80000
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         load_audio(path, seconds=10)
 
 
-def test_a_cut_mp3_is_decoded_as_far_as_it_goes(tmp_path):
+def test_a_truncated_mp3_is_decoded_to_its_end(tmp_path):
     path = write(tmp_path / "a.mp3", tone(2, 44100), 44100)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert 8000 < len(load_audio(path)) < 24000

@@ -112,7 +112,7 @@ def test_one_filter_is_empty():
     assert filters.shape == (257, 128)
     assert (filters.sum(0) == 0).nonzero().flatten().tolist() == [3]
     assert (filters[256] == 0).all() and (filters[0] == 0).all()
-    assert LOG_FLOOR == pytest.approx(-15.942385, abs=1e-6)
+    assert pytest.approx(-15.942385, abs=1e-6) == LOG_FLOOR
 
 
 @pytest.mark.parametrize("padding", [0.0, 7.0, math.nan])
@@ -125,7 +125,7 @@ def test_a_batch_equals_its_clips_one_by_one(padding):
         assert (log_mel[count:] == torch.tensor(LOG_FLOOR, dtype=torch.float32)).all()
 
 
-def test_chunks_do_not_show(monkeypatch):
+def test_chunks_do_not_change_the_result(monkeypatch):
     waves, lengths = pad(list(signals().values()))
     expected, _ = kaldi_fbank(waves, lengths)
     for chunk in (1, 50, 10**6):
@@ -141,7 +141,7 @@ def test_frames_and_samples():
 
 @pytest.mark.parametrize("padding, fill", [("min", LOG_FLOOR), ("zero", 0.0)])
 @pytest.mark.parametrize("frames", [64, 128])
-def test_extractor_cuts_pads_and_normalises(padding, fill, frames):
+def test_extractor_cuts_pads_and_normalizes(padding, fill, frames):
     clips = [signals()["noise"], signals()["quiet"][:3000] * 1000]
     features = FeatureExtractor(FeatureConfig(frames, mean=-5.0, std=3.0, padding=padding))(*pad(clips))
     assert features.shape == (2, frames, 128) and features.dtype == torch.float32
@@ -176,7 +176,7 @@ def test_extractor_compiles_in_one_graph():
     torch.testing.assert_close(compiled(waves, lengths), extractor(waves, lengths), rtol=0, atol=1e-3)
 
 
-def test_extractor_leaves_no_trace_in_checkpoints_and_passes_gradients():
+def test_extractor_is_not_saved_and_passes_gradients():
     extractor = FeatureExtractor(FeatureConfig(16, -6.0, 4.0))
     assert not extractor.state_dict()
     wave = torch.randn(1, 3000, requires_grad=True)
@@ -184,7 +184,7 @@ def test_extractor_leaves_no_trace_in_checkpoints_and_passes_gradients():
     assert wave.grad.isfinite().all() and wave.grad.abs().sum() > 0
 
 
-def test_tables_made_in_inference_mode_serve_outside_it():
+def test_tables_made_in_inference_mode_work_outside_it():
     for table in (module._hanning, module._mel_filters):
         table.cache_clear()
     with torch.inference_mode():
@@ -194,7 +194,7 @@ def test_tables_made_in_inference_mode_serve_outside_it():
     assert wave.grad.isfinite().all()
 
 
-def test_config_round_trip_and_refusals():
+def test_config_round_trip_and_errors():
     config = FeatureConfig(1024, -4.2677393, 4.5689974, "zero")
     assert FeatureConfig.from_dict(config.to_dict()) == config
     assert config.to_dict() == dict(frames=1024, mean=-4.2677393, std=4.5689974, padding="zero")
@@ -203,8 +203,8 @@ def test_config_round_trip_and_refusals():
             FeatureConfig(**{**config.to_dict(), **bad})
 
 
-def test_bad_waves_are_refused():
-    with pytest.raises(UserError, match=r"10\.0 ms is too short: needs at least 25 ms"):
+def test_bad_waves_are_rejected():
+    with pytest.raises(UserError, match=r"10\.0 ms is too short: at least 25 ms are needed"):
         kaldi_fbank(torch.randn(2, 1000), torch.tensor([1000, 160]))
     with pytest.raises(UserError, match="too short"):
         FeatureExtractor(FeatureConfig(128, 0.0, 1.0))(torch.randn(1, 399))
@@ -214,7 +214,7 @@ def test_bad_waves_are_refused():
         kaldi_fbank(torch.ones(1, 1000, dtype=torch.int16))
     with pytest.raises(ValueError, match="lengths"):
         kaldi_fbank(torch.randn(2, 1000), torch.tensor([1000]))
-    with pytest.raises(ValueError, match="lengths has 1001"):
+    with pytest.raises(ValueError, match="lengths: 1001 is more"):
         kaldi_fbank(torch.randn(1, 1000), torch.tensor([1001]))
 
 

@@ -48,6 +48,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         end = start + server.breaks.pop(0) if server.breaks else total
         self.wfile.write(server.content[start:end])
+        return None
 
     def log_message(self, *args):
         pass
@@ -75,16 +76,16 @@ def test_download(server, tmp_path):
     assert server.requests == [None]  # the second call had nothing to do
 
 
-def test_broken_connection_is_taken_up_where_it_broke(server, tmp_path):
+def test_a_broken_connection_is_resumed(server, tmp_path):
     server.content, server.breaks = CONTENT, [100_000, 50_000]
     path = download(server.url, tmp_path / "a.zip", sha256=DIGEST, pause=0)
     assert path.read_bytes() == CONTENT
     assert server.requests == [None, "bytes=100000-", "bytes=150000-"]
 
 
-def test_later_call_goes_on(server, tmp_path):
+def test_a_later_call_resumes(server, tmp_path):
     server.content, server.breaks = CONTENT, [120_000, 0, 0, 0, 0, 0]
-    with pytest.raises(UserError, match="broke off .*120000 bytes are in .*a.zip.part, run the command again"):
+    with pytest.raises(UserError, match="failed .*120000 bytes are in .*a.zip.part, run the command again"):
         download(server.url, tmp_path / "a.zip", sha256=DIGEST, pause=0)
     assert os.listdir(tmp_path) == ["a.zip.part"]
     server.breaks, server.requests[:] = [], []
@@ -92,26 +93,26 @@ def test_later_call_goes_on(server, tmp_path):
     assert server.requests == ["bytes=120000-"]
 
 
-def test_server_that_cannot_resume(server, tmp_path):
+def test_a_server_that_cannot_resume(server, tmp_path):
     server.content, server.breaks, server.ranges = CONTENT, [100_000], False
     assert download(server.url, tmp_path / "a.zip", sha256=DIGEST, pause=0).read_bytes() == CONTENT
     assert server.requests == [None, "bytes=100000-"]
 
 
-def test_part_that_is_complete_already(server, tmp_path):
+def test_a_complete_part(server, tmp_path):
     server.content = CONTENT
     (tmp_path / "a.zip.part").write_bytes(CONTENT)
     assert download(server.url, tmp_path / "a.zip", sha256=DIGEST).read_bytes() == CONTENT
 
 
-def test_part_of_a_longer_file_is_thrown_away(server, tmp_path):
+def test_a_part_of_a_longer_file_is_deleted(server, tmp_path):
     server.content = CONTENT
     (tmp_path / "a.zip.part").write_bytes(CONTENT + b"more")
     assert download(server.url, tmp_path / "a.zip", sha256=DIGEST, pause=0).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("where", ["a.zip", "a.zip.part", None])
-def test_wrong_checksum_is_refused(server, tmp_path, where):
+def test_a_wrong_checksum_is_rejected(server, tmp_path, where):
     server.content = CONTENT[:-1] + b"?" if CONTENT[-1:] != b"?" else CONTENT[:-1] + b"!"
     if where:
         (tmp_path / where).write_bytes(b"rubbish" if where == "a.zip" else b"rubbish" + CONTENT[7:])
@@ -120,19 +121,19 @@ def test_wrong_checksum_is_refused(server, tmp_path, where):
     assert os.listdir(tmp_path) == []
 
 
-def test_refusing_server(server, tmp_path):
+def test_a_server_that_rejects_requests(server, tmp_path):
     server.status = 404
     with pytest.raises(UserError, match="the server answers 404"):
         download(server.url, tmp_path / "a.zip")
     assert len(server.requests) == 1 and os.listdir(tmp_path) == []
     server.status = 503
-    with pytest.raises(UserError, match="broke off"):
+    with pytest.raises(UserError, match="the download failed"):
         download(server.url, tmp_path / "a.zip", pause=0)
     assert len(server.requests) == 6
 
 
 def test_no_server(tmp_path):
-    with pytest.raises(UserError, match="broke off .*refused"):
+    with pytest.raises(UserError, match="failed .*refused"):
         download("http://127.0.0.1:9/a.zip", tmp_path / "a.zip", pause=0)
 
 
@@ -154,7 +155,7 @@ UNSAFE = ["../out.txt", "a/../../out.txt", "/tmp/out.txt", "..\\out.txt", "C:\\o
 
 
 @pytest.mark.parametrize("bad", UNSAFE)
-def test_unsafe_zip_is_refused_before_anything_is_written(tmp_path, bad):
+def test_unsafe_zip_is_rejected_before_anything_is_written(tmp_path, bad):
     (tmp_path / "a.zip").write_bytes(zipped([("a/good.txt", "x"), (bad, "target")]))
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="unsafe entry"):
@@ -162,12 +163,12 @@ def test_unsafe_zip_is_refused_before_anything_is_written(tmp_path, bad):
     assert sorted(os.listdir(tmp_path)) == ["a.zip", "out"] and os.listdir(tmp_path / "out") == []
 
 
-def test_broken_zip_is_refused(tmp_path):
+def test_broken_zip_is_rejected(tmp_path):
     content = bytearray(zipped([("a/good.txt", "x" * 100)]))
     content[60] ^= 1  # within the stored text: only the CRC can tell
     for data in (bytes(content), b"no zip"):
         (tmp_path / "a.zip").write_bytes(data)
-        with pytest.raises(UserError, match="a broken zip file"):
+        with pytest.raises(UserError, match="a damaged zip file"):
             unzip(tmp_path / "a.zip", tmp_path / "out")
 
 
@@ -184,12 +185,12 @@ def test_fetch_esc50(server, tmp_path, monkeypatch, capsys):
     assert len(os.listdir(tmp_path / "data" / "esc50" / "audio")) == 2000
     assert fetch("esc50", tmp_path / "data") == tmp_path / "data" / "esc50" and len(server.requests) == 1
     (tmp_path / "data" / "esc50" / "audio" / "7.wav").unlink()
-    with pytest.raises(UserError, match="not the whole of ESC-50: 1999 of 2000 clips; delete it"):
+    with pytest.raises(UserError, match="ESC-50 is incomplete: 1999 of 2000 clips; delete the folder"):
         fetch("esc50", tmp_path / "data")
 
 
 @pytest.mark.parametrize("content", [esc50_zip(clips=3), zipped([("../x", "")]), b"no zip"])
-def test_fetch_leaves_nothing_of_an_archive_that_is_not_esc50(server, tmp_path, monkeypatch, content):
+def test_fetch_deletes_an_archive_that_is_not_esc50(server, tmp_path, monkeypatch, content):
     monkeypatch.setattr(module, "ESC50_URL", server.url)
     server.content = content
     with pytest.raises(UserError):
@@ -211,7 +212,7 @@ def test_fetch_speech_commands(server, tmp_path, monkeypatch):
     server.content, server.breaks = speech_commands_archive(tmp_path), [100]
     monkeypatch.setattr(module, "SPC2_URL", server.url)
     monkeypatch.setattr(module, "SPC2_SHA256", hashlib.sha256(server.content).hexdigest())
-    with pytest.raises(UserError, match="not the whole of Speech Commands v0.02: 2 of 105829 clips"):
+    with pytest.raises(UserError, match="Speech Commands v0.02 is incomplete: 2 of 105829 clips"):
         fetch("spc2", tmp_path / "data")
     assert os.listdir(tmp_path / "data") == ["speech_commands_v0.02.tar.gz"]  # its digest is right: no second download
     monkeypatch.setattr(module, "SPC2_CLIPS", 2)
@@ -225,7 +226,7 @@ def test_digest_is_the_one_of_torchaudio():
     assert theirs._CHECKSUMS[module.SPC2_URL] == module.SPC2_SHA256
 
 
-def test_what_cannot_be_fetched(tmp_path):
+def test_datasets_that_cannot_be_fetched(tmp_path):
     with pytest.raises(UserError, match="'voxceleb1' cannot be fetched; only spc2 and esc50 can"):
         fetch("voxceleb1", tmp_path)
 

@@ -1,3 +1,5 @@
+import functools
+import operator
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ def test_batch_content():
 def test_train_order():
     dataset = Counting(50)
     first = indices(make_loader(dataset, 8, train=True, seed=3, epoch=2))
-    seen = sum(first, [])
+    seen = functools.reduce(operator.iadd, first, [])
     assert [len(batch) for batch in first] == [8] * 6 and len(set(seen)) == 48 and seen != sorted(seen)
     assert indices(make_loader(dataset, 8, train=True, seed=3, epoch=2)) == first
     for seed, epoch in ((3, 3), (4, 2), (4, 1), (2, 3)):
@@ -54,7 +56,7 @@ def test_start_in_the_middle(train):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_workers_change_nothing(train):
+def test_batches_do_not_depend_on_workers(train):
     dataset = Counting(30, bad=(3, 17))
     runs = [list(make_loader(dataset, 4, train=train, seed=1, workers=workers)) for workers in (0, 1, 2)]
     for other in runs[1:]:
@@ -63,7 +65,7 @@ def test_workers_change_nothing(train):
             assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4])) and a.failed == b.failed
 
 
-def test_global_random_state_is_left_alone():
+def test_the_global_random_state_does_not_change():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     for train in (True, False):
@@ -79,7 +81,10 @@ def test_processes_share_the_global_batches_of_training():
 
 
 def test_processes_evaluate_each_clip_once():
-    ranks = [sum(indices(make_loader(Counting(11), 3, train=False, rank=rank, world=4)), []) for rank in range(4)]
+    ranks = [
+        functools.reduce(operator.iadd, indices(make_loader(Counting(11), 3, train=False, rank=rank, world=4)), [])
+        for rank in range(4)
+    ]
     assert ranks == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7]]
     assert indices(make_loader(Counting(2), 3, train=False, rank=3, world=4)) == []
 
@@ -102,7 +107,7 @@ def test_training_replaces_failed_clips():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_without_a_good_clip_takes_another(workers):
+def test_a_batch_without_a_good_clip_takes_another_clip(workers):
     """Among them batches of one clip, where no other of the batch can stand in."""
     dataset = Counting(100, bad=range(90))
     for size in (1, 5):
@@ -112,7 +117,7 @@ def test_a_batch_without_a_good_clip_takes_another(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_training_stops_when_nothing_of_a_batch_can_be_decoded(workers):
+def test_training_stops_if_no_clip_of_a_batch_can_be_decoded(workers):
     loader = make_loader(Counting(4, bad=range(4)), 4, train=True, workers=workers)
     with pytest.raises(UserError, match=r"none of the 4 clips .* is broken$"):
         list(loader)

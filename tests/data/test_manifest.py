@@ -30,7 +30,7 @@ def load(path, **options):
     return load_dataset("manifest", "train", manifest=path, **options)
 
 
-def refused(path, **options):
+def rejected(path, **options):
     with pytest.raises(UserError) as error:
         load(path, **options)
     return str(error.value)
@@ -45,13 +45,13 @@ def test_clips_and_labels(tree, monkeypatch):
     assert dataset.multilabel and dataset.missing == []
 
 
-def test_one_label_each_is_single_label_unless_told(tree):
+def test_one_label_per_clip_means_single_label_by_default(tree):
     path = write(tree, (1, "/m/b"), (2, "/m/a"))
     assert not load(path).multilabel
     assert load(path, multilabel=True).multilabel
 
 
-def test_where_files_are_looked_for(tree, tmp_path_factory):
+def test_folders_of_relative_paths(tree, tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("elsewhere")
     (data_dir / "audio").mkdir()
     (data_dir / "audio" / "1.wav").touch()
@@ -62,7 +62,7 @@ def test_where_files_are_looked_for(tree, tmp_path_factory):
     assert str(load(path, data_dir=data_dir).clips[0].path) == absolute
 
 
-def test_manifest_and_labels_count_from_the_data_folder_too(tree, tmp_path_factory, monkeypatch):
+def test_manifest_and_labels_relative_to_the_data_folder(tree, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     write(tree, (1, "/m/b"))
     (tree / "labels.csv").write_text("index,mid,display_name\n0,/m/b,Cow\n")
@@ -73,8 +73,8 @@ def test_manifest_and_labels_count_from_the_data_folder_too(tree, tmp_path_facto
 def test_missing_clips_are_left_out_and_listed(tree, caplog):
     dataset = load(write(tree, (1, "/m/b"), (7, "/m/a"), (2, "/m/a"), (8, "/m/a")))
     assert len(dataset) == 2 and dataset.missing == ["audio/7.wav", "audio/8.wav"]
-    assert "2 of 4 clips are missing and left out (the first: audio/7.wav)" in caplog.text
-    assert "none of the 1 listed files is there, the first is audio/9.wav" in refused(write(tree, (9, "/m/a")))
+    assert "2 of 4 clips do not exist and are left out (the first: audio/7.wav)" in caplog.text
+    assert "none of the 1 listed files exists, the first is audio/9.wav" in rejected(write(tree, (9, "/m/a")))
 
 
 @pytest.mark.parametrize("comment", ["// take one", "# take one", "/* take one */"])
@@ -82,23 +82,23 @@ def test_comment_line(tree, comment):
     entry = '{"wav": "audio/1.wav", "labels": "/m/a"}'
     text = f'{{"data": [\n{entry},\n  {comment}\n{entry}]}}'
     path = write(tree, text=text)
-    assert refused(path).startswith(f"{path}, line 3: JSON has no comments: remove line 3 ({comment!r})")
+    assert rejected(path).startswith(f"{path}, line 3: JSON has no comments: remove line 3 ({comment!r})")
     path.write_text(f"{comment}\n" + text.replace(comment, ""))
-    assert "line 1: JSON has no comments: remove line 1" in refused(path)
+    assert "line 1: JSON has no comments: remove line 1" in rejected(path)
 
 
 def test_comment_behind_an_entry(tree):
     path = write(tree, text='{"data": [\n{"wav": "audio/1.wav", "labels": "/m/a"} // good\n]}')
-    assert "line 2: JSON has no comments: remove the comment in line 2" in refused(path)
+    assert "line 2: JSON has no comments: remove the comment in line 2" in rejected(path)
 
 
 def test_other_json_errors_name_the_line(tree):
     path = write(tree, text='{"data": [\n{"wav": "audio/1.wav" "labels": "/m/a"}]}')
-    assert f"{path}, line 2, column 23: not JSON: Expecting ',' delimiter" in refused(path)
+    assert f"{path}, line 2, column 23: not JSON: Expecting ',' delimiter" in rejected(path)
 
 
 def test_label_that_is_not_in_the_csv(tree):
-    message = refused(write(tree, (1, "/m/a"), (2, "/m/a,/m/zebra")))
+    message = rejected(write(tree, (1, "/m/a"), (2, "/m/a,/m/zebra")))
     for part in ("train.json", "/m/zebra", "audio/2.wav", "class_labels_indices.csv"):
         assert part in message
 
@@ -109,24 +109,24 @@ def test_label_that_is_not_in_the_csv(tree):
         ('{"data": []}', "lists no clips"),
         ("[]", "not a manifest; expected"),
         ('{"clips": []}', "not a manifest; expected"),
-        ('{"data": [{"wav": "1.wav"}]}', 'entry 0 of "data" needs the texts "wav" and "labels"'),
+        ('{"data": [{"wav": "1.wav"}]}', 'entry 0 of "data" needs the strings "wav" and "labels"'),
         ('{"data": [{"wav": "audio/1.wav", "labels": " , "}]}', "clip audio/1.wav has no label"),
         ("", "line 1, column 1: not JSON"),
     ],
 )
-def test_content_that_is_no_manifest(tree, text, message):
-    assert message in refused(write(tree, text=text))
+def test_invalid_manifests(tree, text, message):
+    assert message in rejected(write(tree, text=text))
 
 
-def test_files_that_are_not_there_or_not_text(tree):
+def test_missing_files_and_binary_files(tree):
     path = write(tree, (1, "/m/a"))
-    assert "there is no such manifest" in refused(tree / "absent.json")
-    assert "absent.csv: there is no such label CSV" in refused(path, label_csv=tree / "absent.csv")
+    assert "no such manifest" in rejected(tree / "absent.json")
+    assert "absent.csv: no such label CSV" in rejected(path, label_csv=tree / "absent.csv")
     (tree / "class_labels_indices.csv").unlink()
-    assert "no class_labels_indices.csv near" in refused(path)
+    assert "no class_labels_indices.csv near" in rejected(path)
     path.write_bytes(b"\xff\xfe\x00")
     (tree / "class_labels_indices.csv").write_text(CSV)
-    assert "not a manifest" in refused(path)
+    assert "not a manifest" in rejected(path)
     with pytest.raises(UserError, match="needs a manifest for the split train"):
         load_dataset("manifest")
 
@@ -134,10 +134,10 @@ def test_files_that_are_not_there_or_not_text(tree):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name\nx\n", "line 1: a label CSV starts with"),
+        ("name\nx\n", "line 1: a label CSV needs the columns"),
         ("index,mid,display_name\n0,/m/a,A\nx,/m/b,B\n", "line 3: expected a number"),
-        ("index,mid,display_name\n0,/m/a,A\n1,/m/a,B\n", "line 3: label /m/a or index 1 stands there twice"),
-        ("index,mid,display_name\n0,/m/a,A\n0,/m/b,B\n", "line 3: label /m/b or index 0 stands there twice"),
+        ("index,mid,display_name\n0,/m/a,A\n1,/m/a,B\n", "line 3: label /m/a or index 1 is there twice"),
+        ("index,mid,display_name\n0,/m/a,A\n0,/m/b,B\n", "line 3: label /m/b or index 0 is there twice"),
         ("index,mid,display_name\n0,/m/a,A\n2,/m/b,B\n", "count 0, 1, 2"),
         ("index,mid,display_name\n", "count 0, 1, 2"),
         ("index,mid,display_name\n\N{SUPERSCRIPT TWO},/m/a,A\n", "line 2: expected a number"),

@@ -69,15 +69,15 @@ def test_speech_commands_agree_with_torchaudio(spc2):
         assert {str(clip.path) for clip in ours.clips} == set(theirs._walker)
 
 
-def test_speech_commands_with_holes(spc2, caplog):
+def test_speech_commands_with_missing_files(spc2, caplog):
     (spc2 / "yes" / "0a_nohash_2.wav").unlink()
     dataset = load_dataset("spc2", "test", data_dir=spc2)
     assert len(dataset) == 1 and dataset.missing == [str(spc2 / "yes" / "0a_nohash_2.wav")]
     text(spc2 / "testing_list.txt", "zebra/1.wav\n")
-    with pytest.raises(UserError, match="zebra/1.wav in the lists is none of the 35 words"):
+    with pytest.raises(UserError, match="zebra/1.wav in the lists is not one of the 35 words"):
         load_dataset("spc2", "test", data_dir=spc2)
     (spc2 / "testing_list.txt").unlink()
-    with pytest.raises(UserError, match="testing_list.txt: there is no such list"):
+    with pytest.raises(UserError, match="testing_list.txt: no such list"):
         load_dataset("spc2", "train", data_dir=spc2)
 
 
@@ -105,7 +105,7 @@ def test_esc50_folds(esc50, fold):
     assert [clip.labels for clip in sets["val"].clips] == [(0,), (10,), (49,)]
 
 
-def test_esc50_refuses(esc50):
+def test_esc50_rejects(esc50):
     with pytest.raises(UserError, match="fold 6: ESC-50 has the folds 1 to 5"):
         load_dataset("esc50", data_dir=esc50, fold=6)
     meta = esc50 / "ESC-50-master" / "meta" / "esc50.csv"
@@ -145,7 +145,7 @@ def test_voxceleb1(tmp_path, folders):
     assert sets["test"].labels[269] == "id10270" and sets["test"][0]["error"] is None
 
 
-def test_voxceleb1_refuses_other_lists(tmp_path):
+def test_voxceleb1_rejects_other_lists(tmp_path):
     text(tmp_path / "iden_split.txt", "1 id10001/a/1.wav\n4 id10001/a/2.wav\n")
     with pytest.raises(UserError, match="iden_split.txt, line 2: expected"):
         load_dataset("voxceleb1", data_dir=tmp_path)
@@ -196,12 +196,12 @@ def test_audioset_segments(audioset, caplog):
         ("milliseconds_1234_11234.wav", "Music"),
     }
     assert dataset.missing == ["_nothere_1_"] and dataset.multilabel and dataset.labels == ["Speech", "Music", "Dog"]
-    assert "as20k train: 1 of 6 clips are missing and left out (the first: _nothere_1_)" in caplog.text
+    assert "as20k train: 1 of 6 clips do not exist and are left out (the first: _nothere_1_)" in caplog.text
     for split in ("val", "test"):
         assert listing(load_dataset("as20k", split, data_dir=audioset)) == {("Yevalevaleva.wav", "Dog")}
 
 
-def test_audioset_manifest_goes_before_segments(audioset):
+def test_audioset_prefers_a_manifest_to_segments(audioset):
     text(audioset / "train.json", '{"data": [{"wav": "unrelated.wav", "labels": "/m/b"}]}')
     assert listing(load_dataset("as20k", data_dir=audioset)) == {("unrelated.wav", "Music")}
     other = audioset.parent / "mine.json"
@@ -210,7 +210,7 @@ def test_audioset_manifest_goes_before_segments(audioset):
     assert listing(dataset) == {("Yevalevaleva.wav", "Speech")} and dataset.multilabel
 
 
-def test_audioset_refuses(audioset):
+def test_audioset_rejects(audioset):
     segments = audioset / "balanced_train_segments.csv"
     text(segments, SEGMENTS + 'zzzzzzzzzzz, 0.000, 10.000, "/m/zebra"\n')
     with pytest.raises(UserError, match="line 10: label /m/zebra of clip zzzzzzzzzzz is not in .*indices.csv"):
@@ -219,7 +219,7 @@ def test_audioset_refuses(audioset):
     with pytest.raises(UserError, match="segments.csv, line 10: expected YTID, start_seconds, end_seconds"):
         load_dataset("as20k", data_dir=audioset)
     (audioset / "class_labels_indices.csv").unlink()
-    with pytest.raises(UserError, match="class_labels_indices.csv: there is no such label CSV"):
+    with pytest.raises(UserError, match="class_labels_indices.csv: no such label CSV"):
         load_dataset("as20k", data_dir=audioset)
 
 
@@ -248,7 +248,7 @@ def test_folder_without_a_split(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are not bytes there")
 def test_class_folder_whose_name_is_not_utf8(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
-    with pytest.raises(UserError, match="the folder's name is not UTF-8.*rename it"):
+    with pytest.raises(UserError, match="the name of the folder is not UTF-8.*rename it"):
         load_dataset("folder", data_dir=tmp_path)
 
 
@@ -274,7 +274,7 @@ def test_folder_is_split_by_file_name(tmp_path):
 # What all share
 
 
-def test_where_data_is_looked_for(spc2, monkeypatch):
+def test_data_folder(spc2, monkeypatch):
     for data_dir in (spc2, spc2.parent, str(spc2)):
         assert len(load_dataset("spc2", "test", data_dir=data_dir)) == 2
     monkeypatch.setenv("PRUNEATTN_DATA", str(spc2.parent))
@@ -282,7 +282,7 @@ def test_where_data_is_looked_for(spc2, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name, info in DATASETS.items() if info.markers] + ["folder"])
-def test_absent_data_says_what_is_expected_where(tmp_path, name):
+def test_missing_data_names_the_expected_files(tmp_path, name):
     with pytest.raises(UserError) as error:
         load_dataset(name)
     assert "--data-dir" in str(error.value) and "PRUNEATTN_DATA" in str(error.value)
@@ -302,15 +302,15 @@ def test_empty_data(spc2, tmp_path):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match="no data set 'audioset'; there are as20k, spc2, esc50"):
+    with pytest.raises(UserError, match="unknown dataset 'audioset'; choose one of as20k, spc2, esc50"):
         load_dataset("audioset")
-    with pytest.raises(UserError, match="no split 'eval'; there are train, val, test"):
+    with pytest.raises(UserError, match="unknown split 'eval'; choose one of train, val, test"):
         load_dataset("toy", "eval")
     with pytest.raises(UserError, match="spc2 does not read manifests; use --dataset manifest"):
         load_dataset("spc2", manifest=tmp_path / "a.json")
 
 
-def test_long_clips_are_cut_to_the_frames_of_the_data_set(tmp_path, caplog):
+def test_long_clips_are_cut_to_the_frames_of_the_dataset(tmp_path, caplog):
     sound(tmp_path / "train" / "dog" / "a.wav", 40000)
     caplog.set_level(logging.WARNING)
     for frames, samples in ((128, 127 * 160 + 400), (None, 40000)):

@@ -42,7 +42,7 @@ def test_progress_goes_to_standard_error(capsys, monkeypatch):
     assert not out and "3/3" in err
 
 
-def test_nothing_to_take_statistics_of():
+def test_no_readable_clip():
     with pytest.raises(UserError, match="none of 2 clips.*the file is empty"):
         dataset_stats(Clips([None, None]), progress=False)
     with pytest.raises(UserError, match="none of 0 clips"):
@@ -50,8 +50,8 @@ def test_nothing_to_take_statistics_of():
 
 
 @pytest.mark.parametrize("wave", [torch.zeros(16000), torch.full((16000,), float("nan"))])
-def test_statistics_that_cannot_normalise(wave):
-    with pytest.raises(UserError, match="log-mel of 2 clips has mean .* cannot normalise it; are they silent"):
+def test_statistics_that_cannot_normalize(wave):
+    with pytest.raises(UserError, match="log-mel of 2 clips has mean .* cannot normalize it; are the clips silent"):
         dataset_stats(Clips([wave, wave]), progress=False)
 
 

@@ -10,7 +10,7 @@ def test_sizes_and_labels():
     sizes = {split: len(load_dataset("toy", split)) for split in ("train", "val", "test")}
     assert sizes == {"train": 2000, "val": 400, "test": 400}
     dataset = load_dataset("toy", "val")
-    counts = sum(dataset[i]["target"] for i in range(0, len(dataset)))
+    counts = sum(dataset[i]["target"] for i in range(len(dataset)))
     assert counts.tolist() == [40.0] * 10 and len(dataset.labels) == DATASETS["toy"].num_classes
     assert not dataset.multilabel and dataset.missing == []
 
@@ -39,7 +39,7 @@ def test_every_kind_is_an_event_within_faint_noise():
             assert 0 < power[0] < power[-1] / 20, kind
 
 
-def test_statistics_are_those_of_the_catalogue():
+def test_statistics_are_those_of_the_catalog():
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in make_loader(load_dataset("toy", "val"), 50, train=False):
         log_mel, frames = kaldi_fbank(batch.waves, batch.lengths)
@@ -50,7 +50,7 @@ def test_statistics_are_those_of_the_catalogue():
     assert abs((sums[2] / sums[0] - mean**2).sqrt() - DATASETS["toy"].std) < 0.1
 
 
-def test_loudness_does_not_tell_the_kinds_apart():
+def test_loudness_does_not_distinguish_the_kinds():
     rng = np.random.default_rng(0)
     level = {kind: [np.log(np.mean(make_sound(kind, rng) ** 2)) for _ in range(60)] for kind in KINDS}
     means = [np.mean(values) for values in level.values()]

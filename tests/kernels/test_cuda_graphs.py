@@ -1,4 +1,4 @@
-"""On a CUDA device: a pruned model is one CUDA graph, and never waits for the device."""
+"""On a CUDA device, a pruned model runs in one CUDA graph and never waits for the device."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""Tiles, tile sizes and launches, apart from what the kernels compute (tests/ops has that)."""
+"""Tiles, tile sizes and launches. tests/ops tests the results of the kernels."""
 
 import json
 import os
@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from pruneattn.kernels import launch, tiles  # noqa: E402
-from pruneattn.kernels.launch import Config, config_for, fit  # noqa: E402
-from pruneattn.ops._layout import near  # noqa: E402
+from pruneattn.kernels import launch, tiles
+from pruneattn.kernels.launch import Config, config_for, fit
+from pruneattn.ops._layout import near
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
@@ -27,17 +27,18 @@ def test_tiles_cover_every_count_once(block):
         assert tiles.tiled(count, block) >= count
 
 
-def test_rows_that_offsets_of_32_bits_do_not_reach_are_copied():
+def test_rows_beyond_32_bit_offsets_are_copied():
     storage = torch.empty(2**32, dtype=torch.float16, device="meta")
     for row in (512, 2**31 // 3, 2**31 // 3 + 1, 2**30):
         x = storage.as_strided((1, 1, 3, 8), (8, 8, row, 1))
         assert (near(x) is x) == (3 * row < 2**31) and near(x).shape == x.shape
-    assert near(storage.as_strided((2, 2, 3, 8), (2**31, 2**30, 8, 1))).stride() == (2**31, 2**30, 8, 1)  # are 64 bits
+    clips_and_heads = storage.as_strided((2, 2, 3, 8), (2**31, 2**30, 8, 1))
+    assert near(clips_and_heads) is clips_and_heads  # these have 64-bit offsets
     assert near(storage.as_strided((1, 1, 3, 8), (0, 0, 1, 3))).stride(3) == 1
 
 
-def test_a_tensor_of_2_gib_is_another_kind_on_hip(monkeypatch):
-    """Triton compiles offsets of 32 bits for smaller ones there."""
+def test_hip_kernels_are_specialized_for_tensors_of_2_gib(monkeypatch):
+    """Triton compiles 32-bit offsets for smaller tensors there."""
     small, large = (torch.empty(size, dtype=torch.int8, device="meta") for size in (2**31 - 16, 2**31))
     assert launch._kind(small) == launch._kind(large)
     monkeypatch.setattr(launch, "_HIP", True)
@@ -51,12 +52,12 @@ def test_extra_tokens_cost_no_tile_of_keys(tokens):
         assert tiles.tiled(tokens, block) == tokens - tokens % 64 + 16
 
 
-def test_programs_are_smaller_where_large_ones_would_be_empty_or_few():
+def test_tiles_are_small_if_large_ones_would_be_empty_or_few():
     large, small = Config(128, 32, 8, 2), Config(64, 32, 4, 2)
     assert fit(large, "BLOCK_M", 768, 513, 132) == large
     assert fit(large, "BLOCK_M", 12, 513, 132) == small  # 60 programs for 132 multiprocessors
     assert fit(large, "BLOCK_M", 768, 65, 132) == small  # 128 rows for 65
-    assert fit(large, "BLOCK_N", 12, 513, 132) == large  # shares out by 32 already
+    assert fit(large, "BLOCK_N", 12, 513, 132) == large  # divides by 32 already
 
 
 def test_measured_tile_sizes_come_first(monkeypatch):
@@ -72,7 +73,7 @@ def test_measured_tile_sizes_come_first(monkeypatch):
         assert config_for(kernel, architecture, dtype, channels) == launch.fallback(kernel, dtype, channels)
 
 
-def test_the_table_that_is_shipped_is_read():
+def test_the_shipped_table_is_used():
     for architecture, kernels in launch._table().items():
         assert architecture[:3] in ("sm_", "gfx")
         for kernel, sizes in kernels.items():
@@ -82,6 +83,7 @@ def test_the_table_that_is_shipped_is_read():
                 assert config_for(kernel, architecture, getattr(torch, dtype), int(channels)) == Config(*config)
 
 
+@pytest.mark.harness
 def test_arguments_are_in_the_kernels_order():
     from tools.triton_resources import kernels
 
@@ -91,7 +93,7 @@ def test_arguments_are_in_the_kernels_order():
 
 
 class Kernel:
-    """Counts what it compiles, and what is launched of that."""
+    """Counts compilations and launches of compiled kernels."""
 
     fn, compiled, launched = object(), 0, 0
 
@@ -106,7 +108,7 @@ class Kernel:
         self.launched += 1
 
 
-def test_a_kernel_is_looked_up_once_for_all_that_it_depends_on():
+def test_a_kernel_is_compiled_once_per_specialization():
     kernel, x, config = Kernel(), torch.zeros(64), Config(16, 16, 4, 1)
 
     def run(x=x, config=config, **changes):
@@ -115,14 +117,14 @@ def test_a_kernel_is_looked_up_once_for_all_that_it_depends_on():
         return kernel.compiled, kernel.launched
 
     assert run() == (1, 0)
-    assert run() == (1, 1) and run(torch.ones(8), scale=2.0) == (1, 2)  # what changes from call to call
+    assert run() == (1, 1) and run(torch.ones(8), scale=2.0) == (1, 2)  # values that change between calls
     assert run(rows=16) == (2, 2) and run(x.half()) == (3, 2) and run(x[1:]) == (4, 2) and run(lse=x) == (5, 2)
     assert run(NEGATIVE=True) == (6, 2) and run(config=Config(16, 16, 8, 1)) == (7, 2)
     launch.Launch(kernel, (0,), {}, config).run(x)
     assert run(x[4:], lse=x) == (7, 3)
 
 
-# Triton's own compiler and look-up for a GPU that is not there.
+# Triton's own compiler and lookup, with a driver for a GPU that does not exist.
 DRIVER = """
 import types
 import torch
@@ -148,18 +150,18 @@ LAUNCH_TWICE = (
 for _ in range(2):
     cls_scores.cls_weights(q, k, weights, 0.5)
 assert len(launch._compiled) == 1
-first, second = (values[:6] + values[9:] for values in launched)  # without what is for profilers
+first, second = (values[:6] + values[9:] for values in launched)  # without the arguments for profilers
 assert first[:4] == (2, 1, 1, 7) and len(first) == 6 + 16, len(first)
 assert all(one is other or one == other for one, other in zip(first, second, strict=True))
 """
 )
-# The launch is of other clips than were compiled for, as in `python -m tools.tune`.
+# The launch has another batch size than the compilation, as in `python -m tools.tune`.
 COMPILE_FIRST = (
     DRIVER
     + """
 import os
 from pathlib import Path
-from bench import tune
+from tools import tune
 
 def compiled():
     return sorted(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
@@ -176,21 +178,28 @@ if __name__ == "__main__":
 )
 
 
-@pytest.mark.parametrize("script", [LAUNCH_TWICE, COMPILE_FIRST], ids=["second launch as the first", "compiled before"])
-def test_for_a_gpu_that_is_not_there(script, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script",
+    [LAUNCH_TWICE, pytest.param(COMPILE_FIRST, marks=pytest.mark.harness)],
+    ids=["second launch as the first", "compiled before"],
+)
+def test_launch_on_a_simulated_gpu(script, tmp_path):
     path, root = tmp_path / "script.py", Path(__file__).parents[2]
     path.write_text(script)
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
     subprocess.run([sys.executable, path], cwd=root, env=environment, check=True)
 
 
-def test_what_the_kernels_do_not_take():
+def test_unsupported_inputs():
     q = torch.zeros(1, 1, 2, 128)
     assert launch.takes(q) and launch.takes(q.half()) and launch.takes(q.bfloat16())
     assert not launch.takes(q.double()) and not launch.takes(torch.zeros(1, 1, 2, 129))
 
 
-def test_tuning_writes_the_fastest_that_is_right(tmp_path, monkeypatch, capsys):
+@pytest.mark.harness
+@pytest.mark.interpreted
+def test_tuning_writes_the_fastest_correct_config(tmp_path, monkeypatch, capsys):
     from tools import tune
 
     if tune.torch.cuda.is_available():
@@ -212,7 +221,7 @@ def test_tuning_writes_the_fastest_that_is_right(tmp_path, monkeypatch, capsys):
     assert table["sm_90"] == {kernel: {"float32, 16": list(fast)} for kernel in launch.SHARED_OUT}
     assert "attention: Config(BLOCK_M=16" in capsys.readouterr().out
 
-    # One that computes something else is not timed.
+    # A config with other results is not timed.
     launches, written = tune.kernels(torch.float32, 16, 18, heads=2)["attention"]
 
     def wrong_for_fast(config):
@@ -226,7 +235,8 @@ def test_tuning_writes_the_fastest_that_is_right(tmp_path, monkeypatch, capsys):
     assert "left out: the values differ" in capsys.readouterr().out
 
 
-def test_candidates_share_out_by_the_right_tile():
+@pytest.mark.harness
+def test_candidates_vary_the_tile_that_divides_the_rows():
     from tools.tune import candidates
 
     for kernel, block in launch.SHARED_OUT.items():

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for the GPUs that are promised, without spills, and for AMD's; all as the table says."""
+"""The Triton kernels compile for all supported GPUs, without spills on NVIDIA's, with the resources of the table."""
 
 import os
 import subprocess
@@ -9,13 +9,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tools.resource_table import MOST_SHARED, read  # noqa: E402
-from tools.triton_resources import COLUMNS, OUTPUT, matrix_instruction  # noqa: E402
+from tools.resource_table import MOST_SHARED, read
+from tools.triton_resources import COLUMNS, OUTPUT, matrix_instruction
 
 INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
 
 
-# Apart from the interpreter. Two of the table's cases, since all take minutes, and float32 where memory is scarcest.
+# In a process without the interpreter. Two of the cases, because all take minutes; float32 where memory is scarcest.
 COMPILE = """
 import sys, torch
 from tools.triton_resources import COLUMNS, table, write
@@ -36,7 +36,8 @@ def check(rows):
             assert row["matrix_instruction"] == INSTRUCTIONS[row["architecture"]], row
 
 
-def test_the_table_keeps_the_promises():
+@pytest.mark.harness
+def test_the_table_meets_the_limits():
     rows = read(OUTPUT)
     assert tuple(rows[0]) == COLUMNS and {row["architecture"] for row in rows} == set(INSTRUCTIONS)
     assert {int(row["tokens"]) for row in rows} == {65, 257, 513, 514}
@@ -45,7 +46,9 @@ def test_the_table_keeps_the_promises():
     check(rows)
 
 
-def test_what_compiles_now_is_what_the_table_says(tmp_path):
+@pytest.mark.harness
+@pytest.mark.slow
+def test_kernels_compile_as_the_table_says(tmp_path):
     output = tmp_path / "resources.csv"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-c", COMPILE, output]
@@ -56,6 +59,7 @@ def test_what_compiles_now_is_what_the_table_says(tmp_path):
         assert all(row in table for row in rows), "write the table again: python -m tools.triton_resources"
 
 
+@pytest.mark.harness
 def test_matrix_instruction():
     assert matrix_instruction("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16") == "wgmma.mma_async"
     assert matrix_instruction("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == "mma.sync"

@@ -25,12 +25,32 @@ def onnxruntime():
     return pytest.importorskip("onnxruntime")
 
 
-@pytest.fixture
-def model(make_model):
-    model = make_model("ast", **SMALL)
+def make_described(make_model, **arguments):
+    model = make_model("ast", **SMALL | arguments)
     model.features = FeatureConfig(frames=128, mean=-8.74, std=4.28)
     model.labels, model.multilabel = list("abcde"), False
     return model
+
+
+@pytest.fixture
+def model(make_model):
+    return make_described(make_model)
+
+
+@pytest.fixture(scope="module")
+def programs(make_model, tmp_path_factory):
+    """Files of one model in the format torch, for all tests that only read them: the model, its tensors before the
+    export, ``{kernels: path}`` and ``{kernels: difference that export_model returned}``. With kernels in bfloat16.
+    """
+    model, folder = make_described(make_model), tmp_path_factory.mktemp("programs")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    paths = {kernels: folder / f"{kernels}.pt2" for kernels in (False, True)}
+    with torch.no_grad():
+        differences = {
+            False: export_model(model, paths[False], "torch"),
+            True: export_model(model, paths[True], "torch", kernels=True, dtype=torch.bfloat16),
+        }
+    return model, before, paths, differences
 
 
 def run_onnx(onnxruntime, path, *inputs):
@@ -44,7 +64,14 @@ def close(actual, expected, tolerance=1e-3):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("family, score", [("ast", "cls"), ("audiomae", "column_mean"), ("audiomae", "variation")])
+@pytest.mark.parametrize(
+    "family, score",
+    [
+        ("ast", "cls"),
+        pytest.param("audiomae", "column_mean", marks=pytest.mark.slow),
+        pytest.param("audiomae", "variation", marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_onnx(make_model, onnxruntime, tmp_path, family, score):
     model, path = make_model(family, score=score, **SMALL), tmp_path / "model.onnx"
@@ -59,6 +86,7 @@ def test_onnx(make_model, onnxruntime, tmp_path, family, score):
     close(run_onnx(onnxruntime, path, fbank)[0], model(fbank))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_takes_waveforms_and_describes_itself(model, onnxruntime, tmp_path):
     path = tmp_path / "model.onnx"
@@ -74,29 +102,43 @@ def test_onnx_takes_waveforms_and_describes_itself(model, onnxruntime, tmp_path)
 
 
 @torch.no_grad()
-def test_a_torch_program_does_not_need_this_package(model, tmp_path):
-    path = tmp_path / "model.pt2"
-    export_model(model, path, "torch")
+def test_a_torch_program_does_not_need_this_package(programs):
+    model, _, paths, differences = programs
+    assert differences[False] < 1e-3
     files = {DESCRIPTION_FILE: ""}
-    program = torch.export.load(path, extra_files=files)
+    program = torch.export.load(paths[False], extra_files=files)
     assert json.loads(files[DESCRIPTION_FILE])["labels"] == model.labels
     used = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in used if "pruneattn" in name]
     assert not [name for name in used if "logsumexp" in name]  # needed by gradients only
     fbank = torch.randn(4, 128, 128)
     close(program.module()(fbank), model(fbank))
-    elsewhere = "import sys; sys.modules['pruneattn'] = None; import torch; torch.export.load(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", elsewhere, path], check=True)
 
 
 @torch.no_grad()
-def test_kernels_are_kept_on_request(model, tmp_path):
-    path = tmp_path / "model.pt2"
-    assert export_model(model, path, "torch", kernels=True) == 0
-    used = {str(node.target) for node in torch.export.load(path).graph.nodes}
-    assert "pruneattn.cls_prune_tokens.default" in used
+def test_kernels_and_half_precision_on_request(programs):
+    model, _, paths, differences = programs
+    assert differences[True] == 0
+    program, fbank = torch.export.load(paths[True]), torch.randn(4, 128, 128)
+    assert "pruneattn.cls_prune_tokens.default" in {str(node.target) for node in program.graph.nodes}
+    logits, expected = program.module()(fbank), model(fbank)
+    assert logits.dtype == torch.float32 and program.state_dict["model.head.weight"].dtype == torch.bfloat16
+    assert (logits - expected).norm() < 0.2 * expected.norm()
+
+
+def test_the_exported_model_is_not_changed(programs):
+    model, before, _, _ = programs
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [False, True])
+def test_only_a_program_with_kernels_needs_this_package(programs, kernels):
     elsewhere = "import sys; sys.modules['pruneattn'] = None; import torch; torch.export.load(sys.argv[1])"
-    assert subprocess.run([sys.executable, "-c", elsewhere, path], capture_output=True).returncode
+    done = subprocess.run([sys.executable, "-c", elsewhere, programs[2][kernels]], capture_output=True)
+    assert bool(done.returncode) == kernels
 
 
 class Pieces(torch.nn.Module):
@@ -123,9 +165,12 @@ def test_the_selection_is_kept_on_request():
             torch.testing.assert_close(ours, wanted)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_aoti(make_model, tmp_path):
-    model, path = make_model("audiomae", **SMALL), tmp_path / "model.pt2"
+    # One block: the C++ compiler takes most of the time, and compiles a kernel per layer.
+    sizes = {"depth": 1, "prune_blocks": (0,), "keep_rate": 0.6}
+    model, path = make_model("audiomae", **sizes), tmp_path / "model.pt2"
     export_model(model, path, "aoti")
     compiled = torch._inductor.aoti_load_package(path)
     assert json.loads(compiled.loader.get_metadata()[KEY])["model"] == "audiomae_tiny"
@@ -134,24 +179,23 @@ def test_aoti(make_model, tmp_path):
         close(compiled(fbank), model(fbank))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 @torch.no_grad()
-def test_half_precision(model, tmp_path, dtype):
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    export_model(model, tmp_path / "model.pt2", "torch", dtype=dtype)
+def test_float16_without_kernels(model, tmp_path):
+    export_model(model, tmp_path / "model.pt2", "torch", dtype=torch.float16)
     program, fbank = torch.export.load(tmp_path / "model.pt2"), torch.randn(4, 128, 128)
     logits, expected = program.module()(fbank), model(fbank)
-    assert logits.dtype == torch.float32 and program.state_dict["model.head.weight"].dtype == dtype
+    assert logits.dtype == torch.float32 and program.state_dict["model.head.weight"].dtype == torch.float16
     assert (logits - expected).norm() < 0.2 * expected.norm()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) and tensor.dtype == before[name].dtype
 
 
-@torch.no_grad()
-def test_models_of_other_libraries(onnxruntime, tmp_path):
-    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=24, num_classes=7)
+def timm_model():
+    timm = pytest.importorskip("timm")
+    return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=24, num_classes=7), (3, 64, 64)
+
+
+def transformers_model():
+    transformers = pytest.importorskip("transformers")
     config = transformers.ASTConfig(
         hidden_size=24,
         num_hidden_layers=3,
@@ -162,22 +206,25 @@ def test_models_of_other_libraries(onnxruntime, tmp_path):
         time_stride=16,
         num_labels=7,
     )
-    for model, shape in (
-        (vit, (3, 64, 64)),
-        (transformers.ASTForAudioClassification(config), (128, 128)),
-    ):
-        pruneattn.prune(model.eval(), keep_rate=0.5, prune_blocks=(1,))
-        head = model.head if hasattr(model, "head") else model.classifier.dense
-        torch.nn.init.normal_(head.weight)
-        export_model(model, tmp_path / "theirs.onnx", "onnx", example=torch.zeros(1, *shape))
-        x = torch.randn(5, *shape)
-        logits, names, _ = run_onnx(onnxruntime, tmp_path / "theirs.onnx", x)
-        expected = model(x)
-        close(logits, getattr(expected, "logits", expected))
-        assert names == ["input"]
-        pruneattn.unprune(model)
-        unpruned = model(x)
-        assert (getattr(unpruned, "logits", unpruned) - logits).abs().max() > 0.01
+    return transformers.ASTForAudioClassification(config), (128, 128)
+
+
+@pytest.mark.parametrize("make", [timm_model, pytest.param(transformers_model, marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_models_of_other_libraries(onnxruntime, tmp_path, make):
+    torch.manual_seed(0)
+    model, shape = make()
+    pruneattn.prune(model.eval(), keep_rate=0.5, prune_blocks=(1,))
+    torch.nn.init.normal_(model.head.weight if hasattr(model, "head") else model.classifier.dense.weight)
+    export_model(model, tmp_path / "theirs.onnx", "onnx", example=torch.zeros(1, *shape))
+    x = torch.randn(5, *shape)
+    logits, names, _ = run_onnx(onnxruntime, tmp_path / "theirs.onnx", x)
+    expected = model(x)
+    close(logits, getattr(expected, "logits", expected))
+    assert names == ["input"]
+    pruneattn.unprune(model)
+    unpruned = model(x)
+    assert (getattr(unpruned, "logits", unpruned) - logits).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -234,8 +281,26 @@ def test_the_error_names_the_root_cause(model, tmp_path, monkeypatch):
             raise RuntimeError("\x1b[31mFailed.\x1b[0m Next steps: ...") from error
 
     monkeypatch.setitem(export._WRITERS, "torch", write)
+    (tmp_path / "model.pt2").write_text("the previous file")
     with pytest.raises(UserError, match=r"AST cannot be exported as torch: no function for aten\.gcd$"):
         export_model(model, tmp_path / "model.pt2", "torch")
+    assert (tmp_path / "model.pt2").read_text() == "the previous file" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_with_other_logits_is_rejected(model, monkeypatch, tmp_path):
+    wrapped = export._Exported(model, False, None)
+    fitting = [wrapped(*export._inputs(wrapped.model, None, False, batch)) for batch in (1, 3)]
+    for outputs, accepted in (
+        (fitting, True),
+        ([logits * 1.1 for logits in fitting], False),
+        ([logits * torch.nan for logits in fitting], False),
+    ):
+        monkeypatch.setattr(export, "_run_elsewhere", lambda *_, outputs=outputs: outputs)
+        if accepted:
+            assert export._check_file(tmp_path, "torch", False, wrapped, None, False) < 1e-6
+            continue
+        with pytest.raises(UserError, match="does not compute the model's logits"):
+            export._check_file(tmp_path, "torch", False, wrapped, None, False)
 
 
 def test_without_onnx(model, tmp_path, monkeypatch):
@@ -248,27 +313,31 @@ def test_without_onnx(model, tmp_path, monkeypatch):
         export_model(model, tmp_path / "model.onnx", "onnx")
 
 
-def test_a_wrong_file_is_not_kept(model, tmp_path, monkeypatch):
+def write_damaged(model, program, file):
+    file.write_text("nothing")
+
+
+def write_another(model, program, file):
+    model.set_keep_rate(0.5)
+    other = export._program(export._Exported(model, False, None), (torch.zeros(2, 128, 128),), "torch", False)
+    torch.export.save(other, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (write_damaged, "does not run in a process of its own"),
+        (write_another, "does not compute the model's logits"),
+    ],
+)
+def test_a_wrong_file_is_not_kept(model, tmp_path, monkeypatch, write, message):
     path = tmp_path / "model.pt2"
-    path.write_text("what was there before")
-
-    def write_another(program, file, *_):
-        model.set_keep_rate(0.5)
-        other = export._program(export._Exported(model, False, None), (torch.zeros(2, 128, 128),), "torch", False)
-        torch.export.save(other, file)
-
-    def write_damaged(program, file, *_):
-        file.write_text("nothing")
-
-    messages = {
-        write_another: "does not compute the model's logits",
-        write_damaged: "does not run in a process of its own",
-    }
-    for write, message in messages.items():
-        monkeypatch.setitem(export._WRITERS, "torch", write)
-        with pytest.raises(UserError, match=message):
-            export_model(model, path, "torch")
-        assert path.read_text() == "what was there before" and len(list(tmp_path.iterdir())) == 1
+    path.write_text("the previous file")
+    monkeypatch.setitem(export._WRITERS, "torch", lambda program, file, *_: write(model, program, file))
+    with pytest.raises(UserError, match=message):
+        export_model(model, path, "torch")
+    assert path.read_text() == "the previous file" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_command(model, tmp_path, monkeypatch, capsys):

@@ -54,7 +54,7 @@ def test_the_papers_method(make_model, family, keep_rate, attention):
         torch.testing.assert_close(theirs(fbank), trace.logits, rtol=1e-9, atol=1e-9)
         kept = theirs.kept(fbank)
     assert len(kept) == (3 if keep_rate < 1 else 0)
-    for their_patches, our_patches in zip(kept, trace.kept, strict=True):
+    for their_patches, our_patches in zip(kept, trace.kept, strict=keep_rate < 1):
         assert torch.equal(their_patches, our_patches)
     if kept:
         check_kept(kept, trace)

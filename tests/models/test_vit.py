@@ -255,6 +255,7 @@ def test_autocast(make_model, family, score, dtype):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiles_whole_with_any_batch(make_model, family):
     torch._dynamo.reset()
@@ -272,7 +273,7 @@ def test_compiles_whole_with_any_batch(make_model, family):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("score", ["column_mean", "intensity"])
+@pytest.mark.parametrize("score", ["column_mean", pytest.param("intensity", marks=pytest.mark.slow)])
 def test_a_compiled_model_follows_its_keep_rate(make_model, score):
     torch._dynamo.reset()
     model, fbank = make_model("ast", score=score, depth=2, prune_blocks=(0,)), torch.randn(2, 128, 128)
@@ -298,7 +299,7 @@ def compiled_one_by_one(model):
         model.blocks[i] = torch.compile(block, fullgraph=True, backend="aot_eager")
 
 
-@pytest.mark.parametrize("wrap", [checkpointed, compiled_one_by_one])
+@pytest.mark.parametrize("wrap", [checkpointed, pytest.param(compiled_one_by_one, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_may_be_wrapped(make_model, family, wrap):
     """Wrapped blocks, for example by gradient checkpointing, prune at the current keep-rate."""
@@ -350,8 +351,16 @@ def test_other_models_are_rejected_by_name(make_model, tmp_path, monkeypatch, fu
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("score", [None, "variation", "random"])
-@pytest.mark.parametrize("family", FAMILIES)
+# The families' own scores, and the two that read the spectrogram, each in the token order of another family.
+@pytest.mark.parametrize(
+    "family, score",
+    [
+        ("ast", "cls"),
+        pytest.param("audiomae", "column_mean", marks=pytest.mark.slow),
+        pytest.param("audiomae", "variation", marks=pytest.mark.slow),
+        pytest.param("ast", "random", marks=pytest.mark.slow),
+    ],
+)
 def test_exports_with_any_batch(make_model, family, score):
     model = make_model(family, keep_rate=0.6, depth=3, prune_blocks=(0, 2), score=score)
     shapes = {"fbank": {0: torch.export.Dim("batch", min=1)}, "patches": None}

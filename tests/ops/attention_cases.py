@@ -1,4 +1,4 @@
-"""What the tests of the attention ops share: inputs, their results in float64, and how close is close enough."""
+"""Shared by the tests of the attention ops: inputs, their results in float64, and tolerances."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 HEAD_SIZES = (1, 5, 8, 32, 33, 64, 80, 96, 128)
 SCALES = (0.9, -0.3, 0.0)
 EPS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-14}
-GAP = 2e-6  # scores that differ by less than this share of their size may change places
+GAP = 2e-6  # scores whose relative difference is smaller may change their order
 
 
 def packed_qkv(batch, heads, tokens, channels, dtype, device, spread=1.5):
@@ -49,7 +49,7 @@ def assert_outputs_close(out, expected):
 
 
 def assert_scores_close(scores, expected):
-    """To float32 accuracy, for half-precision inputs too."""
+    """Scores have float32 accuracy, for half-precision inputs, too."""
     assert scores.dtype == torch.float32 and scores.is_contiguous()
     torch.testing.assert_close(scores.double(), expected.double(), rtol=2e-5, atol=1e-9, equal_nan=True)
 
@@ -67,13 +67,13 @@ def rms(x):
 
 
 def assert_output_error_at_most_twice_that_of_plain(out, q, k, v):
-    """Against float64, in the root mean square, beside the output of PyTorch's attention."""
+    """The root mean square error against float64 is at most twice that of PyTorch's attention."""
     truth = exact_attention(q, k, v)
     assert rms(out - truth) <= 2 * rms(F.scaled_dot_product_attention(q, k, v) - truth)
 
 
 def assert_errors_at_most_twice_those_of_plain(attend, q, k, v):
-    """As above, for the output and for the gradients."""
+    """The errors of the output and the gradients are at most twice those of PyTorch's attention."""
     grad = torch.randn(q.shape, device=q.device).to(q.dtype)
 
     def results(attend, inputs, grad):
@@ -83,14 +83,16 @@ def assert_errors_at_most_twice_those_of_plain(attend, q, k, v):
 
     ours, plain = results(attend, (q, k, v), grad), results(F.scaled_dot_product_attention, (q, k, v), grad)
     exact = results(F.scaled_dot_product_attention, (q.double(), k.double(), v.double()), grad.double())
-    for name, our, their, truth in zip(("out", "grad q", "grad k", "grad v"), ours, plain, exact):
+    for name, our, their, truth in zip(("out", "grad q", "grad k", "grad v"), ours, plain, exact, strict=True):
         assert rms(our - truth) <= 2 * rms(their - truth), name
         assert rms(our - truth) <= EPS[q.dtype] * rms(truth), name
 
 
 def random_cases(count, device):
-    """``(q, k, v, extra_tokens, scale)`` of random shapes, dtypes and strides: views of larger tensors with steps and
-    offsets, contiguous ones, ones whose channels lie apart, and ones that are expanded.
+    """``(q, k, v, extra_tokens, scale)`` of random shapes, dtypes and strides.
+
+    They are views of larger tensors with steps and offsets, contiguous tensors, tensors with strided channels, and
+    expanded tensors.
     """
 
     def number(low, high):
@@ -114,28 +116,30 @@ def random_cases(count, device):
 
 
 def strides_of_a_head(x):
-    """``(what, view)`` of ``x`` [B, H, N, D] with strides of which any attention may be given."""
+    """``(name, view)`` of ``x`` [B, H, N, D] with strides that attention must support."""
     yield "contiguous", x.contiguous()
-    yield "channels apart", x.transpose(2, 3).contiguous().transpose(2, 3)
+    yield "strided channels", x.transpose(2, 3).contiguous().transpose(2, 3)
     yield "every second channel", torch.stack([x, x + 1], -1).flatten(3)[..., ::2]
     yield "one channel for all", x[..., :1].expand_as(x)
     yield "one row for all", x[:, :, :1].expand_as(x)
 
 
 def assert_gradients_of_any_strides(attend, q, k, v):
-    """Those of ``attend(q, k, v)`` are those of float64, however q, k, v and the gradient of the result lie."""
+    """The gradients of ``attend(q, k, v)`` match float64 for any strides of q, k, v and the gradient of the result."""
     grad = torch.randn(q.shape, device=q.device).to(q.dtype)
-    for (what, q_view), (_, k_view), (_, v_view), (_, grad_view) in zip(*map(strides_of_a_head, (q, k, v, grad))):
+    for (what, q_view), (_, k_view), (_, v_view), (_, grad_view) in zip(
+        *map(strides_of_a_head, (q, k, v, grad)), strict=True
+    ):
         inputs = leaves((q_view, k_view, v_view))
         exact = leaves(x.double() for x in inputs)
         ours = torch.autograd.grad(attend(*inputs), inputs, grad_view)
         expected = torch.autograd.grad(F.scaled_dot_product_attention(*exact), exact, grad_view.double())
-        for name, our, truth in zip("qkv", ours, expected):
+        for name, our, truth in zip("qkv", ours, expected, strict=True):
             assert rms(our - truth) <= 2 * EPS[q.dtype] * (rms(truth) + 1), (what, name)
 
 
 def special_cases(dtype, device, token, tokens):
-    """``(what, [q, k, v])`` with NaN, Inf and logits too large for float32 at one token of one clip and head."""
+    """``(name, [q, k, v])`` with NaN, Inf and logits too large for float32 at one token of one clip and head."""
     clean = torch.randn(3, 2, 2, tokens, 8, device=device)
     for name, place in (("q", 0), ("k", 1), ("v", 2)):
         for value in (torch.nan, torch.inf, -torch.inf, 1e10):
@@ -144,7 +148,7 @@ def special_cases(dtype, device, token, tokens):
                 changed[place, 0, 0, token, 1] = value
                 yield f"{name} {value}", changed.to(dtype).unbind(0)
     if device.type == "cuda" and dtype == torch.float32:
-        return  # multiplied as 3 x TF32, which makes something else of products beyond float32
+        return  # products beyond float32 have other results as 3 x TF32
     for sign in (1, -1):  # logits of +Inf and of -Inf: in one column, and in one row
         for place in (0, 1):
             changed = clean.clone()

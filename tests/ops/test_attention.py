@@ -2,7 +2,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from pruneattn.ops import attention
 from pruneattn.ops.backend import choose
@@ -52,8 +51,9 @@ def test_real_sizes(place, interpreted, cases, check, tokens, dtype):
 
 def test_many_tokens(place, interpreted, cases):
     q, k, v = cases.packed_qkv(1, 1, 4096, 16, torch.float32, place)
-    for q, k, v in ((q[:, :, :: 512 if interpreted else 4], k, v), (q[:, :, 100:107], k[:, :, 1:], v[:, :, 1:])):
-        cases.assert_output_error_at_most_twice_that_of_plain(attention(q, k, v), q, k, v)
+    few = q[:, :, :: 512 if interpreted else 64]  # every query has the same work
+    for inputs in ((few, k, v), (q[:, :, 100:107], k[:, :, 1:], v[:, :, 1:])):
+        cases.assert_output_error_at_most_twice_that_of_plain(attention(*inputs), *inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,15 +86,15 @@ def test_error_is_at_most_twice_that_of_plain_attention(place, interpreted, case
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_error_of_an_average_of_many_values_that_are_not_around_zero(place, cases, dtype):
-    """Where rounding adds up most."""
+def test_error_of_an_average_of_many_values_away_from_zero(place, cases, dtype):
+    """Rounding errors add up most there."""
     q, k, v = cases.packed_qkv(1, 2, 513, 16, dtype, place, spread=0.1)
     cases.assert_output_error_at_most_twice_that_of_plain(attention(q, k, v + 1), q, k, v + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_special_values_reach_the_rows_they_belong_to(kernels, interpreted, cases, dtype):
-    """As softmax and products say; PyTorch's attention loses some NaN."""
+    """As in softmax and products. PyTorch's attention loses some NaN."""
     for tokens in (34,) if interpreted else (6, 20, 37):
         for token in (0, tokens - 1):
             for what, (q, k, v) in cases.special_cases(dtype, kernels, token, tokens):
@@ -118,7 +118,7 @@ def test_same_bits_twice(place, interpreted, cases):
 
     first = run()
     for _ in range(1 if interpreted else 3):
-        assert all(torch.equal(a, b) for a, b in zip(first, run()))
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
 
 
 def test_gradients(any_device, cases):
@@ -127,41 +127,8 @@ def test_gradients(any_device, cases):
     assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, 0.7), (q, k, v))
 
 
-@pytest.mark.parametrize("scale", [None, -0.3, 0.0])
-def test_gradients_where_queries_are_not_the_keys(place, cases, scale):
-    inputs = cases.leaves(cases.packed_qkv(2, 2, 300, 8, torch.float32, place))
-    exact_inputs = cases.leaves(t.double() for t in inputs)
-    grad = torch.randn(2, 2, 40, 8, device=place)
-    q, k, v = inputs
-    ours = torch.autograd.grad(attention(q[:, :, 9:49], k, v, scale), inputs, grad)
-    q, k, v = exact_inputs
-    expected = F.scaled_dot_product_attention(q[:, :, 9:49], k, v, scale=scale)
-    for our, truth in zip(ours, torch.autograd.grad(expected, exact_inputs, grad.double())):
-        torch.testing.assert_close(our.double(), truth, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype, tokens", [(torch.float32, 21), (torch.bfloat16, 21), (torch.bfloat16, 259)])
-def test_gradients_of_any_strides(place, interpreted, cases, dtype, tokens):
-    sizes = (1, 1, min(tokens, 35), 8) if interpreted else (2, 2, tokens, 8)
-    cases.assert_gradients_of_any_strides(attention, *cases.packed_qkv(*sizes, dtype, place))
-
-
-def test_gradient_reaches_one_input_alone(place, cases):
-    q, k, v = cases.packed_qkv(1, 2, 5, 3, torch.float32, place)
-    v = v.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(attention(q, k, v).sum(), v)
-    torch.testing.assert_close(grad.sum(), torch.tensor(float(grad.numel()), device=place))
-
-
-def test_second_derivative_is_refused(cases):
-    q, k, v = cases.leaves(cases.packed_qkv(1, 1, 4, 2, torch.float32, "cpu"))
-    (grad,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="once, not twice"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.device)])
-def test_refuses_bad_arguments(device):
+def test_rejects_bad_arguments(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     q = torch.zeros(2, 3, 9, 4, device=device)

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pruneattn.ops import backend
 
 @pytest.fixture(autouse=True)
 def fresh_choices():
-    """What a test changes in the registry or the environment is not remembered by the next."""
+    """Changes of a test to the registry or the environment do not affect the next test."""
     caches = (backend.why_not, backend._resolve, backend._from_environment)
     for cache in caches:
         cache.cache_clear()
@@ -24,7 +25,7 @@ def fresh_choices():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """An op "twice" whose two implementations for the CPU write down that they ran; there is neither CUDA nor Triton."""
+    """The calls of an op "twice" with two implementations for the CPU, on a machine without CUDA and Triton."""
     calls = []
 
     def implementation(name):
@@ -96,7 +97,7 @@ def test_kernel_runs_on_its_own_kind_of_device_only(calls):
 
 
 def test_forced_backend_holds_in_other_threads(calls):
-    """As the backward pass runs in autograd's own."""
+    """Autograd runs the backward pass in its own threads."""
     with use_backend("reference"):
         thread = threading.Thread(target=run)
         thread.start()
@@ -159,7 +160,7 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
     backend.why_not.cache_clear()
     assert backend.why_not("triton") == ""
-    # A GPU runs Triton's kernels, but for one that only does what PyTorch's attention does.
+    # A GPU runs all Triton kernels but the one that computes exactly what PyTorch's attention computes.
     functions = backend._kernels["attention_backward"], backend._kernels["attention"]
     assert [backend.choose(op, "cuda") for op in ("attention_backward", "attention")] == [
         functions[0]["triton"],
@@ -210,7 +211,7 @@ def test_table(calls):
         assert backends()["twice"]["reference"].state == "used" and backends()["twice"]["cpu"].state == "available"
 
 
-def test_table_in_print(calls):
+def test_printed_table(calls):
     lines = str(backends()).splitlines()
     reference = "used" if torch.cuda.is_available() else "available"
     assert lines[0].split() == ["op", "reference", "cpu", "cuda", "triton"]
@@ -223,38 +224,71 @@ def test_table_in_print(calls):
         assert "forced: reference" in str(backends())
 
 
-def test_everything_runs_without_the_compiled_part():
+# Finds a file that is no shared library in place of the extension.
+BROKEN = """
+import importlib.machinery, importlib.util, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "pruneattn._C":
+            loader = importlib.machinery.ExtensionFileLoader(name, {file!r})
+            return importlib.util.spec_from_file_location(name, {file!r}, loader=loader)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize("extension", ["missing", pytest.param("broken", marks=pytest.mark.slow)])
+def test_all_ops_run_without_the_extension(extension, tmp_path):
+    (tmp_path / "_C.so").write_text("no library")
     result = python(
-        "import sys; sys.modules['pruneattn._C'] = None\n"
-        "import torch, pruneattn\n"
+        {
+            "missing": "import sys; sys.modules['pruneattn._C'] = None\n",
+            "broken": BROKEN.format(file=str(tmp_path / "_C.so")),
+        }[extension]
+        + "import torch, pruneattn\n"
+        "from pruneattn.ops.backend import why_not\n"
+        "assert why_not('cpu') and not why_not('reference')\n"
         "x = torch.ones(1, 4, 1)\n"
         "print(pruneattn.ops.prune_tokens(torch.tensor([[1., 3., 2.]]), x, x, 2, 1)[0])\n"
         "print(pruneattn.backends())\n"
         "pruneattn.use_backend('cpu')\n"
     )
     assert "tensor([[1, 2]])" in result.stdout
-    assert "cpu: the compiled part pruneattn._C cannot be imported" in result.stdout
+    assert "cpu: the compiled extension pruneattn._C cannot be imported" in result.stdout
     assert "pip install -e ." in result.stdout
     assert "UserError: use_backend: backend 'cpu' cannot be used here" in result.stderr.splitlines()[-1]
 
 
-def test_instruction_set_from_the_environment():
+def test_instruction_set_from_the_environment(monkeypatch, use_isa):
+    with use_isa(backend._C.cpu_isas()[0] if backend._C else ""):
+        backend._use_isa_of_environment.cache_clear()
+        monkeypatch.setenv("PRUNEATTN_CPU_ISA", "baseline")
+        with use_backend("cpu"):
+            assert "cpu: attention kernels for baseline, of " in str(backends())
+        backend._use_isa_of_environment.cache_clear()
+        backend._resolve.cache_clear()
+        monkeypatch.setenv("PRUNEATTN_CPU_ISA", "mmx")
+        with pytest.raises(UserError, match="PRUNEATTN_CPU_ISA: instruction set 'mmx' is not one of those"):
+            backends()
+    monkeypatch.delenv("PRUNEATTN_CPU_ISA")
+    backend._use_isa_of_environment.cache_clear()
+
+
+@pytest.mark.slow
+def test_instruction_set_of_a_new_process():
     if backend._C is None:
         pytest.skip(backend.why_not("cpu"))
     code = "import pruneattn; print(pruneattn.backends())"
     assert "cpu: attention kernels for baseline, of " in python(code, PRUNEATTN_CPU_ISA="baseline").stdout
-    inside = "import pruneattn\nwith pruneattn.use_backend('cpu'): " + code.split("; ")[1]
-    assert "cpu: attention kernels for baseline, of " in python(inside, PRUNEATTN_CPU_ISA="baseline").stdout
-    refused = python(code, PRUNEATTN_CPU_ISA="mmx").stderr.splitlines()[-1]
-    assert "UserError: environment variable PRUNEATTN_CPU_ISA: instruction set 'mmx' is not one of those" in refused
+    error = python(code, PRUNEATTN_CPU_ISA="mmx").stderr.splitlines()[-1]
+    assert "UserError: environment variable PRUNEATTN_CPU_ISA: instruction set 'mmx' is not one of those" in error
 
 
-def test_compiled_part_reports_itself():
+def test_extension_is_usable():
     if backend._C is None:
         pytest.skip(backend.why_not("cpu"))
     assert backend.why_not("cpu") == ""
     assert backends()["select_tokens"]["cpu"].state == "used"
-    with pytest.raises(ValueError, match="keep"):  # the kernels check by themselves, too
+    with pytest.raises(ValueError, match="keep"):  # the kernels check their arguments, too
         backend.launch("select_tokens", torch.zeros(1), 0, 1, 4, 4, 5, 0)
 
 
@@ -275,7 +309,7 @@ def test_choice_is_made_when_a_compiled_graph_runs(monkeypatch):
     assert calls == ["cpu", "reference", "cpu"]
 
 
-def test_use_backend_inside_a_compiled_function_is_refused():
+def test_use_backend_inside_a_compiled_function_raises_an_error():
     @torch.compile(fullgraph=True, backend="eager")
     def inside(scores):
         with use_backend("reference"):
@@ -283,3 +317,22 @@ def test_use_backend_inside_a_compiled_function_is_refused():
 
     with pytest.raises(Exception, match="put it around the compiled function"):
         inside(torch.zeros(1, 3))
+
+
+def signatures(text, name, argument):
+    """``{function: [argument, ...]}``; each function starts with a match of ``name``."""
+    starts = list(re.finditer(name, text))
+    ends = [match.start() for match in starts[1:]] + [len(text)]
+    return {m[1]: re.findall(argument, text[m.end() : end]) for m, end in zip(starts, ends, strict=True)}
+
+
+def test_stub_has_the_functions_of_the_extension():
+    root = Path(__file__).parents[2]
+    bindings = signatures((root / "csrc/bindings.cpp").read_text(), r'm\.def\(\s*"(\w+)"', r'\barg\("(\w+)"\)')
+    stub = signatures((root / "pruneattn/_C.pyi").read_text(), r"def (\w+)\(", r"\b(\w+): (?!\.)")
+    assert stub == bindings and stub["cpu_select_tokens"][0] == "scores_ptr"
+    if backend._C is not None:
+        public = {name for name in dir(backend._C) if not name.startswith("_")}
+        constants = {"MAX_PATCHES", "MAX_TOKENS"}
+        cuda = backend._C.build_info()["cuda"]
+        assert public == constants | {name for name in stub if cuda or not name.startswith("cuda_")}

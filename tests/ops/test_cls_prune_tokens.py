@@ -14,7 +14,7 @@ def check(cases):
         cases.assert_scores_close(scores, cases.exact_cls_scores(q_cls, k, extra_tokens, scale))
         expected_index, *expected = prune_tokens(scores, x, y, keep, extra_tokens)
         assert torch.equal(index, expected_index)
-        for ours, tokens in zip(kept, expected):
+        for ours, tokens in zip(kept, expected, strict=True):
             assert ours.dtype == tokens.dtype and ours.is_contiguous() and torch.equal(ours, tokens)
 
     return check
@@ -22,7 +22,7 @@ def check(cases):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extra_tokens", [0, 1, 2])
-def test_is_class_scores_and_prune_tokens(place, interpreted, cases, check, dtype, extra_tokens):
+def test_is_cls_scores_and_prune_tokens(place, interpreted, cases, check, dtype, extra_tokens):
     real = (1, 2, 514, 64) if interpreted else (3, 12, 514, 64)
     for batch, heads, tokens, channels in ((1, 1, 3, 1), (2, 3, 17, 8), real, (1, 2, 70, 33)):
         q, k, _ = cases.packed_qkv(batch, heads, tokens, channels, dtype, place)
@@ -52,7 +52,7 @@ def test_is_the_two_ops_with_nan(place, cases):
     scores, index, *kept = cls_prune_tokens(q[:, :, 0], k, x, x, 6, 1)
     with use_backend("reference"):
         assert torch.equal(scores.isnan(), cls_scores(q[:, :, 0], k, 1).isnan())
-        for ours, expected in zip((index, *kept), prune_tokens(scores, x, x, 6, 1)):
+        for ours, expected in zip((index, *kept), prune_tokens(scores, x, x, 6, 1), strict=True):
             assert torch.equal(ours, expected)
 
 
@@ -68,13 +68,13 @@ def test_gradients(any_device):
     q_cls, k = (torch.randn(s, device=any_device, requires_grad=True) for s in ((2, 3, 4), (2, 3, 9, 4)))
     x, y = (torch.randn(2, 9, c, device=any_device, dtype=torch.float64, requires_grad=True) for c in (3, 2))
     assert torch.autograd.gradcheck(lambda x, y: cls_prune_tokens(q_cls, k, x, y, 5, 1)[2:], (x, y))
-    scores, index, x_kept, y_kept = cls_prune_tokens(q_cls, k, x, y, 5, 1)
+    scores, index, _x_kept, y_kept = cls_prune_tokens(q_cls, k, x, y, 5, 1)
     assert not scores.requires_grad and not index.requires_grad
     grads = torch.autograd.grad(y_kept.sum(), (x, y, q_cls, k), allow_unused=True)
     assert grads[1].sum() == 2 * 6 * 2 and [grad is None for grad in grads] == [True, False, True, True]
 
 
-def test_refuses_bad_arguments(any_device):
+def test_rejects_bad_arguments(any_device):
     q_cls, k, x, y = (torch.zeros(s, device=any_device) for s in ((2, 3, 4), (2, 3, 9, 4), (2, 9, 5), (2, 9, 6)))
     with pytest.raises(ValueError, match=r"q_cls: expected shape \[B, H, D\] = \[2, 3, 4\], got \[2, 3, 1, 4\]"):
         cls_prune_tokens(q_cls[:, :, None], k, x, y, 4, 1)

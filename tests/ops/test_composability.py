@@ -1,11 +1,12 @@
-"""What holds for every op: opcheck, one graph under torch.compile and torch.export, autocast, counted FLOPs, errors."""
+"""Properties of every op: opcheck, one graph under torch.compile and torch.export, autocast, FLOP counts, errors."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from pruneattn import ops
+from pruneattn import ops, use_backend
+from pruneattn.ops import backend
 from pruneattn.ops.attention import reference as attention_reference
 
 B, H, N, D, EXTRA = 2, 3, 10, 4, 1
@@ -42,20 +43,33 @@ def arguments(name, device, requires_grad):
     }[name]
 
 
+def implementations():
+    """``(name, backend, device)`` of each op and the backends that implement it and that this machine can use."""
+    for name in NAMES:
+        for one in backend._kernels[name]:
+            devices = [backend.DEVICES[one]] if one in backend.DEVICES else ["cpu", "cuda"]
+            for device in devices:
+                if not backend.why_not(one) and (device == "cpu" or torch.cuda.is_available()):
+                    marks = [pytest.mark.device] if device == "cuda" else []
+                    marks += [pytest.mark.interpreted] if (one, device) == ("triton", "cpu") else []
+                    yield pytest.param(name, one, device, marks=marks, id=f"{name}-{one}-on-{device}")
+
+
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck(device, name, requires_grad):
+@pytest.mark.parametrize("name, forced, device", implementations())
+def test_opcheck(name, forced, device, requires_grad):
     op = getattr(torch.ops.pruneattn, name).default
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if name == "prune_tokens" and requires_grad:
-        # This check adds all outputs up in place, starting with the first, and floats do not go into the int64 index.
-        # The compiled block below compares the same gradients.
+        # This check adds all outputs to the first one in place, which fails for an int64 index and floats. The compiled
+        # block below compares the same gradients.
         tests.remove("test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, arguments(name, device, requires_grad), test_utils=tests)
+    with use_backend(forced):
+        torch.library.opcheck(op, arguments(name, device, requires_grad), test_utils=tests)
 
 
 def test_opcheck_where_a_size_is_one(any_device):
-    """Strides of dimensions of size one are where fake and real tensors drift apart."""
+    """Fake and real tensors may have different strides for dimensions of size one."""
     for batch, heads, tokens, channels in ((1, 1, 2, 1), (1, 2, 3, 4), (2, 1, 2, 1)):
         q = torch.randn(batch, heads, tokens, channels, device=any_device)
         torch.library.opcheck(torch.ops.pruneattn.column_mean_attention.default, (q, q, q, 1))
@@ -98,7 +112,7 @@ def test_compile_in_one_graph_with_a_dynamic_batch(any_device):
         torch._dynamo.mark_dynamic(qkv, 0)
         with torch._dynamo.config.patch(error_on_recompile=batch > 2):
             result = value_and_grads(compiled, qkv, weight, 4)
-        for ours, expected in zip(result, value_and_grads(block, qkv, weight, 4)):
+        for ours, expected in zip(result, value_and_grads(block, qkv, weight, 4), strict=True):
             torch.testing.assert_close(ours, expected)
     with pytest.raises(Exception, match="keep: expected 1 to 9 of 9 patches, got"):
         compiled(*inputs(any_device), 10)
@@ -106,12 +120,12 @@ def test_compile_in_one_graph_with_a_dynamic_batch(any_device):
 
 def test_inductor(any_device):
     torch.compiler.reset()
-    # No SIMD, no precompiled headers, no worker processes: the compiler is done sooner, and the ops are opaque to it.
+    # No SIMD, precompiled headers or worker processes: compiling is faster, and the ops are opaque.
     options = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False, "compile_threads": 1}
     compiled = torch.compile(block, fullgraph=True, options=options)
     with torch.no_grad():
         qkv, weight = inputs(any_device)
-        for ours, expected in zip(compiled(qkv, weight, 4), block(qkv, weight, 4)):
+        for ours, expected in zip(compiled(qkv, weight, 4), block(qkv, weight, 4), strict=True):
             torch.testing.assert_close(ours, expected)
 
 
@@ -127,7 +141,7 @@ def test_export_with_a_dynamic_batch(any_device, tmp_path):
     module = torch.export.load(tmp_path / "block.pt2").module()
     for size in (1, 5):
         arguments = inputs(any_device, size)
-        for ours, expected in zip(module(*arguments), Block()(*arguments)):
+        for ours, expected in zip(module(*arguments), Block()(*arguments), strict=True):
             torch.testing.assert_close(ours, expected)
 
 
@@ -137,7 +151,7 @@ def test_autocast_casts_attention_and_nothing_else(any_device, dtype):
     scores, x = torch.randn(B, N - 1, device=any_device), torch.randn(B, N, 6, device=any_device)
     expected_out, expected_scores = ops.column_mean_attention(q.to(dtype), k.to(dtype), v.to(dtype), EXTRA)
     with torch.autocast(any_device.type, dtype):
-        out, received = ops.column_mean_attention(q, k.to(dtype), v, EXTRA)  # mixed, as SDPA takes it
+        out, received = ops.column_mean_attention(q, k.to(dtype), v, EXTRA)  # mixed dtypes, as SDPA supports
         class_scores = ops.cls_scores(q[:, :, 0], k, EXTRA)
         assert out.dtype == F.scaled_dot_product_attention(q, k, v).dtype == dtype
         assert ops.column_mean_attention(q.double(), k.double(), v.double(), EXTRA)[0].dtype == torch.float64
@@ -158,7 +172,7 @@ def test_autocast_casts_attention_and_nothing_else(any_device, dtype):
     assert torch.equal(class_scores, ops.cls_scores(q[:, :, 0].to(dtype), k.to(dtype), EXTRA))
     out, _ = ops.column_mean_attention(q.to(dtype), k.to(dtype), v.to(dtype), EXTRA)
     outside = torch.autograd.grad(out.float().sum(), (q, k, v))
-    for inside, expected in zip(grads, outside):
+    for inside, expected in zip(grads, outside, strict=True):
         assert inside.dtype == torch.float32 and torch.equal(inside, expected)
 
 
@@ -172,7 +186,7 @@ def test_compiled_under_autocast(any_device):
 
     q, k, v = packed_qkv(any_device)
     expected = ops.column_mean_attention(*(t.bfloat16() for t in (q, k, v)), EXTRA)
-    for ours, wanted in zip(attend(q, k, v), expected):
+    for ours, wanted in zip(attend(q, k, v), expected, strict=True):
         assert ours.dtype == wanted.dtype and torch.equal(ours, wanted)
 
 

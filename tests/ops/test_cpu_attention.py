@@ -1,4 +1,4 @@
-"""What holds for the CPU's attention kernels, bit for bit."""
+"""Properties of the CPU's attention kernels that hold bit for bit."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def run(q, k, v, extra_tokens=1):
 
 
 def same_bits(results, expected):
-    return all(torch.equal(a, b) for a, b in zip(results, expected))
+    return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def set_threads():
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_results_do_not_depend_on_threads(cpu_kernels, cases, set_threads, dtype):
-    # Heads shared out between threads, one head split, more threads than clips.
+    # Heads divided among threads, one head split, more threads than clips.
     for batch, heads, tokens, channels in ((3, 4, 130, 16), (1, 1, 513, 64), (1, 3, 257, 33)):
         inputs = cases.packed_qkv(batch, heads, tokens, channels, dtype, cpu_kernels)
         set_threads(1)
@@ -60,7 +60,7 @@ def test_empty_batch(cpu_kernels, cases):
 
 
 def test_calls_from_several_threads_at_once(cpu_kernels, cases):
-    """Scratch memory is each thread's own."""
+    """Each thread has its own scratch memory."""
     from concurrent.futures import ThreadPoolExecutor
 
     inputs = [cases.packed_qkv(2, 2, tokens, 16, torch.float32, cpu_kernels) for tokens in (130, 70, 257, 20)]

@@ -5,7 +5,9 @@ from pruneattn.ops import gather_tokens
 
 
 def by_hand(x, index, extra_tokens):
-    rows = [torch.cat([clip[:extra_tokens], clip[extra_tokens + numbers]]) for clip, numbers in zip(x, index)]
+    rows = [
+        torch.cat([clip[:extra_tokens], clip[extra_tokens + numbers]]) for clip, numbers in zip(x, index, strict=True)
+    ]
     return torch.stack(rows)
 
 
@@ -30,7 +32,7 @@ def test_values(device, dtype, extra_tokens):
 
 
 def test_copies_bits(device):
-    """NaN payloads and signed zeros arrive as they are: rows are copied, not computed."""
+    """Rows keep NaN payloads and signed zeros."""
     x = torch.randint(-(2**31), 2**31 - 1, (2, 9, 6), device=device, dtype=torch.int32).view(torch.float32)
     index = random_index(2, 8, 5, device)
     assert torch.equal(gather_tokens(x, index, 1).view(torch.int32), by_hand(x.view(torch.int32), index, 1))
@@ -39,8 +41,8 @@ def test_copies_bits(device):
 def test_strides(device):
     index = random_index(2, 10, 4, device)
     wide = torch.randn(4, 24, 30, device=device)
-    check(wide[::2, 3:14, 5:26], index, 1)  # batch and tokens apart
-    check(wide[:2, ::2, ::3][:, :11], index, 1)  # channels apart
+    check(wide[::2, 3:14, 5:26], index, 1)  # strided batch and tokens
+    check(wide[:2, ::2, ::3][:, :11], index, 1)  # strided channels
     check(wide[:2].transpose(1, 2)[:, :11], index, 1)
     check(wide[:1, :11].expand(2, -1, -1), index, 1)
     check(wide[:2, :11], index.repeat_interleave(2, 1)[:, ::2], 1)
@@ -68,13 +70,13 @@ def test_gradient_is_a_scatter(device):
     assert counts.tolist() == [[1, 0, 0, 2, 0, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0, 1]]
 
 
-def test_refuses_numbers_out_of_range():
+def test_rejects_numbers_out_of_range():
     for number in (8, -1):
         with pytest.raises((IndexError, RuntimeError), match=f"{number}"):
             gather_tokens(torch.zeros(1, 9, 2), torch.tensor([[0, number]]), 1)
 
 
-def test_refuses_bad_arguments(device):
+def test_rejects_bad_arguments(device):
     x, index = torch.zeros(2, 9, 4, device=device), torch.zeros(2, 3, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match=r"x: expected shape \[B, N, C\], got \[9, 4\]"):
         gather_tokens(x[0], index, 1)
@@ -84,7 +86,7 @@ def test_refuses_bad_arguments(device):
         gather_tokens(x, index[:1], 1)
     with pytest.raises(TypeError, match="index: expected dtype torch.int64, got torch.int32"):
         gather_tokens(x, index.int(), 1)
-    with pytest.raises(ValueError, match="index: expected 1 to 2 patch numbers a clip, got 3"):
+    with pytest.raises(ValueError, match="index: expected 1 to 2 patch numbers per clip, got 3"):
         gather_tokens(x, index, 7)
     for extra_tokens in (-1, 9):
         with pytest.raises(ValueError, match=f"extra_tokens: expected 0 to 8 of 9 tokens, got {extra_tokens}"):

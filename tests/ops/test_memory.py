@@ -1,4 +1,4 @@
-"""No pruning block ever holds the N x N matrix: every allocation of PyTorch's is seen, and the process as a whole."""
+"""No pruning block allocates the N x N matrix, by PyTorch's allocations and by the peak memory of the process."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from pruneattn.models.scores import make_pruning
 
 B, H, N, C = 2, 12, 513, 768
 
-# Prints by how much the peak of the process grows in a block of B=2, H=12, whose matrix would take `matrix` bytes.
+# Prints how much the peak of the process grows in a block of B=2, H=12, whose matrix would take `matrix` bytes.
 PEAK = """
 import json, sys, torch
 from pruneattn import use_backend
@@ -40,7 +40,7 @@ print(json.dumps({"growth": peak() - before, "matrix": 2 * 12 * tokens**2 * 4}))
 
 
 def allocations(score, dtype):
-    """The largest allocation during the forward pass of a block, and the most that is allocated at once, in bytes."""
+    """The largest allocation in the forward pass of a block, and the peak of allocated memory, in bytes."""
     block = PruningBlock(C, H, 0.0, make_pruning(score), 1).to(dtype).eval()
     x = torch.randn(B, N, C, dtype=dtype)
     with torch.inference_mode():
@@ -48,7 +48,7 @@ def allocations(score, dtype):
 
 
 def watched(function):
-    """The largest allocation while the function runs, and the most that is allocated at once, in bytes."""
+    """The largest allocation while the function runs, and the peak of allocated memory, in bytes."""
     watch = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
     with watch:
         function()
@@ -62,20 +62,22 @@ def watched(function):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("score", ["column_mean", "cls"])
-def test_no_allocation_is_as_large_as_the_matrix(cpu_kernels, score, dtype):
+def test_no_allocation_is_as_large_as_the_matrix(score, dtype):
+    pytest.importorskip("pruneattn._C", reason="pruneattn._C is not built: pip install -e .")
     size = 2 if dtype == torch.bfloat16 else 4  # float16 is computed in float32
     qkv, matrix = 3 * B * N * C * size, B * H * N * N * size
-    largest, peak = allocations(score, dtype)
+    with use_backend("cpu"):  # the ops allocate, not the kernels of an instruction set
+        largest, peak = allocations(score, dtype)
     assert largest <= qkv < matrix / 2
     assert peak <= 7 * B * N * C * size < matrix
-    if score == "column_mean":  # the definition holds it, and that is seen
+    if score == "column_mean":  # the reference allocates the matrix
         with use_backend("reference"):
             largest, peak = allocations(score, dtype)
         assert largest >= matrix and peak >= matrix
 
 
 def peak_of(function, device):
-    """The most that PyTorch has allocated at once while the function ran, in bytes."""
+    """The peak of the memory that PyTorch allocates while the function runs, in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -92,7 +94,7 @@ def test_a_training_step_takes_less_memory_with_pruning(any_device, name):
     def step():
         model(fbank).sum().backward()
 
-    step()  # the gradients are there
+    step()  # allocates the gradients
     peaks = []
     for keep_rate in (1.0, 0.5):
         model.set_keep_rate(keep_rate)
@@ -100,10 +102,11 @@ def test_a_training_step_takes_less_memory_with_pruning(any_device, name):
     assert peaks[1] < 0.75 * peaks[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 @pytest.mark.parametrize("score", ["column_mean", "cls"])
-def test_peak_of_the_process_does_not_have_room_for_the_matrix(score):
-    """The kernels' own memory, which PyTorch does not see, included."""
+def test_peak_of_the_process_is_below_the_matrix(score):
+    """This includes the memory of the kernels, which PyTorch's profiler does not see."""
 
     def grows(backend):
         path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
@@ -120,5 +123,5 @@ def test_peak_of_the_process_does_not_have_room_for_the_matrix(score):
     ours = grows("cpu")
     assert ours["growth"] < ours["matrix"] / 4
     if score == "column_mean":
-        definition = grows("reference")
-        assert definition["growth"] > definition["matrix"]
+        reference = grows("reference")
+        assert reference["growth"] > reference["matrix"]

@@ -10,7 +10,7 @@ def check(partial_scores, x, y, keep, extra_tokens):
     assert scores.dtype == torch.float32 and scores.is_contiguous()
     expected_index, *expected = prune_tokens(scores, x, y, keep, extra_tokens)
     assert torch.equal(index, expected_index)
-    for ours, tokens in zip(kept, expected):
+    for ours, tokens in zip(kept, expected, strict=True):
         assert ours.dtype == tokens.dtype and ours.is_contiguous() and torch.equal(ours, tokens)
 
 
@@ -51,7 +51,7 @@ def test_same_bits_twice(device):
 
 
 def test_results_are_no_views(device):
-    """Of one row, too: what is written into the scores does not reach the input."""
+    """Also for one row: writing into the scores does not change the input."""
     partial_scores, x = torch.rand(2, 1, 8, device=device), torch.randn(2, 8, 4, device=device)
     before = partial_scores.clone()
     prune_epilogue(partial_scores, x, x, 8, 0)[0].zero_()
@@ -62,13 +62,13 @@ def test_gradients(device):
     partial_scores = torch.randn(2, 3, 8, device=device, requires_grad=True)
     x, y = (torch.randn(2, 9, c, device=device, dtype=torch.float64, requires_grad=True) for c in (3, 2))
     assert torch.autograd.gradcheck(lambda x, y: prune_epilogue(partial_scores, x, y, 5, 1)[2:], (x, y))
-    scores, index, x_kept, y_kept = prune_epilogue(partial_scores, x, y, 5, 1)
+    scores, index, _x_kept, y_kept = prune_epilogue(partial_scores, x, y, 5, 1)
     assert not scores.requires_grad and not index.requires_grad
     grads = torch.autograd.grad(y_kept.sum(), (x, y, partial_scores), allow_unused=True)
     assert grads[0] is None and grads[2] is None and grads[1].sum() == 2 * 6 * 2
 
 
-def test_refuses_bad_arguments(device):
+def test_rejects_bad_arguments(device):
     partial_scores, x, y = (torch.zeros(shape, device=device) for shape in ((2, 3, 8), (2, 9, 4), (2, 9, 3)))
     with pytest.raises(ValueError, match=r"partial_scores: expected shape \[B, R, P\], got \[2, 8\]"):
         prune_epilogue(partial_scores[:, 0], x, y, 4, 1)

@@ -26,7 +26,8 @@ def test_strides(device):
     scores, x = torch.randn(4, 40, device=device), torch.randn(4, 60, 20, device=device)
     y = torch.randn(2, 22, 12, device=device)[:, ::2, :11]
     check(scores[::2, 5:25:2], x[:2, :11, 4:9], y, 6, 1)
-    check(scores[1:, :10][:2], x[:1, :11].expand(2, -1, -1), y.transpose(1, 2), 6, 1)  # apart: a clip, a row, a channel
+    expanded_clips, strided_channels = x[:1, :11].expand(2, -1, -1), y.transpose(1, 2)
+    check(scores[1:, :10][:2], expanded_clips, strided_channels, 6, 1)
     check(scores[:1, :10].expand(2, -1), x[::2, 1:34:3], x[1::2, :11, ::3], 6, 1)
     check(scores[:2, ::4].t().contiguous().t(), x[:2, :11], y, 6, 1)
 
@@ -35,13 +36,13 @@ def test_gradients(device):
     scores = torch.randn(2, 8, device=device, requires_grad=True)
     x, y = (torch.randn(2, 9, c, device=device, dtype=torch.float64, requires_grad=True) for c in (3, 2))
     assert torch.autograd.gradcheck(lambda x, y: prune_tokens(scores, x, y, 5, 1)[1:], (x, y))
-    index, x_kept, y_kept = prune_tokens(scores, x, y, 5, 1)
+    index, _x_kept, y_kept = prune_tokens(scores, x, y, 5, 1)
     assert not index.requires_grad
     grads = torch.autograd.grad(y_kept.sum(), (x, y, scores), allow_unused=True)
     assert grads[0] is None and grads[2] is None and grads[1].sum() == 2 * 6 * 2
 
 
-def test_refuses_bad_arguments(device):
+def test_rejects_bad_arguments(device):
     scores, x, y = (torch.zeros(shape, device=device) for shape in ((2, 8), (2, 9, 4), (2, 9, 3)))
     with pytest.raises(TypeError, match="scores: expected dtype torch.float32, got torch.bfloat16"):
         prune_tokens(scores.bfloat16(), x, y, 4, 1)

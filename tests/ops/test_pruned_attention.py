@@ -27,7 +27,7 @@ def check(cases):
 @pytest.mark.parametrize("extra_tokens", [0, 1, 2])
 def test_is_attention_and_prune_tokens(place, interpreted, cases, check, dtype, extra_tokens):
     for batch, heads, tokens, channels in ((1, 1, 3, 1), (2, 3, 17, 8), (3, 2, 65, 64), (1, 2, 70, 33)):
-        if interpreted:  # its attention is tested in test_column_mean_attention.py
+        if interpreted:  # test_column_mean_attention.py tests the attention at more sizes
             heads, tokens = 1, min(tokens, 35)
         q, k, v = cases.packed_qkv(batch, heads, tokens, channels, dtype, place)
         x, patches = torch.randn(batch, tokens, 6, device=place), tokens - extra_tokens
@@ -62,7 +62,7 @@ def test_selects_like_float64(place, interpreted, cases, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ties_go_to_the_lower_patch(place, cases, dtype):
-    """Keys of zero: every score is the same number, whatever the queries are."""
+    """With keys of zero, all scores are equal for any queries."""
     q, k, v = cases.packed_qkv(2, 2, 66, 64, dtype, place)
     scores, index, *_ = pruned_attention(q, torch.zeros_like(k), v, merged(v), 5, 2)
     assert (scores == scores[:, :1]).all()
@@ -78,7 +78,7 @@ def test_nan_ranks_first_and_stays_in_its_clip(place, cases):
     assert torch.equal(results[1][0], torch.arange(5, device=place))
     with use_backend("reference"):
         expected = pruned_attention(q, k, v, x, 5, 1)
-    for ours, wanted in zip(results, expected):
+    for ours, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, wanted, equal_nan=True)
 
 
@@ -97,7 +97,7 @@ def test_same_bits_twice(place, interpreted, cases):
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_gradients_are_those_of_the_definition(place, cases, scale):
+def test_gradients_match_the_reference(place, cases, scale):
     q, k, v = cases.leaves(cases.packed_qkv(2, 2, 9, 4, torch.float32, place))
     x = torch.randn(2, 9, 3, device=place, requires_grad=True)
     leaves = q, k, v, x
@@ -112,7 +112,7 @@ def test_gradients_are_those_of_the_definition(place, cases, scale):
     wanted = torch.autograd.grad(expected, leaves, grads)
     for our, want in zip(torch.autograd.grad(ours, leaves, grads), wanted, strict=True):
         torch.testing.assert_close(our, want)
-    for leaf, want in zip(leaves, wanted):  # each alone
+    for leaf, want in zip(leaves, wanted, strict=True):  # each alone
         frozen = [t if t is leaf else t.detach() for t in leaves]
         *_, x_kept, out_kept = pruned_attention(*frozen, 4, 2, scale)
         result, grad = (x_kept, grads[0]) if leaf is x else (out_kept, grads[1])
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_definition(place, cases, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_any_strides(place, interpreted, cases, dtype):
-    """Of every patch kept, which is attention, rows merged."""
+    """With all patches kept, the output is that of attention, with merged heads."""
 
     def attend(q, k, v):
         out = pruned_attention(q, k, v, merged(v.detach()), q.shape[2] - 1, 1)[3]
@@ -143,7 +143,7 @@ def test_gradients(any_device, cases):
     assert grads[0] is None and grads[1] is not None
 
 
-def test_second_derivative_is_refused(any_device, cases):
+def test_second_derivative_raises_an_error(any_device, cases):
     q, k, v = cases.leaves(cases.packed_qkv(1, 1, 4, 2, torch.float32, any_device))
     out_kept = pruned_attention(q, k, v, merged(v.detach()), 2, 1)[3]
     (grad,) = torch.autograd.grad(out_kept.square().sum(), q, create_graph=True)
@@ -152,7 +152,7 @@ def test_second_derivative_is_refused(any_device, cases):
 
 
 def test_is_the_two_ops(place, cases):
-    """The output that is not returned is attention's: only the selection is added."""
+    """Scores and output are those of column_mean_attention; only the selection is added."""
     q, k, v = cases.packed_qkv(2, 2, 35, 16, torch.float32, place)
     scores, _, _, out_kept = pruned_attention(q, k, v, merged(v), 34, 1)
     out, expected = column_mean_attention(q, k, v, 1)
@@ -160,7 +160,7 @@ def test_is_the_two_ops(place, cases):
     torch.testing.assert_close(scores, expected)
 
 
-def test_refuses_bad_arguments(any_device):
+def test_rejects_bad_arguments(any_device):
     q, x = torch.zeros(2, 3, 9, 4, device=any_device), torch.zeros(2, 9, 5, device=any_device)
     with pytest.raises(ValueError, match=r"q: expected shape \[B, H, N, D\], got \[3, 9, 4\]"):
         pruned_attention(q[0], q, q, x, 4, 1)

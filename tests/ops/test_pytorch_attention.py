@@ -1,4 +1,4 @@
-"""Which of PyTorch's attention kernels runs on a GPU, where ours is not the best."""
+"""Choice of PyTorch's attention kernel on a GPU."""
 
 import sys
 
@@ -14,7 +14,7 @@ from pruneattn.ops import pytorch_attention as module
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    """Fast and willing, as it is asked; the list of the scales that it was called with."""
+    """Make cuDNN's attention look fast and usable on the CPU; the scales of its calls."""
     calls = []
     is_fast, run = module._cudnn_is_fast, module._cudnn
 
@@ -41,7 +41,7 @@ def is_plain(q, k, v):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_cudnn_comes_first_in_half_precision(cudnn, dtype):
+def test_cudnn_runs_half_precision(cudnn, dtype):
     q, k, v = half(dtype)
     for context in (torch.no_grad, torch.inference_mode):
         with context():
@@ -59,8 +59,8 @@ def test_pytorch_chooses_where_cudnn_does_not_fit(cudnn, monkeypatch):
     is_plain(q.float(), k.float(), v.float())
     is_plain(q.detach().requires_grad_(), k, v)
     is_plain(q, k, v.detach().requires_grad_())
-    is_plain(q[..., 1:], k[..., 1:], v[..., 1:])  # 2 bytes off
-    is_plain(q, k.transpose(2, 3).contiguous().transpose(2, 3), v)  # channels apart
+    is_plain(q[..., 1:], k[..., 1:], v[..., 1:])  # misaligned by 2 bytes
+    is_plain(q, k.transpose(2, 3).contiguous().transpose(2, 3), v)  # strided channels
     is_plain(q, k[:, :1].expand_as(k), v)
     with torch.autocast("cpu", torch.float16):
         is_plain(q, k, v)
@@ -69,7 +69,7 @@ def test_pytorch_chooses_where_cudnn_does_not_fit(cudnn, monkeypatch):
     assert cudnn == []
 
 
-def test_a_scale_that_is_not_positive_is_not_for_them(cudnn):
+def test_pytorch_chooses_for_a_scale_that_is_not_positive(cudnn):
     q, k, v = half()
     for scale in (-0.3, 0.0):
         torch.testing.assert_close(attention(q, k, v, scale), F.scaled_dot_product_attention(q, k, v, scale=scale))
@@ -81,7 +81,7 @@ class Attend(torch.nn.Module):
         return attention(q, k, v, 0.3).transpose(1, 2).flatten(2)
 
 
-def test_compiled_graphs_ask_when_they_run(cudnn, monkeypatch):
+def test_compiled_graphs_ask_cudnn_when_they_run(cudnn, monkeypatch):
     torch.compiler.reset()
     compiled = torch.compile(Attend(), fullgraph=True, backend="aot_eager")
     for batch in (2, 3, 5):
@@ -94,15 +94,15 @@ def test_compiled_graphs_ask_when_they_run(cudnn, monkeypatch):
     monkeypatch.setattr(module, "can_use_cudnn_attention", lambda params: False)
     torch.testing.assert_close(compiled(q, k, v), Attend()(q, k, v))
     assert cudnn == [0.3] * 6
-    # With gradients, another graph.
+    # Gradients need another graph.
     q = q.detach().requires_grad_()
     ours, expected = (torch.autograd.grad(function(q, k, v).sum(), q)[0] for function in (compiled, Attend()))
     torch.testing.assert_close(ours, expected)
     assert cudnn == [0.3] * 6
 
 
-def test_tensors_that_are_not_there(cudnn):
-    """No pointer is asked for."""
+def test_fake_tensors(cudnn):
+    """Nothing reads the address of a fake tensor."""
     with FakeTensorMode():
         q, k, v = half()
         out = attention(q[:, :, :5], k, v)
@@ -122,7 +122,7 @@ def test_compiled_by_inductor(cudnn):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_exported_programs_leave_it_to_pytorch(cudnn, strict):
+def test_exported_programs_contain_pytorchs_operator(cudnn, strict):
     q, k, v = half()
     program = torch.export.export(Attend(), (q, k, v), strict=strict)
     assert "scaled_dot_product_attention" in str(program.graph) and "pruneattn" not in str(program.graph)
@@ -140,10 +140,10 @@ def test_the_operator(cudnn):
     assert counter.get_total_flops() == 2 * 2 * 2 * 2 * 5 * 9 * 64
 
 
-def test_it_is_a_kernel_of_the_newest_gpus(monkeypatch):
+def test_cudnn_is_fast_on_hopper_and_blackwell(monkeypatch):
     fast = module._leaves_room_for_flash_2.__wrapped__
     for capability, expected in (((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         assert fast(0) == (expected and torch.version.cuda is not None)
 
 
@@ -154,12 +154,12 @@ def test_cudnn_on_a_gpu(cases, compiled):
         pytest.skip("no CUDA device")
     q, k, v = (t.cuda() for t in half())
     if not (module._may_be_cudnns(q, k, v, None) and module._cudnn_takes(q, k, v)):
-        pytest.skip("not where cuDNN's attention is best")
+        pytest.skip("cuDNN's attention is not the fastest on this GPU")
     torch.compiler.reset()
     function = torch.compile(attention, fullgraph=True) if compiled else attention
     with torch.inference_mode(), torch.profiler.profile(acc_events=True) as profile:
         out = function(q[:, :, :5], k, v)
     assert "aten::_scaled_dot_product_cudnn_attention" in {event.key for event in profile.key_averages()}
     cases.assert_outputs_close(out, cases.exact_attention(q[:, :, :5], k, v))
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # what the user says
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # a preference of the user
         assert not module._cudnn_takes(q, k, v)

@@ -7,7 +7,7 @@ from pruneattn.ops import select_tokens
 
 
 def by_hand(row, keep):
-    """The rule in words: NaN first, then by value; equal ones by number; kept in order of number."""
+    """Rank NaN first, then by value, then by number. Return the kept numbers in ascending order."""
     ranked = sorted(range(len(row)), key=lambda i: (not math.isnan(row[i]), 0 if math.isnan(row[i]) else -row[i], i))
     return sorted(ranked[:keep])
 
@@ -46,8 +46,8 @@ def test_all_nan_and_all_minus_inf(device):
 
 def test_strides(device):
     wide = torch.randn(6, 80, device=device)
-    check(wide[:, 3:70], 20)  # rows apart
-    check(wide[::2, ::3], 9)  # columns apart
+    check(wide[:, 3:70], 20)  # strided rows
+    check(wide[::2, ::3], 9)  # strided columns
     check(wide.t(), 5)
     check(wide[:1].expand(4, -1), 30)
 
@@ -71,12 +71,12 @@ def test_does_not_track_gradients(device, recwarn):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
-def test_refuses_other_dtypes(device, dtype):
+def test_rejects_other_dtypes(device, dtype):
     with pytest.raises(TypeError, match=f"scores: expected dtype torch.float32, got {dtype}"):
         select_tokens(torch.zeros(2, 8, device=device, dtype=dtype), 3)
 
 
-def test_refuses_bad_arguments(device):
+def test_rejects_bad_arguments(device):
     with pytest.raises(ValueError, match=r"scores: expected shape \[B, P\], got \[8\]"):
         select_tokens(torch.zeros(8, device=device), 3)
     for keep in (0, -1, 9):

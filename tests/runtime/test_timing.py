@@ -18,14 +18,14 @@ def test_attention_kernels():
     attend = torch.nn.functional.scaled_dot_product_attention
     kernels = {name: (forced, why_not) for name, forced, why_not in timing.attention_kernels(attend, q, q, q)}
     assert list(kernels) == ["flash_attention", "cudnn_attention", "efficient_attention"]
-    forced, why_not = kernels["flash_attention"]  # the CPU's one
+    forced, why_not = kernels["flash_attention"]  # the kernel for CPUs
     assert why_not == ""
     torch.testing.assert_close(forced(q, q, q), attend(q, q, q))
     assert "kernel" in kernels["cudnn_attention"][1]
 
 
-def test_rounds_take_turns(monkeypatch):
-    """With a clock that only the variants move: a machine that becomes slower and slower hits both alike."""
+def test_rounds_are_interleaved(monkeypatch):
+    """With a clock that only the variants move: a machine that keeps slowing down affects both variants equally."""
     clock, order = [0.0], []
 
     def variant(name, cost):
@@ -41,7 +41,7 @@ def test_rounds_take_turns(monkeypatch):
     assert seconds["slow"] / seconds["fast"] == pytest.approx(2.0, rel=0.02)
 
 
-def test_short_calls_fill_a_round(monkeypatch):
+def test_short_calls_are_repeated_to_fill_a_round(monkeypatch):
     clock, calls = [0.0], [0]
 
     def tick():
@@ -53,7 +53,7 @@ def test_short_calls_fill_a_round(monkeypatch):
     assert calls[0] == pytest.approx(2 + 3 * timing._SHORTEST_ROUND / 0.001, abs=4)
 
 
-def test_real_clock():
+def test_real_times():
     seconds = medians({"a": lambda: time.sleep(0.02), "b": lambda: time.sleep(0.06)}, "cpu", rounds=2)
     assert 0.019 < seconds["a"] < seconds["b"]
 
@@ -80,6 +80,39 @@ def test_speed_is_that_of_the_median_round_of_the_fastest_variant():
     assert speed.row(0.5, theory=0.5)["realised"] == pytest.approx(1.3)
 
 
-def test_device_in_words():
+def test_description_of_the_device():
     words = describe_device("cpu")
     assert words.endswith(f", {torch.get_num_threads()} of {os.cpu_count()} threads") and not words.startswith(",")
+
+
+def test_every_keep_rate_is_timed_against_the_unpruned_model(make_model, monkeypatch):
+    """With a clock that each forward pass moves by its number of tokens."""
+    model = make_model("audiomae", depth=2, prune_blocks=(0,), frames=64)
+    clock = [0.0]
+
+    def count(module, args):
+        clock[0] += args[0].shape[1]
+
+    model.blocks[1].register_forward_pre_hook(count)
+    monkeypatch.setattr(timing, "optimized", lambda model, device, amp: (model, amp))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    speed = timing.measure_speed(model, [0.5, 0.25], "cpu", batch_size=2, rounds=2)
+    assert list(speed.seconds) == [1.0, 0.5, 0.25]
+    assert speed.seconds[0.5]["optimized"] == [17 / 2] * 2 and speed.seconds[0.25]["optimized"] == [9 / 2] * 2
+    assert speed.seconds[1.0].keys() == {"optimized", "eager, SDPA"}
+    assert speed.row(0.5, theory=0.5)["saving"] == pytest.approx(1 - 17 / 33)
+    assert (
+        model.keep_rates == (1.0,)
+        and model.blocks[1].attn.kernel is not torch.nn.functional.scaled_dot_product_attention
+    )
+
+
+def test_copies_at_a_keep_rate_share_the_weights(make_model):
+    model = make_model("audiomae", depth=2, prune_blocks=(0,), frames=64)
+    half = timing._at_keep_rate(model, 0.5)
+    assert half.keep_rates == (0.5,) and model.keep_rates == (1.0,)
+    assert half.head.weight is model.head.weight and half.pos_embed is model.pos_embed
+    fbank = torch.randn(2, 64, 128)
+    model.set_keep_rate(0.5)
+    with torch.no_grad():
+        assert torch.equal(half(fbank), model(fbank))

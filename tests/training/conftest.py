@@ -1,4 +1,6 @@
+import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from pruneattn.train import main
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
-    """A folder of real files: tones of three pitches in noise, 36 to train on, 9 to validate and 9 to test."""
+    """Folder of WAV files: tones of three pitches in noise, 36 for training, 9 for validation and 9 for testing."""
     soundfile = pytest.importorskip("soundfile")
     root = tmp_path_factory.mktemp("clips")
     rng = np.random.default_rng(0)
@@ -28,7 +30,7 @@ def clips(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tagged(clips):
-    """Options for manifests of the same clips: every other one to train on has two labels, the rest have one each."""
+    """Options for manifests of the same clips. Every second training clip has two labels; all others have one."""
     kinds = ("high", "low", "middle")
     rows = ["index,mid,display_name", *(f"{number},/m/{kind},{kind}" for number, kind in enumerate(kinds))]
     (clips / "class_labels_indices.csv").write_text("\n".join(rows))
@@ -43,28 +45,63 @@ def tagged(clips):
     return options
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Runs that are compared use the same number of threads. For such small models one is fastest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def train(clips, tmp_path):
     """Runs training in this process; see `Runs`."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Runs(clips, tmp_path)
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield Runs(clips, tmp_path)
+
+
+# Runs that several tests compare with or copy. No test may change their folders.
+
+
+@pytest.fixture(scope="session")
+def whole(clips, tmp_path_factory):
+    """An uninterrupted run with the options of `Runs.arguments`."""
+    with one_thread():
+        return Runs(clips, tmp_path_factory.mktemp("runs"))("whole")
+
+
+@pytest.fixture(scope="session")
+def plain(clips, tmp_path_factory):
+    """The same without augmentation."""
+    with one_thread():
+        return Runs(clips, tmp_path_factory.mktemp("runs"))("plain", *Runs.plain)
+
+
+@pytest.fixture(scope="session")
+def short(clips, tmp_path_factory):
+    """A run of two epochs, with the options `Runs.short`."""
+    with one_thread():
+        return Runs(clips, tmp_path_factory.mktemp("runs"))("short", *Runs.short)
 
 
 class Runs:
-    """Tiny training runs by the name of their output folder, and what they leave behind."""
+    """Tiny training runs, by the name of their output folder, and the content of these folders."""
 
-    #: Options that leave no randomness but the order of the clips.
+    #: Options without randomness, except for the order of the clips.
     plain = (
         "--no-gain --no-noise --mixup 0 --specaug-freq 0 --specaug-time 0 --mask-time 0 --mask-freq 0 --drop-path 0"
     ).split()
+    #: Options for two epochs, of which the second is pruned.
+    short = ("--epochs", "2", "--shrink-epochs", "0")
 
     def __init__(self, clips, root):
         self.clips, self.root = clips, root
 
     def arguments(self, name, *options):
-        """Command line of a run of 4 epochs of 3 steps, pruned to 0.5 from epoch 1 on, with every augmentation."""
+        """Command line of a run of 4 epochs with 3 steps each, pruned from epoch 1 on, with all augmentations."""
         return (
             f"--dataset folder --data-dir {self.clips} --output {self.root / name} --no-tensorboard --log-every 1 "
             "--size tiny --embed-dim 48 --depth 4 --num-heads 3 --prune-blocks 1 2 --frames 64 --batch-size 12 "
@@ -73,13 +110,17 @@ class Runs:
         ).split() + [str(option) for option in options]
 
     def __call__(self, name, *options, code=0):
-        """Train in this process; later options win. Returns the output folder."""
+        """Train in this process; later options take precedence. Returns the output folder."""
         assert main(self.arguments(name, *options)) == code
         return self.root / name
 
+    def copy(self, run, name):
+        """Copy the folder of a run, which a test may then change."""
+        return shutil.copytree(run, self.root / name)
+
     @staticmethod
     def log(folder, kind=None):
-        """Lines of log.jsonl without the times, which no two runs share."""
+        """Lines of log.jsonl, without the times, which differ between any two runs."""
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         times = {"train_seconds", "eval_seconds", "clips_per_second"}
         lines = [{key: value for key, value in line.items() if key not in times} for line in lines]
@@ -90,7 +131,7 @@ class Runs:
         return torch.load(folder / name, weights_only=True)
 
     def assert_same(self, a, b):
-        """Two output folders hold the same run, bit for bit."""
+        """Two output folders contain the same run, bit for bit."""
         assert self.log(a) == self.log(b)
         left, right = self.state(a), self.state(b)
         for key in ("model", "optimizer", "scaler", "progress"):
@@ -110,7 +151,7 @@ def assert_identical(a, b):
             assert_identical(a[key], b[key])
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b)
-        for left, right in zip(a, b):
+        for left, right in zip(a, b, strict=True):
             assert_identical(left, right)
     else:
         assert a == b

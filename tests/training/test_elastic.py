@@ -1,4 +1,4 @@
-"""Under torchrun a run whose processes die is started again, and ends as if nothing had happened."""
+"""torchrun restarts a run whose processes die, and the run ends like an uninterrupted run."""
 
 import json
 import os
@@ -12,15 +12,14 @@ import torch
 from pruneattn.errors import UserError
 from pruneattn.runtime import distributed
 from pruneattn.training.build import check_same_start
-from pruneattn.training.engine import Trainer
 
-# As `-m pruneattn.train`, but in the starts for which DEATHS has a rank and an optimiser step, that process kills itself
-# at the beginning of that step.
+# Like `-m pruneattn.train`, but if DEATHS has a rank and an optimizer step for this start, the process of this rank
+# kills itself at the beginning of this step.
 DYING = """
 import json, os, signal, time
-from pruneattn.errors import run_command
+from pruneattn.cli import run_command
 from pruneattn.train import main
-from pruneattn.training import distributed
+from pruneattn.runtime import distributed
 from pruneattn.training.engine import Trainer
 
 death = json.loads(os.environ["DEATHS"]).get(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -33,14 +32,14 @@ def step(self, batches):
 
 Trainer.train_step = step
 if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0" and os.environ["RANK"] == "1":
-    time.sleep(3)  # the others must not take what the start before left in torchrun's store for this one's
+    time.sleep(3)  # the other process must not use values of the previous start in torchrun's store
 run_command(main)
 """
 
 
 @pytest.fixture
 def torchrun(train):
-    """``torchrun(name, *options, deaths, restarts)``: train in two processes; the exit code and what was printed."""
+    """``torchrun(name, *options, deaths, restarts)``: train in two processes; returns exit code and output."""
     script = train.root / "dying.py"
     script.write_text(DYING)
 
@@ -57,7 +56,8 @@ def torchrun(train):
     return torchrun
 
 
-def test_a_process_dies_and_the_run_ends_as_if_uninterrupted(train, torchrun):
+@pytest.mark.slow
+def test_a_run_whose_process_dies_ends_like_an_uninterrupted_run(train, torchrun):
     code, _ = torchrun("whole", deaths={})
     assert code == 0
     code, output = torchrun("cut", deaths={0: [0, 7]}, restarts=1)  # the process that saves, in the third epoch
@@ -71,67 +71,28 @@ def test_a_process_dies_and_the_run_ends_as_if_uninterrupted(train, torchrun):
     assert json.loads((cut / "config.json").read_text())["processes"] == 2
 
 
-def test_one_process_goes_on_with_the_run_of_two(train, torchrun):
-    one = train("one", *train.plain)
+@pytest.mark.slow
+def test_one_process_resumes_the_run_of_two(train, plain, torchrun):
     code, _ = torchrun("fewer", *train.plain, deaths={0: [1, 7]})
     fewer = train.root / "fewer"
     progress = train.state(fewer)["progress"]
     assert code != 0 and (progress["epoch"], progress["step"]) == (2, 1)
     train("fewer", *train.plain, "--resume")
-    for left, right in zip(train.log(one), train.log(fewer), strict=True):
+    for left, right in zip(train.log(plain), train.log(fewer), strict=True):
         assert left.keys() == right.keys()
         for key in ("loss", "lr", "train_loss", "val_loss", "map", "top1"):
-            if key in left:  # of the same clips in every step, summed in another order
+            if key in left:  # each step has the same clips, but sums them in another order
                 assert left[key] == pytest.approx(right[key], rel=1e-5, abs=1e-9), (key, left)
-    left, right = train.state(one)["model"], train.state(fewer)["model"]
+    left, right = train.state(plain)["model"], train.state(fewer)["model"]
     for name in left:
         torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_resume_begins_again_what_left_no_checkpoint(train, monkeypatch):
-    def dying(self, batches):
-        raise RuntimeError("died")
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="died"):
-        patch.setattr(Trainer, "train_step", dying)
-        train("cut", "--resume")
-    assert (train.root / "cut" / "config.json").exists()
-    train.assert_same(train("whole"), train("cut", "--resume"))
-
-
-def test_resume_branches_where_there_is_no_checkpoint_yet(train, capsys):
-    options = ["--keep-rate", 0.25, "--branch-from", train("first") / "trunk.pt"]
-    branch = train("branch", *options)
-    elastic = train("elastic", *options, "--resume")
-    assert f"no checkpoint yet; starting from {options[-1]}" in capsys.readouterr().out
-    train.assert_same(branch, elastic)
-    (elastic / "result.json").unlink()
-    before = (elastic / "last.pt").stat().st_mtime_ns
-    train("elastic", *options, "--resume")  # finished: reports again, trains nothing
-    assert (elastic / "last.pt").stat().st_mtime_ns == before
-    train.assert_same(branch, elastic)
-
-
-def test_restarts_that_would_hang_are_refused(monkeypatch):
-    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "TORCHELASTIC_MAX_RESTARTS": 3}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: None)
-    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    with pytest.raises(UserError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        distributed.start("cpu")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
-    distributed.start("cpu")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    distributed.start("cpu")
-
-
-def test_processes_that_see_different_folders_are_refused(monkeypatch):
+def test_processes_that_see_different_folders_are_rejected(monkeypatch):
     for starts in ([None, None], [(2, 1), (2, 1)]):
         monkeypatch.setattr(distributed, "gather_objects", lambda start, starts=starts: starts)
         check_same_start("runs/a", starts[0])
     monkeypatch.setattr(distributed, "gather_objects", lambda start: [(2, 1), None])
-    message = "runs/a: .*process 0: epoch 2, step 1; process 1: nothing.*one folder that all machines share"
+    message = "runs/a: .*process 0: epoch 2, step 1; process 1: nothing.*a folder that all machines share"
     with pytest.raises(UserError, match=message):
         check_same_start("runs/a", None)

@@ -1,4 +1,4 @@
-"""What a run writes about itself."""
+"""Logs of a run."""
 
 import errno
 import json
@@ -9,7 +9,7 @@ from pruneattn.training.log import RunLog
 
 
 @pytest.mark.parametrize("method", ["__init__", "add_scalar"])
-def test_full_disk_under_tensorboard_does_not_end_the_run(tmp_path, monkeypatch, capsys, method):
+def test_full_disk_under_tensorboard_does_not_end_a_run(tmp_path, monkeypatch, capsys, method):
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
 
     def full(*args, **options):
@@ -21,5 +21,5 @@ def test_full_disk_under_tensorboard_does_not_end_the_run(tmp_path, monkeypatch,
         log.write("step", step, loss=1.0)
     log.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1, 2]
-    message = f"warning: cannot write {tmp_path / 'tensorboard'}: No space left on device; the run goes on without"
+    message = f"warning: cannot write {tmp_path / 'tensorboard'}: No space left on device; the run continues without"
     assert capsys.readouterr().out.count(message) == 1

@@ -46,7 +46,7 @@ def test_one_step_moves_each_layer_by_its_rate():
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step()  # Adam's first step is lr whatever the gradient's size
+    optimizer.step()  # the first step of Adam is lr for a gradient of any size
     for name, factor in (("cls_token", 1 / 32), ("blocks.1.attn.proj.bias", 1 / 8), ("head.bias", 1.0)):
         moved = before[name] - model.get_parameter(name)
         torch.testing.assert_close(moved, torch.full_like(moved, 1e-3 * factor), rtol=1e-3, atol=1e-7)

@@ -47,7 +47,7 @@ def test_recipes_are_the_papers():
         assert r.frames == DATASETS[pair[1]].frames
 
 
-def test_optimisers_are_the_papers():
+def test_optimizers_are_the_papers():
     for (model, dataset), r in RECIPES.items():
         if model == "audiomae":
             got = (r.optimizer, r.betas, r.weight_decay, r.layer_decay, r.drop_path, r.schedule, r.warmup_epochs)
@@ -117,15 +117,15 @@ def test_help_shows_the_recipe(capsys):
         ("--lr-step-factor -1", "--lr-step-factor must be at least 0"),
         ("--save-minutes nan", "--save-minutes must be at least 0"),
         ("--shrink-start -1", "--shrink-start must be at least 0, got -1"),
-        ("--resume run --branch-from x.pt", "give one of them"),
+        ("--resume run --branch-from x.pt", "use one of them"),
     ],
 )
-def test_bad_values_are_refused(given, message):
+def test_invalid_values_are_rejected(given, message):
     with pytest.raises(UserError, match=message):
         parse(given.split())
 
 
-def test_differences_leave_out_the_place():
+def test_differences_ignore_where_a_run_computes():
     commands = ("--output a --workers 1", "--output b --seed 3 --keep-rate 0.5")
     old, new = (describe(*parse(command.split())) for command in commands)
     assert differences(old, new) == ["seed: 0 -> 3", "keep_rate: [1.0] -> [0.5]"]

@@ -1,4 +1,4 @@
-"""A run that is stopped or killed at any moment goes on as if nothing had happened."""
+"""A run that is stopped or killed at any time can be resumed, and ends like an uninterrupted run."""
 
 import contextlib
 import json
@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from pruneattn.errors import UserError
+from pruneattn.runtime import distributed
 from pruneattn.training.engine import Trainer
 
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """Calls a function at the beginning of the given optimiser step (from 1) of a run in this process."""
+    """Calls a function at the beginning of a given optimizer step (from 1) of a run in this process."""
 
     def install(step, action):
         original = Trainer.train_step
@@ -32,8 +33,8 @@ def at_step(monkeypatch):
     return install
 
 
-def test_kill_mid_epoch_and_resume_equals_uninterrupted(train):
-    whole = train("whole", "--save-minutes", 0)
+@pytest.mark.slow
+def test_a_run_killed_within_an_epoch_resumes(train, whole):
     cut = train.root / "cut"
     command = [sys.executable, "-m", "pruneattn.train", *train.arguments("cut", "--save-minutes", 0, "--resume")]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
@@ -50,8 +51,9 @@ def test_kill_mid_epoch_and_resume_equals_uninterrupted(train):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")
-def test_a_killed_worker_is_one_line(train):
-    """As the system's out-of-memory killer does it."""
+@pytest.mark.slow
+def test_a_killed_worker_is_reported_in_one_line(train):
+    """For example if the system runs out of memory."""
     options = ["--workers", 1, "--epochs", 200, "--keep-rate", 1, "--save-minutes", 0, "--resume"]
     command = [sys.executable, "-m", "pruneattn.train", *train.arguments("cut", *options)]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -60,7 +62,7 @@ def test_a_killed_worker_is_one_line(train):
     while not (train.root / "cut" / "last.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    while process.poll() is None:  # some are between their epochs
+    while process.poll() is None:  # between two epochs there are no workers
         with open(children) as file, contextlib.suppress(ProcessLookupError):
             for pid in file.read().split():
                 os.kill(int(pid), signal.SIGKILL)
@@ -71,9 +73,8 @@ def test_a_killed_worker_is_one_line(train):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_between_two_steps(train, at_step, monkeypatch, signum, capsys):
+def test_signal_saves_between_two_steps(train, whole, at_step, monkeypatch, signum, capsys):
     before = signal.getsignal(signum)
-    whole = train("whole")
     at_step(5, lambda: os.kill(os.getpid(), signum))
     cut = train("cut", code=128 + signum)
     assert "--resume" in capsys.readouterr().out
@@ -85,8 +86,26 @@ def test_signal_saves_between_two_steps(train, at_step, monkeypatch, signum, cap
     train.assert_same(whole, cut)
 
 
-def test_signal_during_evaluation(train, monkeypatch):
-    whole = train("whole")
+def test_resume_within_an_epoch_of_accumulated_batches(train, at_step, monkeypatch):
+    """A step then has several batches of the loader."""
+    options = ["--accumulate", 3, "--epochs", 1, "--keep-rate", 1]
+    uninterrupted = train("uninterrupted", *options)
+    at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train("cut", *options, code=128 + signal.SIGTERM)
+    monkeypatch.undo()
+    train.assert_same(uninterrupted, train("cut", *options, "--resume"))
+
+
+def test_signal_of_another_process_stops_the_run(train, whole, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "gather_numbers", lambda values: [values, [values[0] + 2, signal.SIGTERM]])
+    cut = train("cut", code=128 + signal.SIGTERM)
+    assert "stopped by SIGTERM; saved in epoch 0 after step 1 of 3" in capsys.readouterr().out
+    monkeypatch.undo()
+    loss = train.log(cut, "step")[0]["loss"]
+    assert loss == pytest.approx(train.log(whole, "step")[0]["loss"] + 1)  # the mean of both processes
+
+
+def test_signal_during_evaluation(train, whole, monkeypatch):
     original = Trainer.evaluate
 
     def evaluate(self, dataset):
@@ -102,77 +121,108 @@ def test_signal_during_evaluation(train, monkeypatch):
     train.assert_same(whole, cut)
 
 
-@pytest.mark.parametrize("changes", ["--keep-rate 0.25", "--score cls --shrink-epochs 1", "--keep-rate 1"])
-def test_branch_equals_training_from_scratch(train, changes):
-    trunk = train("first") / "trunk.pt"
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "--score cls --shrink-epochs 1",
+        pytest.param("--keep-rate 0.25", marks=pytest.mark.slow),
+        pytest.param("--keep-rate 1", marks=pytest.mark.slow),
+    ],
+)
+def test_branch_equals_training_from_scratch(train, whole, changes):
+    trunk = whole / "trunk.pt"
     scratch = train("scratch", *changes.split())
     branch = train("branch", *changes.split(), "--branch-from", trunk)
     train.assert_same(scratch, branch)
     assert (scratch / "trunk.pt").exists() and len(train.log(branch, "epoch")) == 4
 
 
-def test_branch_and_resume_refuse_another_configuration(train):
-    first = train("first", "--epochs", 2, "--shrink-epochs", 0)
+def test_resume_starts_a_run_that_left_no_checkpoint(train, whole, monkeypatch):
+    def dying(self, batches):
+        raise RuntimeError("died")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="died"):
+        patch.setattr(Trainer, "train_step", dying)
+        train("cut", "--resume")
+    assert (train.root / "cut" / "config.json").exists()
+    train.assert_same(whole, train("cut", "--resume"))
+
+
+def test_resume_branches_if_there_is_no_checkpoint_yet(train, whole, capsys):
+    options = ["--keep-rate", 0.25, "--branch-from", whole / "trunk.pt"]
+    branch = train("branch", *options)
+    elastic = train("elastic", *options, "--resume")
+    assert f"no checkpoint yet; starting from {options[-1]}" in capsys.readouterr().out
+    train.assert_same(branch, elastic)
+    (elastic / "result.json").unlink()
+    before = (elastic / "last.pt").stat().st_mtime_ns
+    train("elastic", *options, "--resume")  # finished: reports again, without training
+    assert (elastic / "last.pt").stat().st_mtime_ns == before
+    train.assert_same(branch, elastic)
+
+
+def test_branch_and_resume_reject_another_configuration(train, short):
+    first = train.copy(short, "first")
     with pytest.raises(UserError, match=r"lr: 0\.003 -> 0\.1"):
-        train("first", "--epochs", 2, "--shrink-epochs", 0, "--lr", 0.1, "--resume")
+        train("first", *train.short, "--lr", 0.1, "--resume")
     with pytest.raises(UserError, match=r"epochs: 2 -> 5.*shrink_epochs: 0 -> 2"):
         train("first", "--epochs", 5, "--resume")
     with pytest.raises(UserError, match=r"epochs: 2 -> 4"):
         train("branch", "--branch-from", first / "trunk.pt")
-    with pytest.raises(UserError, match="no such checkpoint"):
+    with pytest.raises(UserError, match="nothing.pt: this checkpoint does not exist"):
         train("branch", "--branch-from", first / "nothing.pt")
     before = (first / "log.jsonl").read_bytes()
-    with pytest.raises(UserError, match="holds a run already"):
-        train("first", "--epochs", 2, "--shrink-epochs", 0)
+    with pytest.raises(UserError, match="first already contains a run: resume it with --resume"):
+        train("first", *train.short)
     assert (first / "log.jsonl").read_bytes() == before
 
 
-def test_branch_and_resume_refuse_other_clips_and_labels(train, tagged, clips, tmp_path):
+def test_branch_and_resume_reject_other_clips_and_labels(train, tagged, clips, tmp_path):
     options = [*tagged, "--mean", -9, "--std", 3]
-    first = train("first", *options, "--epochs", 2, "--shrink-epochs", 0)
+    first = train("first", *options, *train.short)
 
-    def refused(message, *changes):
-        for going_on in (["--resume", first], ["--branch-from", first / "trunk.pt"]):
+    def rejected(message, *changes):
+        for start in (["--resume", first], ["--branch-from", first / "trunk.pt"]):
             with pytest.raises(UserError, match=message):
-                train("other", *options, "--epochs", 2, "--shrink-epochs", 0, *changes, *going_on)
+                train("other", *options, *train.short, *changes, *start)
 
     swapped = (clips / "class_labels_indices.csv").read_text().replace("0,/m/high,high", "1,/m/high,high")
     swapped = swapped.replace("1,/m/low,low", "0,/m/low,low")
     (tmp_path / "swapped.csv").write_text(swapped)
-    refused(
+    rejected(
         r"labels: \['high', 'low', 'middle'\] -> \['low', 'high', 'middle'\]", "--label-csv", tmp_path / "swapped.csv"
     )
     for split in ("train", "val"):
         manifest = json.loads((clips / f"{split}.json").read_text())
         manifest["data"][-1]["labels"] = "/m/high,/m/low"
         (clips / "changed.json").write_text(json.dumps(manifest))
-        refused(f"only .* may differ.*: {split}_clips_digest: ", f"--{split}-manifest", clips / "changed.json")
+        rejected(f"only .* may differ.*: {split}_clips_digest: ", f"--{split}-manifest", clips / "changed.json")
 
 
-def test_checkpoint_that_knows_nothing_of_its_clips_goes_on(train):
-    """Those of the first versions."""
-    first = train("first", "--epochs", 2, "--shrink-epochs", 0)
+def test_checkpoint_of_the_first_versions_resumes(train, short):
+    """They contain no description of the clips."""
+    first = train.copy(short, "first")
     checkpoint = train.state(first)
     for name in ("labels", "train_clips_digest", "val_clips_digest"):
         del checkpoint["config"][name]
     torch.save(checkpoint, first / "last.pt")
-    train("first", "--epochs", 2, "--shrink-epochs", 0, "--resume")
+    train("first", *train.short, "--resume")
 
 
-def test_resume_by_path_and_when_finished(train, capsys):
-    first = train("first", "--epochs", 2, "--shrink-epochs", 0)
+def test_resume_by_path_and_when_finished(train, short):
+    first = train.copy(short, "first")
     before = train.state(first)
     result = json.loads((first / "result.json").read_text())
     (first / "result.json").unlink()
-    train("elsewhere", "--epochs", 2, "--shrink-epochs", 0, "--resume", first)
+    train("elsewhere", *train.short, "--resume", first)
     assert json.loads((first / "result.json").read_text()) == result
     assert not (train.root / "elsewhere").exists()
     assert torch.equal(train.state(first)["model"]["head.weight"], before["model"]["head.weight"])
 
 
-def test_damaged_checkpoint_is_named(train):
-    first = train("first", "--epochs", 2, "--shrink-epochs", 0)
+def test_damaged_checkpoint_is_named(train, short):
+    first = train.copy(short, "first")
     data = (first / "last.pt").read_bytes()
     (first / "last.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"last\.pt: not a checkpoint.*or damaged"):
-        train("first", "--epochs", 2, "--shrink-epochs", 0, "--resume")
+        train("first", *train.short, "--resume")

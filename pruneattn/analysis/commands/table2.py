@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 import torch
 
-from ...cli import add_device_option, add_keep_rate_option, add_keep_rates_option, add_speed_options, check_least
+from ...cli import (
+    add_device_option,
+    add_frames_option,
+    add_keep_rate_option,
+    add_keep_rates_option,
+    add_model_option,
+    add_speed_options,
+    check_least,
+)
 from ...errors import UserError
 from ...files import make_folder
 from ...plot import matplotlib_figure
@@ -106,21 +114,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "Needs no checkpoint and no data, because MACs and time do not depend on them. Writes table2.csv, .png and "
         ".pdf, and timings.json, from which a stopped run resumes.",
     )
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        default=_MODELS,
-        metavar="NAME",
-        help=f"models (default: {' '.join(_MODELS)})",
-    )
-    parser.add_argument(
-        "--frames",
-        type=int,
+    add_model_option(parser, f"models (default: {' '.join(_MODELS)})", nargs="+", default=_MODELS)
+    add_frames_option(
+        parser,
+        f"10 ms frames of the input, half as many patches as frames (default: {' '.join(map(str, PRINTED_GMACS))})",
         nargs="+",
         default=tuple(PRINTED_GMACS),
-        metavar="F",
-        help="10 ms frames of the input, half as many patches as frames "
-        f"(default: {' '.join(map(str, PRINTED_GMACS))})",
     )
     rates = parser.add_mutually_exclusive_group()
     add_keep_rate_option(

@@ -1,0 +1,75 @@
+"""``pruneattn export``: options and messages. tests/models/test_export.py tests the files."""
+
+import pytest
+import torch
+
+import pruneattn
+from pruneattn import export
+from pruneattn.data import FeatureConfig
+from pruneattn.errors import UserError
+
+pytestmark = pytest.mark.device  # commands use the GPU if there is one
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model = pruneattn.create_model(
+        "ast_tiny", num_classes=2, frames=128, embed_dim=48, depth=4, num_heads=3, prune_blocks=(1, 2, 3), keep_rate=0.7
+    )
+    features = FeatureConfig(frames=128, mean=-11.0, std=3.0)
+    path = tmp_path / "best.safetensors"
+    pruneattn.save_pretrained(model, path, features=features, labels=["a", "b"], multilabel=False)
+    return path
+
+
+@pytest.fixture
+def exported(monkeypatch):
+    """The arguments with which a model is exported; the file is not a program."""
+    seen = {}
+
+    def export_model(model, path, format, **options):
+        seen.update(options, keep_rates=model.keep_rates, path=path, format=format)
+        path.write_bytes(bytes(2**20))
+        return 2e-6
+
+    monkeypatch.setattr(export, "export_model", export_model)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("words", "keep_rates", "text"),
+    [
+        ([], (0.7, 0.7, 0.7), "0.7"),
+        (["--keep-rate", "0.5"], (0.5, 0.5, 0.5), "0.5"),
+        (["--keep-rate", "0.9", "0.7", "0.5"], (0.9, 0.7, 0.5), "0.9,0.7,0.5"),
+        (["--keep-rate", "0.9,0.7,0.9"], (0.9, 0.7, 0.9), "0.9,0.7,0.9"),
+    ],
+)
+def test_the_model_is_exported_at_the_keep_rate(checkpoint, tmp_path, exported, capsys, words, keep_rates, text):
+    path = tmp_path / "out.onnx"
+    assert export.main([*words, str(checkpoint), "--format", "onnx", "--output", str(path)]) == 0
+    assert exported["keep_rates"] == keep_rates
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: ast_tiny, 128 frames (64 patches), 2 classes, keep-rate {text}, 1.0 MiB",
+        "checked in onnxruntime: logits within 2.0e-06 of the model's",
+    ]
+
+
+def test_options_reach_the_exporter(checkpoint, tmp_path, exported, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export.main([str(checkpoint), "--format", "torch", "--dtype", "bf16", "--waveform", "--kernels", "--device", "cpu"])
+    assert exported == {
+        "keep_rates": (0.7, 0.7, 0.7),
+        "path": (tmp_path / "ast_tiny.pt2").relative_to(tmp_path),
+        "format": "torch",
+        "waveform": True,
+        "dtype": torch.bfloat16,
+        "kernels": True,
+    }
+
+
+def test_a_wrong_number_of_keep_rates_is_an_error(checkpoint, exported):
+    with pytest.raises(UserError, match="keep_rate: 2 values for 3 pruning blocks"):
+        export.main([str(checkpoint), "--format", "torch", "--keep-rate", "0.9", "0.7"])
+    assert not exported
