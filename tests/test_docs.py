@@ -125,8 +125,10 @@ def python_commands():
 @pytest.mark.parametrize("name, program, arguments", list(python_commands()))
 def test_commands_take_these_options(name, program, arguments, load_file, capsys):
     if program.endswith(".py"):
+        if "def main(" not in (ROOT / program).read_text():
+            return  # a script without options, which loading it would run
         try:
-            main = getattr(load_file(ROOT / program), "main", None)
+            main = load_file(ROOT / program).main
         except SystemExit as error:  # an example for those who have a library
             if "is not installed" not in str(error):
                 raise
@@ -134,7 +136,7 @@ def test_commands_take_these_options(name, program, arguments, load_file, capsys
     else:
         module = importlib.import_module(program)
         main = getattr(module, "main", None) or importlib.import_module(f"{program}.__main__").main
-    if main is None or not inspect.signature(main).parameters:
+    if not inspect.signature(main).parameters:
         return  # takes no options
     # Parsers read from left to right: values are checked before they come to --help, unknown options are not.
     with pytest.raises(SystemExit) as left:

@@ -195,7 +195,7 @@ REJECTED = {
         extractor('{"feature_extractor_type": "Wav2Vec2FeatureExtractor"}'),
         "preprocessor_config.json: feature_extractor_type",
     ),
-    "rate": (extractor('{"sampling_rate": 8000}'), "sampling_rate: .*16000, not of 8000"),
+    "rate": (extractor('{"sampling_rate": 8000}'), "sampling_rate: expected 16000, got 8000"),
     "length": (extractor('{"max_length": 1024}'), "max_length is 1024, and in config.json it is 128"),
     "std": (extractor('{"max_length": 128, "std": 0}'), "preprocessor_config.json: .*std"),
     "mean": (extractor('{"max_length": 128, "mean": null}'), "preprocessor_config.json: "),

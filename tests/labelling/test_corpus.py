@@ -118,12 +118,12 @@ def test_nothing_on_standard_input(monkeypatch):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.json", '{"data": [{"labels": "/m/x"}]}', 'entry 0 of "data" needs the texts "wav"; expected'),
+        ("a.json", '{"data": [{"labels": "/m/x"}]}', 'entry 0 of "data" needs the strings "wav"; expected'),
         ("a.json", "{", "not JSON"),
         ("a.csv", "file\nx.wav\n", "line 1: .*column named path"),
         ("a.csv", "", "line 1: .*column named path"),
         ("a.csv", "path\n", "a.csv contains no paths of clips"),
-        pytest.param("a.csv", 'path\n"' + 200_000 * "x", "line 2: not CSV .field larger .*left open", id="long"),
+        pytest.param("a.csv", 'path\n"' + 200_000 * "x", "line 2: not CSV .field larger .*not closed", id="long"),
         ("a.txt", "", "a.txt contains no paths of clips"),
         ("a.txt", " \n\r\n", "a.txt contains no paths of clips"),
         (
