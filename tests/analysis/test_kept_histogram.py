@@ -113,7 +113,7 @@ def test_histograms_count_every_patch_once(analysis_run):
 
 
 @pytest.mark.parametrize("features", [FEATURES, FeatureConfig(frames=128, mean=-6.37, std=3.074, padding="zero")])
-def test_bins_hold_every_sound_in_any_normalisation(features):
+def test_bins_contain_every_sound_in_any_normalization(features):
     """Digital silence, padding, and full-scale noise that starts or stops within a patch, the largest deviation."""
     extract = FeatureExtractor(features)
     wave = torch.randn(16000, generator=torch.Generator().manual_seed(0)).sign()
@@ -136,7 +136,7 @@ def test_a_model_that_never_prunes_keeps_its_input(analysis_run):
 
 
 def test_figure(analysis_run):
-    """The same colours for all panels, the clusters' boundaries, and each panel's own shares of C1 to C5."""
+    """The same colors in all panels, the clusters' boundaries, and each panel's own shares of C1 to C5."""
     analysis_run("ast")  # skips if matplotlib is not installed
     edges, clusters = bin_edges(FEATURES), make_clusters(FEATURES)
     histograms = np.zeros((3, 90, 80), dtype=np.int64)
@@ -173,6 +173,15 @@ def test_a_second_model_of_another_project_gets_the_input_of_the_first(analysis_
     assert second.name == "ast_tiny" and second.features == FEATURES and not second.training
     fbank = torch.randn(1, 128, 128)
     torch.testing.assert_close(second(fbank), theirs.eval()(fbank))
+
+
+def test_the_score_option_applies_to_both_models(analysis_run, analyze, tmp_path, capsys):
+    """Ranked by intensity, both families keep the same patches."""
+    run, other = analysis_run("audiomae"), analysis_run("ast")
+    make_clusters(run.model.features).save(tmp_path / "clusters.json")
+    command = [*run.options(tmp_path / "out"), "--clusters", tmp_path / "clusters.json", "--score", "intensity"]
+    analyze("kept_histogram", *command, "--against", other.folder)
+    assert "audiomae_tiny keeps 1.00 ± 0.00 times as many C1 and C2 patches as ast_tiny" in capsys.readouterr().out
 
 
 def test_models_with_another_input_are_rejected(analysis_run, analyze, tmp_path):

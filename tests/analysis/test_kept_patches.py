@@ -119,10 +119,8 @@ def test_the_command_counts_kept_patches(analysis_run, analyze, tmp_path, family
         shown = [row["clip"] for row in csv.DictReader(file)]
     assert len(shown) == 2 * 4 and all("siren" in clip or "tone" in clip for clip in shown)
     assert (tmp_path / "out" / "kept_patches.png").stat().st_size > 20000
-    assert {Path(clip).parent.name for clip in shown} == {
-        "siren",
-        "tone",
-    }  # one of each, although the first two clips have the same class
+    # One clip of each class, although the first two clips have the same class.
+    assert {Path(clip).parent.name for clip in shown} == {"siren", "tone"}
     for wrong, message in ((["--match", "bark"], "--match bark: no path of a clip"), (["--clips", "0"], "--clips 0")):
         with pytest.raises(UserError, match=message):
             analyze("kept_patches", *run.options(tmp_path / "out"), *wrong)

@@ -95,7 +95,7 @@ def test_whole_table_from_training_to_files(tmp_path, options, analyze, capsys):
     assert float(rows[1]["gmacs_paper"]) < float(rows[0]["gmacs_paper"])
     assert float(rows[2]["difference"]) == pytest.approx(float(rows[2]["metric"]) - float(rows[0]["metric"]))
     assert (output / "table1.png").stat().st_size > 5000 and (output / "table1.pdf").exists()
-    # The pruned runs share the unpruned one's first epoch.
+    # The pruned runs share the first epoch of the unpruned run.
     logs = [(output / f"{name}-seed0" / "log.jsonl").read_text() for name in ("unpruned", "random-0.5")]
     first = [json.loads(log.splitlines()[0]) for log in logs]
     assert first[0]["kind"] == "epoch" and first[0]["train_loss"] == first[1]["train_loss"]
@@ -187,9 +187,8 @@ def test_cells_are_shared_and_wait_for_their_trunk(tmp_path, options, monkeypatc
 
 def test_runs_of_other_options_do_not_share_a_table(tmp_path, options):
     Table(tmp_path, make_cells(("random",), (0.5,), (0,)), options)
-    Table(
-        tmp_path, make_cells(("attention",), (0.3,), (4,)), [*options, "--workers", "1"]
-    )  # does not affect the result
+    other_cells = make_cells(("attention",), (0.3,), (4,))
+    Table(tmp_path, other_cells, [*options, "--workers", "1"])  # --workers does not affect the result
     with pytest.raises(UserError, match=r"options.json.*lr: 0.003 -> 0.1\): use the same options, or another --output"):
         Table(tmp_path, make_cells(("random",), (0.5,), (0,)), [*options, "--lr", "0.1"])
 

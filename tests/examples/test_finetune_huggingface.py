@@ -144,7 +144,7 @@ def test_only_training_clips_are_augmented(script, arguments, tmp_path, monkeypa
         assert torch.equal(first["input_values"], again["input_values"]) != varies
 
 
-def test_another_keep_rate_starts_the_search_for_the_best_anew(script, finished):
+def test_the_best_epoch_is_searched_again_at_another_keep_rate(script, finished):
     schedule = script.KeepRateSchedule(0.5, 1, 2)
     for epoch, expected in ((0, 0.9), (1, 0.9), (2, None), (2.5, None), (3, None), (4, 0.9)):
         state = SimpleNamespace(epoch=epoch, best_metric=0.9)
@@ -203,7 +203,7 @@ def test_training_clips_decide_whether_the_task_is_multilabel(script, arguments,
 
 
 @pytest.mark.slow
-def test_resumed_run_equals_the_uninterrupted(script, arguments, finished, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_the_uninterrupted_run(script, arguments, finished, tmp_path, monkeypatch):
     begin = script.KeepRateSchedule.on_epoch_begin
 
     def stopped(self, args, state, *rest, **more):
