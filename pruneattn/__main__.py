@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .cli import run_command
 from .constants import VERSION
-from .errors import UserError
+from .errors import unknown
 
 #: The line of each command in ``pruneattn --help``.
 COMMANDS = {
@@ -37,14 +36,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(words: list[str]) -> int | None:
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        raise UserError(_unknown(words[0]))
+        raise unknown("command", words[0], COMMANDS)
     _parser().parse_args(words[:1])  # exits for --help and --version, and if there is no command
     return _entry_point(words[0])(words[1:])
 
 
 def _entry_point(command: str) -> Callable[[list[str]], int | None]:
     """The function that runs a command. Only its module is imported, and only here, because most of them need torch."""
-    run: Callable[[list[str]], int | None]
     match command:
         case "train":
             from .train import main as train
@@ -76,12 +74,6 @@ def _entry_point(command: str) -> Callable[[list[str]], int | None]:
             return analyze
         case _:
             return _backends
-
-
-def _unknown(command: str) -> str:
-    near = difflib.get_close_matches(command.lower(), COMMANDS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(COMMANDS)}"
-    return f"unknown command {command!r}: {hint}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,20 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, recipe = parse(argv)
     # Imported after parsing, so that --help and invalid options answer quickly.
     from .runtime import distributed
-    from .runtime.signals import StopRequest
-    from .training.build import build_trainer
     from .training.engine import Stopped
     from .training.log import say
+    from .training.run import run_training
 
-    stop = StopRequest()
     try:
-        trainer = build_trainer(options, recipe, stop)
-        with stop:
-            try:
-                trainer.run()
-                trainer.report()
-            finally:
-                trainer.log.close()
+        run_training(options, recipe)
     except Stopped as stopped:
         name = signal.Signals(stopped.signum).name
         say(f"stopped by {name}; {stopped}; to resume, run the same command with --resume")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 
 from ..cli import run_command
-from ..errors import UserError
+from ..errors import unknown
 from .commands import ANALYSES
 
 
@@ -24,9 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     words = sys.argv[1:] if argv is None else list(argv)
     name = next(iter(words), "")
     if name and not name.startswith("-") and name not in ANALYSES:
-        near = difflib.get_close_matches(name.lower(), ANALYSES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the analyses are {', '.join(ANALYSES)}"
-        raise UserError(f"unknown analysis {name!r}: {hint}")
+        raise unknown("analysis", name, ANALYSES)
     _parser().parse_args(words[:1])  # exits for --help, and if there is no name
     return _entry_point(name)(words[1:])
 

@@ -20,11 +20,10 @@ from ..plot import FAINT, INK, matplotlib_figure, plain_axis
 from ..report import Row
 from ..runtime import distributed
 from ..runtime.inference import optimized, predict_dataset
-from ..runtime.signals import StopRequest
 from ..training import state
-from ..training.build import build_trainer, open_split
-from ..training.options import LAST, Options, describe, differences, parse
-from ..training.recipes import Recipe
+from ..training.build import open_split
+from ..training.options import LAST, describe, differences, parse
+from ..training.run import run_training
 from .clips import features_of
 from .paired import metric_name, paired_test, unit_scores
 
@@ -173,7 +172,10 @@ class Table:
                 command += ["--branch-from", str(trunk)]
         left = len(self.missing())
         print(f"\n{cell.name} ({len(self.cells) - left} of {len(self.cells)} cells are done)", flush=True)
-        run_training(*parse(command))
+        try:
+            run_training(*parse(command))
+        finally:
+            distributed.finish()
 
     def _command(self, cell: Cell) -> list[str]:
         ranking = RANKINGS.get(cell.ranking, [])
@@ -226,25 +228,6 @@ class Table:
             return None
         with np.load(path) as saved:
             return {name: saved[name] for name in saved.files}
-
-
-def run_training(options: Options, recipe: Recipe) -> None:
-    """Train a model from beginning to end.
-
-    Raises:
-        Stopped: a signal stopped the training, whose state is saved.
-    """
-    stop = StopRequest()
-    try:
-        trainer = build_trainer(options, recipe, stop)
-        with stop:
-            try:
-                trainer.run()
-                trainer.report()
-            finally:
-                trainer.log.close()
-    finally:
-        distributed.finish()
 
 
 def compare(

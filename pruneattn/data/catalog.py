@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..constants import AUDIOSET_MEAN, AUDIOSET_STD
-from ..errors import UserError
+from ..errors import UserError, unknown
 from . import readers
 from .clips import ClipDataset
 from .fbank import samples_for
@@ -207,7 +207,7 @@ def load_dataset(
     """
     info = dataset_info(name)
     if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+        raise unknown("split", split, SPLITS)
     cut: Any = {"max_samples": samples_for(frames or info.frames), "cache": cache}
     if name == "toy":
         return ToyDataset(split, seed=seed, **cut)
@@ -247,7 +247,7 @@ def load_dataset(
 def dataset_info(name: str) -> DatasetInfo:
     """The ``DatasetInfo`` of a dataset. Raises ``UserError`` for an unknown name."""
     if name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}; choose one of {', '.join(DATASETS)}")
+        raise unknown("dataset", name, DATASETS)
     return DATASETS[name]
 
 

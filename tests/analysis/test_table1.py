@@ -16,6 +16,7 @@ from pruneattn.checkpoints.pretrained import load_pretrained
 from pruneattn.data.toy import make_sound
 from pruneattn.errors import UserError
 from pruneattn.runtime.signals import StopRequest
+from pruneattn.training import run as training_run
 from pruneattn.training.engine import Stopped
 
 pytest.importorskip("scipy")
@@ -153,7 +154,7 @@ def test_training_stops_at_a_signal(tmp_path, options, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
             return self
 
-    monkeypatch.setattr(table1, "StopRequest", Stopping)
+    monkeypatch.setattr(training_run, "StopRequest", Stopping)
     table = Table(tmp_path, [Cell("unpruned", 1.0, 0)], options)
     with pytest.raises(Stopped) as stopped:
         table.train_next()

@@ -302,9 +302,9 @@ def test_empty_data(spc2, tmp_path):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match="unknown dataset 'audioset'; choose one of as20k, spc2, esc50"):
+    with pytest.raises(UserError, match="unknown dataset .audioset.: choose one of as20k, spc2, esc50"):
         load_dataset("audioset")
-    with pytest.raises(UserError, match="unknown split 'eval'; choose one of train, val, test"):
+    with pytest.raises(UserError, match="unknown split 'eval' .did you mean 'val'..: choose one of train, val, test"):
         load_dataset("toy", "eval")
     with pytest.raises(UserError, match="spc2 does not read manifests; use --dataset manifest"):
         load_dataset("spc2", manifest=tmp_path / "a.json")

@@ -267,7 +267,7 @@ def test_instruction_set_from_the_environment(monkeypatch, use_isa):
         backend._use_isa_of_environment.cache_clear()
         backend._resolve.cache_clear()
         monkeypatch.setenv("PRUNEATTN_CPU_ISA", "mmx")
-        with pytest.raises(UserError, match="PRUNEATTN_CPU_ISA: instruction set 'mmx' is not supported on this machine"):
+        with pytest.raises(UserError, match="PRUNEATTN_CPU_ISA: instruction set 'mmx' is not supported"):
             backends()
     monkeypatch.delenv("PRUNEATTN_CPU_ISA")
     backend._use_isa_of_environment.cache_clear()
@@ -280,7 +280,7 @@ def test_instruction_set_of_a_new_process():
     code = "import pruneattn; print(pruneattn.backends())"
     assert "cpu: attention kernels for baseline, of " in python(code, PRUNEATTN_CPU_ISA="baseline").stdout
     error = python(code, PRUNEATTN_CPU_ISA="mmx").stderr.splitlines()[-1]
-    assert "UserError: environment variable PRUNEATTN_CPU_ISA: instruction set 'mmx' is not supported on this machine" in error
+    assert "UserError: environment variable PRUNEATTN_CPU_ISA: instruction set 'mmx' is not supported" in error
 
 
 def test_extension_is_usable():
