@@ -126,7 +126,7 @@ def test_errors_say_what_to_do(tmp_path):
     with pytest.raises(UserError, match="--mean.* to checkpoints of other projects"):
         convert(tmp_path, tmp_path / "out", "--format", "timm", "--mean", 1)
     foreign = (tmp_path / "best.safetensors", tmp_path / "out", "--format", "audiomae", "--model", "audiomae_tiny")
-    with pytest.raises(UserError, match="unknown dataset 'nope'; choose one of as20k"):
+    with pytest.raises(UserError, match="unknown dataset 'nope': choose one of as20k"):
         convert(*foreign, "--dataset", "nope")
     for option in ("--frames", "--num-classes"):
         with pytest.raises(UserError, match=f"{option[2:].replace('-', '_')}: must be a whole number above 0, got 0"):

@@ -47,7 +47,7 @@ def test_a_run_learns_and_writes_all_its_files(train, clips):
     assert model.keep_rates == (0.5, 0.5) and model.extra["epoch"] == best["epoch"]
     assert model.labels == ["high", "low", "middle"] and not model.multilabel
     card = (run / "README.md").read_text(encoding="utf-8")
-    assert f"epoch: {best['epoch']}, metric: top1, value: {best['top1']}" in card and "0.5 after block" in card
+    assert f"epoch: {best['epoch']}, metric: top1, value: {best['top1']}" in card and "0.5 in block" in card
     features = data.FeatureExtractor(model.features)
     test = load_dataset("folder", "test", data_dir=clips, frames=64)
     metrics, failed = evaluate_model(model, features, make_loader(test, 5, train=False), "cpu", multilabel=False)
