@@ -121,19 +121,43 @@ def block_orders():
     stay = [True] * extra + [patch in kept for patch in range(patches)]
     cls = [True] + [False] * patches
     lanes = [
-        ("Common implementation", [
-            ("norm", everything), ("q k v", everything), ("softmax\nmatrix", everything),
-            ("projection,\nresidual", everything), ("TopK,\ngather", None), ("MLP", stay),
-        ]),
-        ("Column-mean score: needs every query; projects only the kept rows", [
-            ("norm", everything), ("q k v", everything), ("attention\n+ score", everything),
-            ("TopK,\ngather", None), ("projection,\nresidual", stay), ("MLP", stay),
-        ]),
-        ("CLS score: needs one query; computes all other queries only for the kept rows", [
-            ("norm", everything), ("k v", everything), ("q", cls), ("score", cls), ("TopK,\ngather", None),
-            ("q", stay), ("attention", stay), ("projection,\nresidual", stay), ("MLP", stay),
-        ]),
-    ]  # fmt: skip
+        (
+            "Common implementation",
+            [
+                ("norm", everything),
+                ("q k v", everything),
+                ("softmax\nmatrix", everything),
+                ("projection,\nresidual", everything),
+                ("TopK,\ngather", None),
+                ("MLP", stay),
+            ],
+        ),
+        (
+            "Column-mean score: needs every query; projects only the kept rows",
+            [
+                ("norm", everything),
+                ("q k v", everything),
+                ("attention\n+ score", everything),
+                ("TopK,\ngather", None),
+                ("projection,\nresidual", stay),
+                ("MLP", stay),
+            ],
+        ),
+        (
+            "CLS score: needs one query; computes all other queries only for the kept rows",
+            [
+                ("norm", everything),
+                ("k v", everything),
+                ("q", cls),
+                ("score", cls),
+                ("TopK,\ngather", None),
+                ("q", stay),
+                ("attention", stay),
+                ("projection,\nresidual", stay),
+                ("MLP", stay),
+            ],
+        ),
+    ]
     for lane, (title, steps) in enumerate(lanes):
         y = 30 + 180 * lane
         drawing.text(24, y, title, "head")

@@ -59,8 +59,7 @@ def column_mean_attention(
     Returns:
         A tuple ``(out, scores)``:
 
-        - out: Attention output ``[B, H, N, D]`` with the dtype of ``q``, stored as ``[B, N, H, D]``, so that
-          ``out.transpose(1, 2).flatten(2)`` is a view.
+        - out: Attention output ``[B, H, N, D]``, dtype of ``q``. ``out.transpose(1, 2).flatten(2)`` is a view of it.
         - scores: Scores ``[B, N - extra_tokens]``, float32.
 
     Raises:

@@ -80,8 +80,7 @@ def pruned_attention(
         - scores: Scores ``[B, N - extra_tokens]``, float32, by which the patches are selected.
         - index: Ascending patch numbers ``[B, keep]``, int64.
         - x_kept: ``[B, extra_tokens + keep, C]`` with the dtype of ``x``, contiguous.
-        - out_kept: ``[B, extra_tokens + keep, H * D]`` with the dtype of ``q``, contiguous: rows of the attention
-          output, with the heads concatenated.
+        - out_kept: Attention output ``[B, extra_tokens + keep, H * D]`` with the dtype of ``q``, contiguous.
 
     Raises:
         TypeError: An argument has another dtype.
