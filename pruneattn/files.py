@@ -164,3 +164,46 @@ def json_values(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [json_values(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_locks: set[int] = set()  # descriptors of the locks that this process holds
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+    """Hold an exclusive lock on an existing file or folder, so that no other process that locks it writes there.
+
+    The lock ends with the block, or with the process if that is killed. Without support for locks in the operating
+    system or the file system, nothing is locked.
+
+    Raises:
+        UserError: another process holds the lock; the message ends with ``remedy``.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    _locks.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is writing there; wait until it ends, or {remedy}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        _locks.discard(descriptor)
+        os.close(descriptor)
+
+
+def _close_locks() -> None:
+    """Close the locks that a forked process inherits. It would hold them after its parent is killed."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)

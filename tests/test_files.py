@@ -1,6 +1,9 @@
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from pruneattn.files import (
     atomic_write,
     atomic_write_all,
     json_values,
+    locked,
     make_folder,
     write_csv,
     write_json,
@@ -134,3 +138,42 @@ def test_a_folder_for_results_is_checked_to_be_writable(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to .*file: .*; choose another folder with --output"):
         make_folder(tmp_path / "file")
+
+
+HOLDER = """
+import os, sys, time
+from pruneattn.files import locked
+with locked(sys.argv[1], "wait"):
+    if os.fork() == 0:
+        print("forked", flush=True)
+        time.sleep(60)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    """A forked process, such as a loader worker, must not keep the lock of a killed parent."""
+    pytest.importorskip("fcntl")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as holder:
+        try:
+            assert holder.stdout.readline() == "forked\n"
+            with pytest.raises(UserError, match="another process is writing there; wait until it ends, or wait"):
+                locked(tmp_path, "wait").__enter__()
+            holder.kill()
+            holder.wait()
+            with locked(tmp_path, "wait"):
+                pass
+        finally:
+            os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_lock_ends_with_its_block(tmp_path):
+    pytest.importorskip("fcntl")
+    with locked(tmp_path, "wait"), pytest.raises(UserError, match="another process is writing"):
+        locked(tmp_path, "wait").__enter__()
+    with locked(tmp_path, "wait"):
+        pass

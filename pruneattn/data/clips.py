@@ -14,8 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..constants import SAMPLE_RATE
-from ..errors import UserError
-from .decode import load_audio
+from .decode import decoding_error, load_audio
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ class ClipDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def _try_read(self, index: int) -> tuple[Tensor | None, str | None]:
         try:
             return self.read(index)[: self.max_samples], None
-        except (UserError, OSError) as error:
-            return None, str(error)
+        except Exception as error:  # no clip may end the work on all other clips
+            return None, decoding_error(self.clips[index].path, error)
 
     def fill_cache(self) -> None:
         """Decode every clip and keep it in memory, as with ``cache=True``."""

@@ -23,6 +23,7 @@ AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".
 MIN_SECONDS = 0.025  # one analysis window of the filterbank
 
 _BLOCK = 1 << 20  # samples per channel that are read at once, mixed down and resampled
+_LOWEST_RATE, _HIGHEST_RATE = 100, 768_000  # Hz
 _LOUDEST = 1e9  # the squares of much larger samples overflow float32
 _MARGIN = 0.25  # seconds read beyond `seconds`, for the resampler's filter
 # libsndfile has no field for it, but its log reports a sound chunk that claims more bytes than the file has.
@@ -98,6 +99,15 @@ def find_audio(folder: str | os.PathLike[str], onerror: Callable[[OSError], Any]
     return sorted(found)
 
 
+def decoding_error(path: str | os.PathLike[str], error: Exception) -> str:
+    """Text of an error of :func:`load_audio` for a list of failed clips; it names the clip."""
+    if isinstance(error, (UserError, OSError)):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"{path}: not enough memory to decode it"
+    return f"{path}: cannot be decoded: {type(error).__name__}: {error}"
+
+
 def _reject_folder(error: OSError) -> NoReturn:
     raise UserError(
         f"{error.filename}: the folder cannot be read ({error.strerror}); change its permissions, or move it"
@@ -114,6 +124,8 @@ def _decode(path: Path, sample_rate: int, seconds: float | None) -> npt.NDArray[
             if os.fstat(file.fileno()).st_size == 0:
                 raise UserError(f"{path}: the file is empty; copy or download it again")
         with soundfile.SoundFile(os.fsencode(path)) as sound:
+            if not _LOWEST_RATE <= sound.samplerate <= _HIGHEST_RATE:
+                raise UserError(f"{path}: a sample rate of {sound.samplerate} Hz is not plausible; correct its header")
             wanted = math.inf if seconds is None else math.ceil((seconds + _MARGIN) * sound.samplerate)
             wave, read, bad = _read_wave(sound, wanted, sample_rate)
             if read < wanted and _is_cut(sound, path):
@@ -142,8 +154,10 @@ def _read_wave(sound: Any, wanted: float, sample_rate: int) -> tuple[npt.NDArray
     resample = _resampler(sound.samplerate, sample_rate)
     wave, read, bad = bytearray(), 0, 0  # grows in place; joining blocks would need twice the memory
     # Not `SoundFile.blocks`: if a file ends before the length in its header, it returns uninitialized memory.
+    # A low rate makes the resampled block longer than the block that was read.
+    size = max(1, int(_BLOCK * min(1.0, sound.samplerate / sample_rate)))
     while read < wanted:
-        block = sound.read(min(wanted - read, _BLOCK), dtype="float32", always_2d=True)  # [L, channels]
+        block = sound.read(min(wanted - read, size), dtype="float32", always_2d=True)  # [L, channels]
         if len(block) == 0:
             break
         mono = block.mean(axis=1)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data import find_audio, load_audio
+from ..data.decode import decoding_error
 from ..data.manifest import csv_table, here_or_below, list_folders, read_entries, read_text
 from ..errors import UserError
 from ..files import TEXT
@@ -82,8 +83,8 @@ def decode(path: str) -> Decoded:
     """Decode one clip. One that cannot be decoded is returned with its error."""
     try:
         return Decoded(path, load_audio(path).numpy(), None)
-    except (UserError, OSError) as error:
-        return Decoded(path, None, str(error))
+    except Exception as error:  # no clip may end the work on all other clips
+        return Decoded(path, None, decoding_error(path, error))
 
 
 def decode_clips(paths: Iterable[str], workers: int, ahead: int) -> Iterator[Decoded]:

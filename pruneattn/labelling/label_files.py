@@ -6,13 +6,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, locked
 
 if TYPE_CHECKING:
     import pyarrow
@@ -59,9 +59,11 @@ class LabelFile:
         self.failed_path = path.with_name(f"{path.name}.failed.jsonl")
         about_path = path.with_name(f"{path.name}.about.json")
         with ExitStack() as stack:  # closes everything if the constructor fails, else in __exit__
+            _create(path, windows)
+            # The lock comes first and ends last: it covers the numbers of the parts and the last part.
+            stack.enter_context(locked(path, "give another --output"))
             self._rows = JsonLines(path) if path.suffix == ".jsonl" else ParquetParts(path, windows)
             stack.callback(self._rows.close)
-            stack.enter_context(_locked(path))
             self.done = self._rows.paths()
             if self.done:
                 _check_same(path, about_path, about)
@@ -148,12 +150,6 @@ class ParquetParts:
 
     def __init__(self, folder: Path, windows: bool) -> None:
         self._schema = label_schema(windows)
-        try:
-            folder.mkdir(exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"cannot write {folder}: it is a file, not a folder; give another --output") from None
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror}; give another --output") from error
         self.folder = folder
         self._parts = sorted(folder.glob("*.parquet"))
         numbers = [int(found[1]) for part in self._parts if (found := re.fullmatch(r"part-(\d+)", part.stem))]
@@ -242,27 +238,18 @@ def _check_same(path: Path, about_path: Path, about: Mapping[str, Any]) -> None:
         )
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes from writing the same labels. The lock ends with the process, also if that is killed."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
+def _create(path: Path, windows: bool) -> None:
+    """Create an empty label file, unless it exists."""
+    if path.suffix == ".jsonl":
+        JsonLines(path).file.close()
         return
-    descriptor = os.open(path, os.O_RDONLY)  # works for a folder, too
+    label_schema(windows)  # raises without pyarrow
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{path}: another process is writing this file; wait until it ends, or give another --output"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
+        path.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"cannot write {path}: it is a file, not a folder; give another --output") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another --output") from error
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import platform
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -160,13 +161,14 @@ def check_batch(recipe: Recipe, train_set: ClipDataset) -> None:
         )
 
 
-def build_trainer(options: Options, recipe: Recipe, stop: StopRequest) -> Trainer:
+def build_trainer(options: Options, recipe: Recipe, stop: StopRequest, lock: ExitStack) -> Trainer:
     """Set up a run; if it resumes or branches from a checkpoint, in the state of the checkpoint.
 
     Args:
         options: model, data, device and output.
         recipe: how to train; values that depend on the data can be None.
         stop: records the signals that end the run.
+        lock: holds the lock of the output folder, which two runs must not write at the same time.
 
     Raises:
         UserError: options, data, output folder or checkpoint are invalid or do not match.
@@ -180,7 +182,7 @@ def build_trainer(options: Options, recipe: Recipe, stop: StopRequest) -> Traine
     assert train_set is not None and val_set is not None  # only the test split is optional
     check_batch(recipe, train_set)
     if distributed.is_main():
-        state.open_output(folder, resuming=options.resume is not None)
+        state.open_output(folder, resuming=options.resume is not None, lock=lock)
     if options.cache:
         train_set.fill_cache()
         val_set.fill_cache()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from ..runtime.signals import StopRequest
 from .build import build_trainer
 from .options import Options
@@ -17,11 +19,12 @@ def run_training(options: Options, recipe: Recipe) -> None:
         Stopped: a signal stopped the run, whose state is saved.
         UserError: an option cannot be used, or the run cannot continue.
     """
-    stop = StopRequest()
-    trainer = build_trainer(options, recipe, stop)
-    with stop:
-        try:
-            trainer.run()
-            trainer.report()
-        finally:
-            trainer.log.close()
+    with ExitStack() as lock:
+        stop = StopRequest()
+        trainer = build_trainer(options, recipe, stop, lock)
+        with stop:
+            try:
+                trainer.run()
+                trainer.report()
+            finally:
+                trainer.log.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from ..errors import UserError
-from ..files import atomic_write
+from ..files import atomic_write, locked
 from .options import LAST, PRUNING, differences
 
 __all__ = ["BEST", "CONFIG", "LAST", "LOG", "MISSING", "RESULT", "TRUNK", "Progress"]
@@ -56,11 +57,17 @@ class Progress:
         return metric > best["metric"] or math.isnan(best["metric"])
 
 
-def open_output(folder: str | Path, resuming: bool) -> Path:
-    """Create the output folder of a run.
+def open_output(folder: str | Path, resuming: bool, lock: ExitStack) -> Path:
+    """Create and lock the output folder of a run.
+
+    Args:
+        folder: the folder.
+        resuming: whether it may contain a run.
+        lock: holds the lock on the folder.
 
     Raises:
-        UserError: the folder cannot be created, or it already contains a run and ``resuming`` is False.
+        UserError: the folder cannot be created, another process trains in it, or it already contains a run and
+            ``resuming`` is False.
     """
     folder = Path(folder)
     try:
@@ -71,6 +78,7 @@ def open_output(folder: str | Path, resuming: bool) -> Path:
         raise UserError(
             f"--output {folder}: cannot be created: {error.strerror}; choose a folder that is writable"
         ) from None
+    lock.enter_context(locked(folder, "choose another folder with --output"))
     if not resuming and any((folder / name).exists() for name in (CONFIG, LAST, LOG, BEST)):
         raise UserError(f"--output {folder} already contains a run: resume it with --resume, or choose another folder")
     return folder

@@ -28,7 +28,7 @@ def test_the_exit_code_says_how_the_run_ended(monkeypatch, capsys, outcome, code
 
     log = SimpleNamespace(close=lambda: done.append("close"))
     trainer = SimpleNamespace(run=run, report=lambda: done.append("report"), log=log)
-    monkeypatch.setattr(training_run, "build_trainer", lambda options, recipe, stop: trainer)
+    monkeypatch.setattr(training_run, "build_trainer", lambda options, recipe, stop, lock: trainer)
     assert train.main(["--dataset", "toy"]) == code
     assert done == ["run", *(["report"] if code == 0 else []), "close"]
     assert message in capsys.readouterr().out

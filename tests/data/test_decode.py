@@ -1,6 +1,7 @@
 import errno
 import math
 import os
+import struct
 import sys
 import tracemalloc
 
@@ -248,3 +249,27 @@ def test_real_clips(real_audio):
     words = find_audio(real_audio / "speech_commands_ar")[:20]
     assert load_audio(esc).shape == (80000,)
     assert all(len(load_audio(path)) == 16000 and load_audio(path).abs().max() > 0.01 for path in words)
+
+
+@pytest.mark.parametrize("rate", [1, 99, 768_001, 2**31 - 1])
+def test_implausible_sample_rates_are_rejected(tmp_path, rate):
+    """At 1 Hz, these 720 kB would become tens of GB."""
+    sound = bytes(range(240)) * 3000
+    header = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, rate, rate, 1, 8) + b"data" + struct.pack("<I", len(sound))
+    path = tmp_path / "clip.wav"
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(header) + len(sound)) + header + sound)
+    with pytest.raises(UserError, match=f"clip.wav: a sample rate of {rate} Hz is not plausible"):
+        load_audio(path)
+
+
+def test_low_rates_are_resampled_in_small_blocks(tmp_path, monkeypatch):
+    path = write(tmp_path / "low.wav", tone(30, 100, 20), rate=100)
+    read, original = [], soundfile.SoundFile.read
+
+    def spy(self, frames, **options):
+        read.append(frames)
+        return original(self, frames, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", spy)
+    assert len(load_audio(path)) == pytest.approx(30 * 16000, abs=320)
+    assert max(read) <= (1 << 20) * 100 // 16000

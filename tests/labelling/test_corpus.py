@@ -208,3 +208,18 @@ def test_a_clip_that_crashes_its_process_is_a_failure(tree, monkeypatch):
     assert [clip.path for clip in found] == paths
     assert [clip.error is None for clip in found] == [not path.endswith("3.wav") for path in paths]
     assert "crashed or was killed" in found[3].error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("bad\nheader"), RecursionError("too deep")])
+def test_any_error_of_a_clip_is_a_failure_of_this_clip(tree, monkeypatch, error):
+    paths, load = clips_of(tree)[:3], corpus.load_audio
+
+    def load_audio(path):
+        if path == paths[1]:
+            raise error
+        return load(path)
+
+    monkeypatch.setattr(corpus, "load_audio", load_audio)
+    found = list(decode_clips(paths, 0, ahead=3))
+    assert [clip.error is None for clip in found] == [True, False, True]
+    assert found[1].error.startswith(f"{paths[1]}: ") and found[1].wave is None

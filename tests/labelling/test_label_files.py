@@ -109,6 +109,39 @@ def test_a_second_writer_is_rejected(path):
     assert read(path) == [row_of(1), row_of(2)]
 
 
+def test_the_lock_covers_the_last_part(tmp_path, monkeypatch):
+    """The last rows are written when the file is closed."""
+    pytest.importorskip("fcntl")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path, rejected = tmp_path / "out.parquet", []
+    write_table = parquet.write_table
+
+    def write_while_another_process_tries(*arguments):
+        with pytest.raises(UserError, match="another process is writing"):
+            LabelFile(path, ABOUT)
+        rejected.append(True)
+        write_table(*arguments)
+
+    monkeypatch.setattr(parquet, "write_table", write_while_another_process_tries)
+    write(path, [row_of(1)])
+    assert rejected == [True] and read(path) == [row_of(1)]
+
+
+def test_parts_are_numbered_under_the_lock(tmp_path, monkeypatch):
+    """Another process may write a part until the lock is held."""
+    pytest.importorskip("pyarrow")
+    path, locked = tmp_path / "out.parquet", label_files.locked
+
+    def locked_late(*arguments):
+        monkeypatch.setattr(label_files, "locked", locked)
+        write(path, [row_of(1)])
+        return locked(*arguments)
+
+    monkeypatch.setattr(label_files, "locked", locked_late)
+    assert write(path, [row_of(2)]) == {row_of(1)["path"]}
+    assert read(path) == [row_of(1), row_of(2)]
+
+
 def test_an_incomplete_last_line_is_removed(tmp_path):
     path = tmp_path / "out.jsonl"
     write(path, [row_of(1), row_of(2)])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pruneattn.errors import UserError
+from pruneattn.files import locked
 from pruneattn.runtime import distributed
 from pruneattn.training.engine import Trainer
 
@@ -226,3 +227,19 @@ def test_damaged_checkpoint_is_named(train, short):
     (first / "last.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match=r"last\.pt: not a checkpoint.*or damaged"):
         train("first", *train.short, "--resume")
+
+
+@pytest.mark.parametrize("options", [(), ("--resume",)])
+def test_a_second_run_in_the_same_folder_is_rejected(train, options):
+    pytest.importorskip("fcntl")
+    folder = train.root / "run"
+    folder.mkdir()
+    with (
+        locked(folder, "wait"),  # as a run in another process does
+        pytest.raises(UserError, match="run: another process is writing there; .*choose another folder with --output"),
+    ):
+        train("run", *options)
+    assert list(folder.iterdir()) == []
+    train("run", *train.short, *options)
+    with locked(folder, "wait"):  # a run that has ended holds no lock
+        pass
