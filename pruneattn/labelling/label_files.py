@@ -103,7 +103,7 @@ class JsonLines:
         try:
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; give another --output") from error
+            raise UserError(f"cannot write {path}: {error.strerror}; use another --output") from error
         self.path = path
 
     def paths(self) -> set[str]:
@@ -118,7 +118,7 @@ class JsonLines:
                     paths.add(json.loads(line)["path"])
                 except (ValueError, KeyError, TypeError):
                     raise UserError(
-                        f"{self.path}, line {number}: not the labels of a clip; remove it, or give another --output"
+                        f"{self.path}, line {number}: not the labels of a clip; remove it, or use another --output"
                     ) from None
                 end += len(line)
         self.file.truncate(end)
@@ -151,9 +151,9 @@ class ParquetParts:
         try:
             folder.mkdir(exist_ok=True)
         except FileExistsError:
-            raise UserError(f"cannot write {folder}: it is a file, not a folder; give another --output") from None
+            raise UserError(f"cannot write {folder}: it is a file, not a folder; use another --output") from None
         except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror}; give another --output") from error
+            raise UserError(f"cannot write {folder}: {error.strerror}; use another --output") from error
         self.folder = folder
         self._parts = sorted(folder.glob("*.parquet"))
         numbers = [int(found[1]) for part in self._parts if (found := re.fullmatch(r"part-(\d+)", part.stem))]
@@ -229,7 +229,7 @@ def _check_same(path: Path, about_path: Path, about: Mapping[str, Any]) -> None:
         before = json.loads(about_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} holds labels, but {about_path}, which describes them, cannot be read; give another --output"
+            f"{path} holds labels, but {about_path}, which describes them, cannot be read; use another --output"
         ) from error
     found = [
         f"{name}: {before.get(name)} -> {about.get(name)}"
@@ -238,13 +238,13 @@ def _check_same(path: Path, about_path: Path, about: Mapping[str, Any]) -> None:
     ]
     if found:
         raise UserError(
-            f"{path} holds labels that were made with other settings ({'; '.join(found)}); give another --output"
+            f"{path} holds labels that were made with other settings ({'; '.join(found)}); use another --output"
         )
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes from writing the same labels. The lock ends with the process, also if that is killed."""
+    """Keep other processes from writing the same labels. The lock ends with the process, also after a kill."""
     try:
         import fcntl
     except ImportError:
@@ -256,7 +256,7 @@ def _locked(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{path}: another process is writing this file; wait until it ends, or give another --output"
+                f"{path}: another process is writing this file; wait until it ends, or use another --output"
             ) from None
         except OSError:  # a file system without locks
             pass
