@@ -81,19 +81,19 @@ class Run(NamedTuple):
         result: the result file.
         seen: seconds of the rounds of earlier visits by row key.
         short: tests and cases that are measured again.
-        begun: start of the run, by the monotonic clock.
+        started: start of the run, by the monotonic clock.
     """
 
     peaks: Peaks
     result: ResultFile
     seen: dict
     short: set
-    begun: float
+    started: float
 
 
 @pytest.fixture(scope="session")
 def run(request: pytest.FixtureRequest) -> Run:
-    begun, config, device = time.monotonic(), request.config, device_of(request.config)
+    started, config, device = time.monotonic(), request.config, device_of(request.config)
     if config.getoption("bench_threads"):
         torch.set_num_threads(config.getoption("bench_threads"))
     dtypes = sorted({dtype for sizes in grid_of(config).values() for dtype in sizes.dtypes})
@@ -101,7 +101,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     peaks = measure_peaks(device, dtypes, **large)
     machine = {**describe_machine(device), "peaks": peaks._asdict()}
     result = ResultFile(config.getoption("bench_output"), "gpu" if device == "cuda" else "cpu", machine)
-    config.stash[RUN] = Run(peaks, result, {}, set(), begun)
+    config.stash[RUN] = Run(peaks, result, {}, set(), started)
     return config.stash[RUN]
 
 
@@ -138,7 +138,7 @@ def record(request, benchmark, run: Run, case: Case, visit: int) -> Callable[[Ca
     if visit and test not in run.short:
         pytest.skip("the first visit was long enough")
     start, limit = time.monotonic(), request.config.getoption("bench_seconds")
-    if limit is not None and start - run.begun > limit:
+    if limit is not None and start - run.started > limit:
         pytest.skip("no time left")
 
     def record(function: Callable[[], list[Row]]) -> None:

@@ -25,10 +25,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit with its exit code; errors become one line, as :func:`~pruneattn.cli.run_command` says.
+    """Run a command and exit with its exit code; errors become one line, see :func:`~pruneattn.cli.run_command`.
 
     Args:
-        argv: the words after ``pruneattn``; None: those of the command line.
+        argv: the words after ``pruneattn``; None: the words of the command line.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     run_command(lambda: _run(words))

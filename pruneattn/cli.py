@@ -58,7 +58,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         where = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{where}")
     except RuntimeError as error:
-        # torch's signal handler raises this in the main process, wherever it is, whoever reads the loader.
+        # torch's signal handler raises this anywhere in the main process, also in code that does not read the loader.
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         sys.exit(
@@ -115,7 +115,7 @@ def open_checkpoint(args: argparse.Namespace, dataset: str) -> PrunedViT:
 
 
 def add_data_options(parser: Options, split: str = "test") -> None:
-    """Add the options that ``open_dataset`` reads, in a group of their own.
+    """Add the options that ``open_dataset`` reads, in a separate group.
 
     Args:
         parser: parser of the command.
@@ -181,7 +181,7 @@ def add_keep_rate_option(
     """Add ``--keep-rate``: the keep-rate that the model runs at. The parser must be a ``CommandParser``.
 
     The parsed value is None, a number, a tuple of numbers (given as one word, ``0.9,0.7,0.5``) or a list of numbers
-    (given as several words, ``0.9 0.7 0.5``). ``model.set_keep_rate`` takes all but None.
+    (given as several words, ``0.9 0.7 0.5``). ``model.set_keep_rate`` accepts all of these except None.
     """
     parser.add_argument(_KEEP_RATE, type=_parse_joined, metavar="R", help=text)
 
@@ -191,7 +191,7 @@ def add_keep_rates_option(parser: Options, default: Sequence[float], per_block: 
 
     Args:
         parser: parser or group.
-        default: keep-rates of the sweep where none are given.
+        default: keep-rates of the sweep if none are given.
         per_block: accept ``0.9,0.7,0.5``, one number for each pruning block, as a keep-rate of the sweep: a tuple.
     """
     each = ", or one for each pruning block as 0.9,0.7,0.5" if per_block else ""
@@ -245,7 +245,7 @@ def add_output_option(parser: Options, metavar: str, text: str, **settings: Any)
 
 
 def add_format_option(parser: Options, choices: Iterable[str], text: str) -> None:
-    """Add ``--format``, which must be given, with its choices and a help text."""
+    """Add ``--format``, which is required, with its choices and a help text."""
     parser.add_argument("--format", required=True, choices=tuple(choices), help=text)
 
 

@@ -20,7 +20,7 @@ from .errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert as the command line says; returns the exit code."""
+    """Convert a checkpoint with these command-line arguments, and return the exit code."""
     args = _parse(argv)
     # Imported after parsing, so that --help and invalid options answer quickly.
     from .checkpoints.save_checkpoint import save_checkpoint
@@ -41,7 +41,7 @@ def _check_output(checkpoint: str, weights: str | Path, output: Path) -> None:
     replaced = [path for path in output.iterdir() if path.exists()] if output.is_dir() else [output]
     inside = output.is_file() and Path(checkpoint).is_dir() and output.parent.samefile(checkpoint)
     if inside or any(path.samefile(weights) for path in replaced):
-        raise UserError(f"{output} is part of the checkpoint {checkpoint}, which is not changed; choose another place")
+        raise UserError(f"{output} is part of the checkpoint {checkpoint} and is not overwritten; choose another path")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """Error for a name that is not known, with the most similar known name and all of them.
+    """Error for an unknown name. The message has the most similar known name, and all known names.
 
     Args:
         kind: kind of thing that the name stands for, such as ``"dataset"``.

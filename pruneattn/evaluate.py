@@ -47,7 +47,7 @@ KEEP_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate as the command line says; returns the exit code."""
+    """Evaluate a checkpoint with these command-line arguments, and return the exit code."""
     args = _parse(argv)
     device = distributed.start(args.device)
     try:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [_row(*columns, dense, context["metric"]) for columns in zip(keep_rates, scores, macs, strict=True)]
         unread = [*failed, *((str(path), "listed, but the file does not exist") for path in dataset.missing)]
         save = partial(save_table, output, rows, context, dataset.labels, [one["per_class"] for one in scores], unread)
-        save()  # before the timing, which may take longer than everything so far, and may fail
+        save()  # before the timing, which may take longer than all previous work, and may fail
         try:
             if args.rounds:
                 _add_speed(rows, context, model.to(device), keep_rates, device, args)
@@ -163,7 +163,7 @@ def score_keep_rates(
     from .data import FeatureExtractor, make_loader
 
     if model.features is None:
-        raise UserError("the model does not say how to compute its features: set model.features, a FeatureConfig")
+        raise UserError("the features of the model are unknown: set model.features to a FeatureConfig")
     loader = make_loader(
         dataset, batch_size, train=False, workers=workers, rank=distributed.rank(), world=distributed.world_size()
     )

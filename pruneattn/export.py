@@ -27,7 +27,7 @@ from .runtime.inference import AMP_DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export as the command line says; returns the exit code."""
+    """Export a checkpoint with these command-line arguments, and return the exit code."""
     args = _parse(argv)
     device = distributed.start("cpu" if args.format == "onnx" else args.device)
     model = open_checkpoint(args, args.dataset).to(device)

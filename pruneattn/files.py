@@ -29,7 +29,7 @@ TEXT: TextOptions = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path next to ``path``. When the block ends without an error, its file replaces ``path`` in one
+    """Yield a temporary path next to ``path``. When the block ends without an error, its file replaces ``path`` in one
     step.
 
     ::
@@ -54,7 +54,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         if target.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder; give the name of a file")
+            raise UserError(f"cannot write {path}: it is a folder; use the name of a file")
         with open(temporary, "xb") as file:
             mode = os.fstat(file.fileno()).st_mode  # of the umask; safetensors creates files as 0600
         yield temporary
@@ -92,7 +92,7 @@ def atomic_write_all(folder: str | os.PathLike[str], names: Iterable[str]) -> It
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another place") from error
+        raise UserError(f"cannot create the folder {folder}: {error.strerror}; choose another folder") from error
     with ExitStack() as files:
         yield {name: files.enter_context(atomic_write(folder / name)) for name in names}
 

@@ -25,7 +25,7 @@ def evaluate_predictions(logits: Any, targets: Any, multilabel: bool) -> Metrics
     Args:
         logits: ``[N, K]`` tensor or array, any float type: the model's raw outputs.
         targets: ``[N, K]`` tensor or array; a clip has a label where its value is above 0.5.
-        multilabel: whether a clip may have several labels. If so, each class is scored on its own (sigmoid), else the
+        multilabel: whether a clip may have several labels. If so, each class is scored separately (sigmoid), else the
             classes compete (softmax). This decides how the scores of different clips compare.
 
     Returns:

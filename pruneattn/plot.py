@@ -45,7 +45,7 @@ def plot_kept_patches(
     sounding: int | None = None,
     start: float = 0.0,
 ) -> Figure:
-    """The spectrogram of the model's input, and the patches that are left after each pruning stage.
+    """The spectrogram of the model's input, and the patches that remain after each pruning stage.
 
     Args:
         fbank: ``[frames, 128]`` log-mel array, normalized or not.
@@ -57,7 +57,7 @@ def plot_kept_patches(
         start: time in seconds of the first frame in the clip.
 
     Returns:
-        matplotlib ``Figure``. It belongs to no window and no global state, so it needs no closing.
+        matplotlib ``Figure``. It is not part of a window or of global state, so it need not be closed.
     """
     Figure = matplotlib_figure()
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -154,7 +154,7 @@ def mel_bin(hertz: float) -> float:
 
 
 def matplotlib_figure() -> type[Figure]:
-    """matplotlib's ``Figure``. Figures made from it belong to no window and no global state, so they need no closing.
+    """matplotlib's ``Figure``. Its figures are not part of a window or of global state, so they need not be closed.
 
     Raises:
         UserError: matplotlib is not installed.

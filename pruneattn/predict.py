@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Predict as the command line says; returns the exit code of ``write_labels``."""
+    """Label clips with these command-line arguments, and return the exit code of ``write_labels``."""
     args = _parse(argv)
     device = distributed.start(args.device)
     model = open_model(args)
@@ -80,7 +80,7 @@ def open_model(args: argparse.Namespace) -> PrunedViT:
 
 
 def describe_labels(model: PrunedViT, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the labels depend on, for ``LabelFile``. ``model`` is the one of ``open_model``."""
+    """Everything that the labels depend on, for ``LabelFile``. ``model`` is the result of ``open_model``."""
     return {
         "pruneattn": VERSION,
         "checkpoint": str(args.checkpoint),
@@ -93,7 +93,7 @@ def describe_labels(model: PrunedViT, args: argparse.Namespace) -> dict[str, Any
 
 
 def make_labeler(model: PrunedViT, device: torch.device, args: argparse.Namespace) -> Labeler:
-    """Make the ``Labeler`` of the options of ``add_label_options``. ``model`` is the one of ``open_model``."""
+    """Make the ``Labeler`` of the options of ``add_label_options``. ``model`` is the result of ``open_model``."""
     model, amp = optimized(model, device, args.amp)
     return Labeler(
         model, device, amp=amp, batch_size=args.batch_size, overlap=args.overlap, top_k=args.top_k, windows=args.windows

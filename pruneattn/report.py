@@ -164,7 +164,7 @@ def markdown_lines(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]])
     """Lines of a Markdown table that is readable in a terminal.
 
     Args:
-        columns: ``(head, key, format)`` of each column; ``format`` makes text of a value. None becomes a dash.
+        columns: ``(head, key, format)`` of each column; ``format`` converts a value to text. None becomes a dash.
         rows: dicts of values.
     """
 

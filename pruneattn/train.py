@@ -7,7 +7,7 @@ machine::
         --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m pruneattn.train ... --resume
 
 When a process dies, torchrun restarts all processes. With --resume they resume from the last checkpoint, or start the
-run if there is none yet. --save-minutes limits how much work can be lost. With ``--nnodes 1:2`` the run continues on
+run if there is none yet. --save-minutes limits the work that can be lost. With ``--nnodes 1:2`` the run continues on
 one machine when the other is lost. Each optimizer step uses the same clips with any number of processes.
 """
 
@@ -21,7 +21,7 @@ from .training.options import parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says. Returns the exit code: 0, or 128 + the number of the signal that stopped it."""
+    """Train with these command-line arguments. Return 0, or 128 + the number of the signal that stopped the run."""
     options, recipe = parse(argv)
     # Imported after parsing, so that --help and invalid options answer quickly.
     from .runtime import distributed

@@ -56,7 +56,7 @@ def main():
 
 
 def run(command, options):
-    """Run a command of pruneattn like in a shell."""
+    """Run a command of pruneattn as in a shell."""
     print(f"\n$ pruneattn {command} {options}", flush=True)
     done = subprocess.run([sys.executable, "-m", "pruneattn", command, *options.split()], cwd=ROOT)
     if done.returncode:

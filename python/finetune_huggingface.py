@@ -60,7 +60,7 @@ except ImportError as error:
 
 
 class KeepRateSchedule(TrainerCallback):
-    """Sets the keep-rate at the start of every epoch, and prints it with the duration at the end of the epoch."""
+    """Set the keep-rate at the start of every epoch, and print it with the duration at the end of the epoch."""
 
     def __init__(self, target, start, shrink_epochs):
         self.at = lambda epoch: keep_rate_at(epoch, target, start, shrink_epochs)
@@ -173,7 +173,7 @@ def open_config(args):
     except (OSError, ValueError) as error:
         raise UserError(f"--model {args.model}: {str(error).splitlines()[0]}") from None
     if config.model_type != "audio-spectrogram-transformer" or config.num_mel_bins != 128:
-        raise UserError(f"--model {args.model}: this is no AST for 128 mel bins, but {config.model_type}")
+        raise UserError(f"--model {args.model}: this is not an AST for 128 mel bins, but {config.model_type}")
     return config
 
 
@@ -192,7 +192,7 @@ def make_model(args, config, dataset):
     missing = [name for name in report["missing_keys"] if not name.startswith("classifier.")]
     if missing:
         names = ", ".join(sorted(missing)[:4])
-        raise UserError(f"--model {args.model} has no weights for {names}: this is no complete AST")
+        raise UserError(f"--model {args.model} has no weights for {names}: this is not a complete AST")
     return shortened(model, args.frames)
 
 
@@ -329,7 +329,7 @@ def parse(argv):
         option(model, name, f"with --size: {text} (default: that of the size)", type=int, metavar="N")
 
     pruning = parser.add_argument_group("pruning")
-    option(pruning, "keep-rate", "fraction of the patches that each pruning block keeps in the end", 0.7, type=float)
+    option(pruning, "keep-rate", "final fraction of the patches that each pruning block keeps", 0.7, type=float)
     pruning.add_argument(
         "--prune-blocks",
         type=int,
@@ -364,12 +364,12 @@ def parse(argv):
     option(run, "weight-decay", "weight decay of matrices", 0.01, type=float)
     option(run, "noise", "noise and a shift of up to 10 frames in training", True, action=BooleanOptionalAction)
     option(run, "amp", "precision of the model", "fp32", choices=("fp32", "bf16", "fp16"))
-    option(run, "seed", "seed of everything random", 0, type=int)
+    option(run, "seed", "seed of all random numbers", 0, type=int)
     args = parser.parse_args(argv)
     check_least(args, shrink_start=0, shrink_epochs=0, epochs=1, batch_size=1, warmup_steps=0, workers=0)
     for name in ("embed_dim", "depth", "num_heads"):
         if args.model and getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} is for --size: a pretrained model has its own")
+            raise UserError(f"--{name.replace('_', '-')} applies only with --size: a pretrained model has its own size")
     if args.keep_rate < 1 and args.shrink_start + args.shrink_epochs >= args.epochs:
         raise UserError(
             f"the keep-rate reaches {args.keep_rate} only in epoch {args.shrink_start + args.shrink_epochs} (from 0; "

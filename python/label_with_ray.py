@@ -51,10 +51,10 @@ def label(args, paths):
         raise UserError("labeling with Ray needs ray, which is not installed: pip install 'pruneattn[ray]'") from None
     if not paths:
         return
-    ray.data.DataContext.get_current().enable_progress_bars = False  # write_labels has one
+    ray.data.DataContext.get_current().enable_progress_bars = False  # write_labels has a progress bar
     blocks = min(10_000, math.ceil(len(paths) / TASK_CLIPS))
     clips = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=blocks)
-    # With more tasks than actors at once, Ray does not fuse decoding into the actors.
+    # With more tasks than actors at the same time, Ray does not fuse decoding into the actors.
     tasks = ray.data.TaskPoolStrategy(size=max(blocks, args.actors + 1))
     decoded = clips.map_batches(decode_batch, batch_size=args.batch_size, compute=tasks, num_cpus=1)
     # Ray Data restarts a lost actor and repeats its batch by default.

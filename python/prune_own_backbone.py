@@ -17,7 +17,7 @@ from pruneattn import UserError, ops
 from pruneattn.adapters import BlockView, Trunk, register_family
 from pruneattn.adapters.checks import expect_parts
 from pruneattn.report import markdown_lines
-from pruneattn.runtime.timing import rounds_side_by_side
+from pruneattn.runtime.timing import interleaved_rounds
 
 
 class SpectrogramEncoder(nn.Module):
@@ -51,7 +51,7 @@ class EncoderLayerView(BlockView):
         expect_parts(block, path, parts)
         expect_parts(block.self_attn, f"{path}.self_attn", ("in_proj_weight", "out_proj"), ("in_proj_bias",))
         if not block.self_attn.batch_first:
-            raise UserError(f"{path}.self_attn: pruning needs tokens as [B, N, C]: make it with batch_first=True")
+            raise UserError(f"{path}.self_attn: pruning needs tokens as [B, N, C]: create it with batch_first=True")
 
     @property
     def dim(self):
@@ -135,7 +135,7 @@ def main(argv=None):
         if score is not None:
             pruneattn.prune(model, keep_rate=args.keep_rate, score=score)
         variants[name] = torch.inference_mode()(lambda model=model: model(fbank))
-    seconds = {name: median(rounds) for name, rounds in rounds_side_by_side(variants, "cpu", args.rounds).items()}
+    seconds = {name: median(rounds) for name, rounds in interleaved_rounds(variants, "cpu", args.rounds).items()}
     rows = [{"score": name, "ms": 1000 * s, "saving": 1 - s / seconds["unpruned"]} for name, s in seconds.items()]
     columns = [("score", "score", str), ("ms per call", "ms", "{:.0f}".format), ("saving", "saving", "{:.1%}".format)]
     print("\n".join(markdown_lines(columns, rows)))

@@ -13,7 +13,7 @@ from pruneattn.data import DATASETS, FeatureConfig, FeatureExtractor, load_datas
 torch.manual_seed(0)
 torch.set_grad_enabled(False)  # everything except optimize_for_inference also runs with gradients
 
-# Sounds: one of each class of the synthetic dataset. pruneattn.data.load_audio("clip.wav") reads your own.
+# Sounds: one of each class of the synthetic dataset. pruneattn.data.load_audio("clip.wav") reads your own sounds.
 toy = load_dataset("toy", "test")
 clips = [toy.read(number) for number in range(toy.num_classes)]  # float32 [L] at 16 kHz, of different lengths
 waves = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)  # [10, longest L]
@@ -30,11 +30,11 @@ logits = model(fbank)  # [10, 10]: clips, classes
 # The kept patches: their numbers and scores at each pruning block, and their positions.
 trace = pruneattn.trace(model, fbank)
 print(f"patches kept: {model.num_patches} -> {' -> '.join(str(kept.shape[1]) for kept in trace.kept)}")
-best = trace.kept[1][0, trace.scores[2][0].argmax()]  # in the first clip, of those that entered the third block
+best = trace.kept[1][0, trace.scores[2][0].argmax()]  # in the first clip, among the input patches of the third block
 time, mel = model.patch_position(best)  # column of 16 frames, row of 16 mel bins
 print(f"the first clip's best patch: {0.16 * time:.2f} to {0.16 * (time + 1):.2f} s, mel bins from {16 * mel}\n")
 
-# Multiply-accumulates of a clip at any keep-rate, without changing the model: by the paper's count, and those computed.
+# Multiply-accumulates of a clip at any keep-rate, without changing the model: by the paper's count, and as computed.
 for keep_rate in (1.0, 0.7, (0.9, 0.6, 0.4)):  # one number, or one per pruning block
     macs = pruneattn.count_macs(model, keep_rate)
     print(f"keep-rate {keep_rate}: {macs.paper / 1e9:.3f} GMACs per clip, {macs.computed / 1e9:.3f} computed")

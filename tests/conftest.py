@@ -31,7 +31,7 @@ def cuda_allocations():
 
 @pytest.fixture(autouse=True)
 def marked(request):
-    """Warns about tests that use a CUDA device without the mark ``device``, which `make gpu` would not run."""
+    """Warn about tests that use a CUDA device without the mark ``device``, which `make gpu` would not run."""
     before = cuda_allocations()
     yield
     if cuda_allocations() > before and request.node.get_closest_marker("device") is None:

@@ -14,7 +14,7 @@ from pruneattn.cli import CommandParser, add_keep_rate_option, add_keep_rates_op
 from pruneattn.constants import VERSION
 
 PACKAGE = Path(pruneattn.__file__).parent
-#: Made from the fields of dataclasses, together with the parser that reads --model and --dataset before.
+#: Its options come from the fields of dataclasses. A separate parser reads --model and --dataset first.
 GENERATED = PACKAGE / "training" / "options.py"
 
 
@@ -176,7 +176,7 @@ def test_a_keep_rate_is_one_number_or_one_for_each_block(words, keep_rate):
 
 
 @pytest.mark.parametrize("value", ["half", "0.9,", "0.9,x"])
-def test_a_keep_rate_that_is_no_number_is_an_error(value, capsys):
+def test_a_keep_rate_that_is_not_a_number_is_an_error(value, capsys):
     parser = CommandParser()
     add_keep_rate_option(parser)
     with pytest.raises(SystemExit):

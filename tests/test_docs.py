@@ -1,4 +1,4 @@
-"""The documentation says what is so: its code runs and prints what stands there, its commands and files exist."""
+"""The documentation is correct: its code runs and prints the documented output, and its commands and files exist."""
 
 import contextlib
 import importlib
@@ -47,7 +47,7 @@ def run(name):
 
 
 def assert_same(expected, printed):
-    """The words are the same, and the numbers but for rounding: kernels of other machines add up in another order."""
+    """Words are equal, and numbers are equal up to rounding: kernels of other machines add in another order."""
     assert _NUMBER.sub("#", printed) == _NUMBER.sub("#", expected), f"printed:\n{printed}"
     numbers = [[float(number) for number in _NUMBER.findall(text)] for text in (printed, expected)]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-2, abs=1e-3), f"printed:\n{printed}"
@@ -80,13 +80,13 @@ def quotations():
 
 
 @pytest.mark.parametrize("name, title, text", list(quotations()))
-def test_quoted_code_stands_in_its_file(name, title, text):
+def test_quoted_code_is_in_its_file(name, title, text):
     path = re.fullmatch(r'title="(.+)"', title)[1]
     assert text in (ROOT / path).read_text(encoding="utf-8"), f"{name}: not in {path}:\n{text}"
 
 
 def commands_of(name):
-    """The command lines of a page's shell blocks, as lists of words; a loop's first turn, other variables as 1."""
+    """A page's shell commands as lists of words. Loops have their first value, other variables are 1."""
     for language, _, text in blocks_of(name):
         if language == "bash":
             text = text.replace("\\\n", " ")
@@ -102,7 +102,7 @@ COMMANDS["analyze"] = "pruneattn.analysis"
 
 
 def python_commands():
-    """Page, module or script, and arguments of the commands that are ours."""
+    """Page, module or script, and arguments of the commands of this package."""
     for name in TEXTS:
         for words in commands_of(name):
             if words[:1] == ["pruneattn"] and len(words) > 1 and words[1] in COMMANDS:
@@ -114,7 +114,7 @@ def python_commands():
                     program, *arguments = arguments
             else:
                 continue
-            if "--" in arguments:  # what follows goes to training
+            if "--" in arguments:  # the arguments after it are those of training
                 cut = arguments.index("--")
                 yield pytest.param(name, "pruneattn.train", arguments[cut + 1 :], id=f"{name}: {program} --")
                 arguments = arguments[:cut]
@@ -129,7 +129,7 @@ def test_commands_take_these_options(name, program, arguments, load_file, capsys
             return  # a script without options, which loading it would run
         try:
             main = load_file(ROOT / program).main
-        except SystemExit as error:  # an example for those who have a library
+        except SystemExit as error:  # the example needs a library that is optional
             if "is not installed" not in str(error):
                 raise
             pytest.skip(str(error))
@@ -138,13 +138,13 @@ def test_commands_take_these_options(name, program, arguments, load_file, capsys
         main = getattr(module, "main", None) or importlib.import_module(f"{program}.__main__").main
     if not inspect.signature(main).parameters:
         return  # takes no options
-    # Parsers read from left to right: values are checked before they come to --help, unknown options are not.
+    # Parsers read from left to right: they check values before they reach --help, but not unknown options.
     with pytest.raises(SystemExit) as left:
         main([*arguments, "--help"])
     printed = capsys.readouterr()
     assert left.value.code == 0, printed.err
     for option in (word for word in arguments if word.startswith("--")):
-        assert re.search(rf"(?<![\w-]){option}(?![\w-])", printed.out), f"{option} is no option of {program}"
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", printed.out), f"{option} is not an option of {program}"
 
 
 def test_make_targets_exist():
@@ -182,13 +182,13 @@ def test_documented_arguments_are_taken(package):
             assert {*described} <= {*inspect.signature(thing).parameters}, name
 
 
-def test_drawings_are_what_their_script_draws(load_file):
+def test_drawings_equal_the_output_of_their_script(load_file):
     for name, draw in load_file(ROOT / "docs/tools/drawings.py").DRAWINGS.items():
         there = (ROOT / f"docs/figures/{name}.svg").read_text(encoding="utf-8")
         assert there == draw().svg(), "run python docs/tools/drawings.py"
 
 
-def test_sections_of_the_readme_are_whole(load_file):
+def test_sections_of_the_readme_are_complete(load_file):
     section = load_file(ROOT / "docs/tools/hooks.py").readme_section
     headings = [heading for text in TEXTS.values() for heading in re.findall(r"<!-- readme: (.+) -->", text)]
     for heading in headings:

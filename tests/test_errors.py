@@ -43,7 +43,7 @@ def test_ctrl_c_is_one_line(capsys):
     "message",
     ["DataLoader worker (pid 7) is killed by signal: Killed. ", "DataLoader worker (pid(s) 7) exited unexpectedly"],
 )
-def test_a_lost_worker_is_one_line(message):
+def test_a_lost_worker_is_reported_in_one_line(message):
     def lost():
         raise RuntimeError(message)
 

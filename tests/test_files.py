@@ -59,7 +59,7 @@ def test_permissions_follow_the_umask(tmp_path):
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_symbolic_link_stays_one(tmp_path):
+def test_a_symbolic_link_is_preserved(tmp_path):
     (tmp_path / "real").mkdir()
     link = tmp_path / "last.pt"
     link.symlink_to(tmp_path / "real" / "last.pt")
@@ -114,7 +114,7 @@ def test_several_files_are_replaced_together(tmp_path):
     with pytest.raises(KeyError), atomic_write_all(folder, ["a", "b", "c"]) as temporary:
         fail(temporary)
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"a": "a", "b": "b"}
-    message = "cannot make the folder .*a: .*; choose another place"
+    message = "cannot create the folder .*a: .*; choose another folder"
     with pytest.raises(UserError, match=message), atomic_write_all(folder / "a", ["x"]):
         pytest.fail("the block must not run")
 

@@ -74,7 +74,7 @@ class Imports(ast.NodeVisitor):
         self.found.add(".".join(parts))
 
     def absolute(self, level, name):
-        """Absolute form of a name after so many dots."""
+        """Absolute form of a name that follows ``level`` dots."""
         if not level:
             return name
         base = self.base.split(".")
@@ -136,7 +136,7 @@ def find_circle(graph):
 
 
 def part_of(name):
-    """Subpackage of a file, or its own name if it is at the top. Each ``__main__`` is a part of its own."""
+    """Subpackage of a file, or its own name if it is at the top. Each ``__main__`` is a separate part."""
     parts = name.split(".")
     return name if parts[-1] == "__main__" else ".".join(parts[:2])
 
@@ -174,7 +174,7 @@ def files_at_the_top(root):
 
 
 def python_files(root):
-    """The Python files of a repository: tracked or new, but not ignored; in a source archive all but hidden ones."""
+    """The Python files of a repository: tracked or new, but not ignored; in an archive, all except hidden files."""
     listed = subprocess.run(
         ["git", "-C", root, "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
         capture_output=True,
@@ -202,10 +202,10 @@ def test_every_part_of_the_package_has_one_layer(graph):
     assert len(units) == len(set(units))
     parts = {"__main__" if name.endswith("__main__") else name.split(".")[1] for name in graph}
     assert parts <= {*units}, "give each new module or subpackage a layer"
-    assert {*units} - parts <= {"__main__"}, "remove the layer of what no longer exists"
+    assert {*units} - parts <= {"__main__"}, "remove the layers of files that no longer exist"
 
 
-def test_imports_are_found_at_all(graph):
+def test_imports_are_found(graph):
     assert {"pruneattn.models.blocks", "pruneattn.errors"} <= graph["pruneattn.models.vit"]
     assert "pruneattn.kernels.launch" in graph["pruneattn.ops.attention"]  # imported inside a function
     assert sum(map(len, graph.values())) > 200
@@ -305,7 +305,7 @@ def test_a_circle_of_files_is_found(package):
     assert find_circle(graph) == names
 
 
-def test_a_circle_of_subpackages_without_one_of_files_is_found(package):
+def test_a_circle_of_subpackages_without_a_circle_of_files_is_found(package):
     files = {"models/a": "from ..ops import b", "ops/b": "", "ops/c": "from ..models import d", "models/d": ""}
     graph, _ = package(**files)
     assert not find_circle(graph)

@@ -66,7 +66,7 @@ def parse_resources(report: str) -> list[Usage]:
 
 
 def serialized(report: str) -> list[str]:
-    """Lines of a report which say that ptxas serializes wgmma instructions: remarks C7500 to C7599."""
+    """Lines of a report that say that ptxas serializes wgmma instructions: remarks C7500 to C7599."""
     return [line for line in report.splitlines() if re.search(r"\(C75\d\d\)|wgmma.*serialized", line)]
 
 

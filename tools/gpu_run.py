@@ -89,7 +89,7 @@ def commands(
     """
     pytest = [sys.executable, "-m", "pytest"]
     parallel = ["-n", str(min(os.cpu_count(), MOST_WORKERS))] if find_spec("xdist") else []
-    # Without pytest-benchmark, bench/conftest.py does the same measurements.
+    # Without pytest-benchmark, bench/conftest.py makes the same measurements.
     only = ["--benchmark-only"] if find_spec("pytest_benchmark") else []
     in_time = [f"--bench-seconds={BENCH_SECONDS}"] if limited else []
     files = [f"bench/cases/bench_{name}.py" for name in BENCHMARKS]

@@ -129,7 +129,7 @@ def _is_cuda(architecture: str) -> bool:
 
 
 def usage(compiled: Any) -> tuple[int, int]:
-    """Registers and spilled bytes of a compiled kernel, by its listing or by the disassembler in Triton's wheel."""
+    """Registers and spilled bytes of a compiled kernel, from its listing or from the disassembler in Triton's wheel."""
     if "amdgcn" in compiled.asm:
         names = ("vgpr_count", "vgpr_spill_count")
         registers, spilled = (int(re.search(rf"\.{name}: +(\d+)", compiled.asm["amdgcn"]).group(1)) for name in names)

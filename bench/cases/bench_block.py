@@ -1,4 +1,4 @@
-"""One pruning block: the whole block by each provider, and the parts of ours."""
+"""One pruning block: the whole block of each provider, and the parts of our block."""
 
 from functools import partial
 

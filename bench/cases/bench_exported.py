@@ -1,4 +1,4 @@
-"""Files of ``pruneattn.export_model`` compared with the original model. Only in the whole grid."""
+"""Files of ``pruneattn.export_model`` compared with the original model. Measured only in the whole grid."""
 
 import tempfile
 from functools import partial

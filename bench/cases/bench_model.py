@@ -1,4 +1,4 @@
-"""Whole models for inference: ours, pruned and unpruned, compared with the alternatives."""
+"""Whole models for inference: our models, pruned and unpruned, compared with the alternatives."""
 
 from functools import partial
 
@@ -124,8 +124,8 @@ def token_merging(subject, sizes):
 
 
 def _check_merging(subject, model, logits):
-    """Check that merging changes the logits, that the sizes add up, and that without merging the result is the unpruned
-    one.
+    """Check that merging changes the logits, that the sizes add up, and that without merging the result is that of the
+    unpruned model.
     """
     subject.check_shape(logits)
     subject.check()(MergingViT(model.model, 0)(subject.input))

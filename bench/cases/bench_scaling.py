@@ -1,6 +1,6 @@
-"""Time and memory by tokens and by batch: ours, compared with the whole softmax matrix. The report fits the exponents.
+"""Time and memory by tokens and by batch: our ops, compared with the whole softmax matrix.
 
-This benchmark measures providers of two other benchmarks at more sizes.
+The report fits the exponents. This benchmark measures providers of two other benchmarks at more sizes.
 """
 
 from bench.cases import bench_block, bench_column_mean_attention
@@ -15,7 +15,7 @@ EAGER = ("eager", PAPER)
 
 
 def providers(case, sizes):
-    """Ours with the default backend, and providers that store the whole softmax matrix if it fits into memory."""
+    """Our op with the default backend, and providers that store the whole softmax matrix if it fits into memory."""
     if case.subject == ATTENTION:
         found = bench_column_mean_attention.providers(case)
     else:

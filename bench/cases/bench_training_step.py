@@ -27,7 +27,7 @@ class Step:
         self.embedding = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
 
     def __call__(self):
-        """Return the loss, and the gradient of the patch embedding, which depends on those of all blocks."""
+        """Return the loss, and the gradient of the patch embedding, which depends on the gradients of all blocks."""
         self.optimizer.zero_grad(set_to_none=True)
         dtype = self.case.torch_dtype
         with torch.autocast(self.case.device, dtype, enabled=dtype != torch.float32):

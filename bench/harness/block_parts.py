@@ -23,8 +23,8 @@ def part_rows(
 ) -> list[Row]:
     """Measure each part of a block in interleaved rounds, unpruned and at a keep-rate.
 
-    ``saving`` is the fraction of the part's time that pruning removes. ``theory`` is the fraction of its MACs, for
-    parts that have MACs.
+    ``saving`` is the fraction of the part's time that pruning removes. ``theory`` is the same fraction of the part's
+    MACs, for parts that have MACs.
 
     Args:
         subject: model whose first block is measured.

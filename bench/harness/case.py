@@ -34,7 +34,7 @@ class Work(NamedTuple):
     Attributes:
         macs_paper: multiply-accumulates by the paper's count.
         macs_computed: multiply-accumulates of the matrix products that run.
-        bytes: bytes that must be read and written at least.
+        bytes: smallest number of bytes to read and write.
     """
 
     macs_paper: int | None = None
@@ -52,7 +52,7 @@ class Provider(NamedTuple):
         backend: variant of the implementation: ``"cpu"``, ``"compiled"``, ...
         keep_rate: fraction of the patches that each pruning block keeps. 1: unpruned. None: the case has no pruning.
         work: `Work` of a call.
-        why_not: why it cannot run.
+        why_not: the reason why it cannot run.
         part: part of the work, if the row is about one part only.
     """
 

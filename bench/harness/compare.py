@@ -54,10 +54,10 @@ def compare(
 
     The rounds of all providers of a case are interleaved, so a slower machine affects all of them. A time has changed
     if both the time itself and its ratio to the other providers of the case changed in the same direction. The second
-    ratio uses the median of the other libraries' ratios, or of all ratios if there are only ours. The smaller of the
-    two changes must exceed `LEAST_CHANGE`, and `SPREADS` times the root sum of squares of the two spreads. The spread
-    of a row is half of the range from the 20th to the 80th percentile, divided by the median. It is at least the median
-    spread of its file, because a few rounds can be equal by chance.
+    ratio uses the median of the other libraries' ratios, or of all ratios if the case has only our providers. The
+    smaller of the two changes must exceed `LEAST_CHANGE`, and `SPREADS` times the root sum of squares of the two
+    spreads. The spread of a row is half of the range from the 20th to the 80th percentile, divided by the median. It is
+    at least the median spread of its file, because a few rounds can be equal by chance.
 
     Args:
         old: ``(machine, rows)`` of the old result.
@@ -106,7 +106,7 @@ def compare(
 
 
 def _shift(pairs: Iterable[Pair]) -> float:
-    """Ratio by which the times of a case changed, whoever the provider is."""
+    """Ratio by which the times of all providers of a case changed."""
     ratios = [(old["provider"], new["p50_ms"] / old["p50_ms"]) for old, new in pairs]
     others = [ratio for provider, ratio in ratios if provider != "ours"]
     return median(others or [ratio for _, ratio in ratios])

@@ -10,7 +10,7 @@ import torch
 
 _SHORTEST_ROUND = 0.01  # seconds of calls in one round
 _MOST_CALLS = 50  # in one round
-_GRAPH_BELOW = 1e-3  # seconds; the time of shorter calls depends on how fast the host launches kernels
+_GRAPH_BELOW = 1e-3  # seconds; the time of shorter calls depends on the launch speed of the host
 
 Name = TypeVar("Name", bound=Hashable)
 Call = Callable[[], Any]

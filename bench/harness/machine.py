@@ -61,7 +61,7 @@ def measure_peaks(device: str, dtypes: Sequence[str], size: int = 2048, copied: 
         matrix = torch.randn(size, size, device=device).to(getattr(torch, dtype))
         variants[dtype] = lambda matrix=matrix: matrix @ matrix
     with torch.inference_mode():
-        best = {name: min(times) for name, times in timing.rounds_side_by_side(variants, device, 5).items()}
+        best = {name: min(times) for name, times in timing.interleaved_rounds(variants, device, 5).items()}
     return Peaks(2 * copied / best["copy"], {dtype: 2 * size**3 / best[dtype] for dtype in dtypes})
 
 
@@ -105,7 +105,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def _clocks(device: str) -> dict[str, Any]:
-    """Current clock frequencies in MHz by the driver or the system; on CUDA also the maximum ones."""
+    """Current clock frequencies in MHz by the driver or the system; on CUDA also the maximum frequencies."""
     if device == "cuda":
         return {
             name: _nvidia_smi(f"clocks.{name}") for name in ("current.sm", "max.sm", "current.memory", "max.memory")

@@ -15,7 +15,7 @@ from bench.harness.guards import WrongResult
 from bench.harness.machine import Peaks
 from bench.harness.memory import peak_growth
 from bench.harness.rows import Row, key_of, row_of
-from pruneattn.runtime.timing import rounds_side_by_side
+from pruneattn.runtime.timing import interleaved_rounds
 
 
 def measure_case(
@@ -26,7 +26,7 @@ def measure_case(
     hot: bool = False,
     seen: dict[tuple, list[float]] | None = None,
 ) -> list[Row]:
-    """Check and time the providers of a case. Providers with a wrong result are not timed; their rows say so.
+    """Check and time the providers of a case. Providers with a wrong result are not timed; their status is the reason.
 
     Args:
         case: the case.
@@ -87,7 +87,7 @@ def _clock(
 ) -> tuple[dict[int, list[float]], dict[int, str]]:
     if case.device == "cuda":
         return rounds_by_events(calls, rounds, hot, graphs=case.level in ("op", "block"))
-    return rounds_side_by_side(calls, case.device, rounds, called_before=True), dict.fromkeys(
+    return interleaved_rounds(calls, case.device, rounds, called_before=True), dict.fromkeys(
         calls, "wall clock, hot caches"
     )
 
@@ -98,7 +98,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def with_savings(rows: list[Row]) -> list[Row]:
-    """Fill ``saving``, ``theory`` and ``realised`` in the rows of a case that prune. Returns the same list."""
+    """Fill ``saving``, ``theory`` and ``realised`` in the rows of a case that prune. Return the same list."""
     dense = [row for row in rows if row["keep_rate"] == 1 and row["p50_ms"] is not None and row["macs_paper"]]
     if not dense:
         return rows

@@ -57,7 +57,7 @@ def op_providers(
     tolerance: float | None = None,
     unread: int = 0,
 ) -> list[Provider]:
-    """List the providers of an op: each of its backends, and alternatives.
+    """List the providers of an op: each of its backends, and the alternatives.
 
     Args:
         case: the case.

@@ -1,4 +1,4 @@
-"""Tables and figures of result files, and comparisons of two: ``python -m bench.harness.report``."""
+"""Tables and figures of result files, and comparisons of two result files: ``python -m bench.harness.report``."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     if args.compare:
         if len(args.results) != 2:
-            raise UserError(f"--compare needs two results, the old one and the new one, not {len(args.results)}")
+            raise UserError(f"--compare needs two results, the old and the new result, not {len(args.results)}")
         results = [read_result(path) for path in args.results]
         print("\n".join(comparison_text(compare(*results, args.different_devices))))
         return 0

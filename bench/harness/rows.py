@@ -16,9 +16,9 @@ Row = dict[str, Any]
 #: Increased when a column changes its name or its meaning.
 SCHEMA = 1
 
-#: What was run.
+#: The measured work.
 CASE = ("level", "subject", "device", "dtype", "batch", "tokens")
-#: Who ran it and how. `CASE` and `VARIANT` together identify a row.
+#: The provider and its settings. `CASE` and `VARIANT` together identify a row.
 VARIANT = ("provider", "backend", "keep_rate", "part")
 #: Measurements. Times, multiply-accumulates (MACs) and bytes are those of one call with its whole batch.
 #:
@@ -27,7 +27,7 @@ VARIANT = ("provider", "backend", "keep_rate", "part")
 #: - ``timing``: the clock; see `measure`
 #: - ``p20_ms``, ``p50_ms``, ``p80_ms``: percentiles of ``rounds`` rounds, interleaved over the providers of a case
 #: - ``macs_paper``: MACs by the paper's count; ``macs_computed``: MACs of the matrix products that run
-#: - ``bytes``: bytes that must be read and written at least
+#: - ``bytes``: smallest number of bytes to read and write
 #: - ``floor_ms``: the longer of two times: the computed MACs at the speed of a large matrix product, and the bytes at
 #:   the speed of a large copy, both measured in the same run
 #: - ``floor_share``: floor_ms / p50_ms; above 1 where caches are faster than the copy
@@ -137,7 +137,7 @@ def read_result(path: str | Path) -> tuple[dict[str, Any], list[Row]]:
     Raises:
         UserError: the file does not exist, is not a result of these benchmarks, or has another schema.
     """
-    remedy = "give the .json file that `pytest bench/ --benchmark-only` wrote"
+    remedy = "use the .json file that `pytest bench/ --benchmark-only` wrote"
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         schema, machine, rows = result["schema"], result["machine"], result["rows"]

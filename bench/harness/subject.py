@@ -20,7 +20,7 @@ from pruneattn.models.trace import Trace
 from pruneattn.runtime.inference import AMP_DTYPES, can_optimize
 
 #: Largest difference of logits of pruned models, relative to the largest logit. If two patches have equal scores up to
-#: rounding and the other one is kept, logits differ by about 0.01; if other patches are kept, by 0.2 and more.
+#: rounding and the other patch is kept, logits differ by about 0.01; if other patches are kept, by 0.2 and more.
 PRUNED_TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.15, torch.float16: 0.15}
 
 _AMP = {dtype or torch.float32: name for name, dtype in AMP_DTYPES.items()}
@@ -73,7 +73,7 @@ class Subject:
         self.use_input(torch.randn(case.batch, self.model.frames, MEL_BINS, device=case.device))
 
     def use_input(self, fbank: torch.Tensor) -> None:
-        """Replace the input by another one ``[B, frames, 128]``, float32."""
+        """Replace the input by another float32 input ``[B, frames, 128]``."""
         self.fbank, self.input = fbank, fbank.to(self.case.torch_dtype)
         self._expected: dict[float, Trace] = {}
 
@@ -140,7 +140,7 @@ class Subject:
         """Check logits of providers that choose other patches by design.
 
         Raises:
-            WrongResult: the shape is wrong, a number is not finite, or the logits are the unpruned ones.
+            WrongResult: the shape is wrong, a number is not finite, or the logits are those of the unpruned model.
         """
         dense = self.expected(1.0).logits
         if logits.shape != dense.shape or not logits.isfinite().all():

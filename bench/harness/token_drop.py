@@ -11,7 +11,7 @@ from pruneattn.models.scores import InputPruning
 
 
 class RandomDrop(InputPruning):
-    """Keeps random patches, drawn in every call. It has the cost of TopK and gather, but not of a score."""
+    """Keep random patches, drawn in every call. The cost is that of TopK and gather, without a score."""
 
     def __init__(self) -> None:
         super().__init__(statistic=None)
@@ -22,7 +22,7 @@ class RandomDrop(InputPruning):
 
 
 class StrideDrop(InputPruning):
-    """Keeps patches at regular intervals. It has the cost of gather only."""
+    """Keep patches at regular intervals. The cost is that of gather only."""
 
     def __init__(self) -> None:
         super().__init__(statistic=None)

@@ -85,8 +85,8 @@ def match(keys: torch.Tensor, r: int, extra: int) -> tuple[torch.Tensor, torch.T
     similarity[:, : (extra + 1) // 2] = -math.inf
     similarity[:, :, : extra // 2] = -math.inf
     best, partner = similarity.max(-1)  # [B, A]
-    gone = best.topk(r).indices  # [B, r]
-    return 2 * gone, 2 * partner.gather(1, gone) + 1
+    removed = best.topk(r).indices  # [B, r]
+    return 2 * removed, 2 * partner.gather(1, removed) + 1
 
 
 def merge(
@@ -102,14 +102,14 @@ def merge(
     Returns:
         Tokens ``[B, N - r, C]`` and sizes ``[B, N - r, 1]``.
     """
-    gone, into = pairs
+    removed, into = pairs
     batch, tokens, dim = x.shape
     size = x.new_ones(batch, tokens, 1, dtype=torch.float32) if size is None else size
     total = x * size  # float32 [B, N, C]
-    total = total.scatter_add(1, into.unsqueeze(-1).expand(-1, -1, dim), ops.gather_tokens(total, gone, 0))
-    size = size.scatter_add(1, into.unsqueeze(-1), size.gather(1, gone.unsqueeze(-1)))
-    stays = torch.ones(batch, tokens, device=x.device).scatter(1, gone, 0.0)
-    rows = ops.select_tokens(stays, tokens - gone.shape[1])  # [B, N - r]
+    total = total.scatter_add(1, into.unsqueeze(-1).expand(-1, -1, dim), ops.gather_tokens(total, removed, 0))
+    size = size.scatter_add(1, into.unsqueeze(-1), size.gather(1, removed.unsqueeze(-1)))
+    stays = torch.ones(batch, tokens, device=x.device).scatter(1, removed, 0.0)
+    rows = ops.select_tokens(stays, tokens - removed.shape[1])  # [B, N - r]
     size = ops.gather_tokens(size, rows, 0)
     return (ops.gather_tokens(total, rows, 0) / size).to(x.dtype), size
 

@@ -37,7 +37,7 @@ void select_clip(const float* scores, int64_t patches, int64_t keep, uint32_t* k
       above = count;
     }
   }
-  int64_t ties = keep - above;  // how many of the keys equal to the threshold are kept: the first ones
+  int64_t ties = keep - above;  // number of kept keys that are equal to the threshold: the first of them
   for (int64_t i = 0; i < patches; ++i) {
     if (keys[i] > threshold || (keys[i] == threshold && ties-- > 0)) *index++ = i;
   }

@@ -76,7 +76,7 @@ inline void store(bf16* p, Vec v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// Loads or stores the first `count` lanes. The other lanes are zero.
+// Loads or stores the first `count` lanes. All other lanes are zero.
 template <class T>
 Vec load_first(const T* p, int64_t count) {
   T lanes[kLanes] = {};

@@ -7,7 +7,7 @@
 // Numbers. T is float, Half or Bfloat16.
 //   float to_float(T x);                  exact
 //   T from_float<T>(float x);             rounds to nearest, ties to even; a NaN becomes the NaN 0x7fff
-//   uint32_t pack<T>(low, high);          rounds two floats into one register, the first one into the low half
+//   uint32_t pack<T>(low, high);          rounds two floats into one register, the first float into the low half
 //   float exp2_approximate(float x);      2^x within 2 ulp, 0 for a subnormal result and for -Inf, NaN for NaN
 //   float reciprocal_approximate(float x);  1 / x within 1 ulp
 //   float log2_approximate(float x);        log2(x) within about 2 ulp

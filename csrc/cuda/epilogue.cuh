@@ -1,4 +1,4 @@
-// The epilogue of attention in a pruning layer, for one clip by one block of kThreads threads: sums the partial
+// The epilogue of attention in a pruning block, for one clip by one block of kThreads threads: sums the partial
 // scores, selects the best patches and gathers their rows.
 #pragma once
 

@@ -20,7 +20,7 @@ void with_keys_per_thread(int64_t patches, F&& f) {
 }
 
 // Sums one value per warp, which is the same in all lanes of the warp, over the block. Consecutive calls must
-// alternate between two `slots`: a thread can still read those of the previous call.
+// alternate between two `slots`: a thread can still read the slots of the previous call.
 __device__ inline uint32_t sum_over_warps(uint32_t value, uint32_t (&slots)[kWarps]) {
   if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = value;
   __syncthreads();
@@ -125,7 +125,7 @@ __device__ void select_block(const float (&score)[kKeys], int patches, int keep,
       above = count;
     }
   }
-  const uint32_t ties = keep - above;  // how many of the keys equal to the threshold are kept: the first ones
+  const uint32_t ties = keep - above;  // number of kept keys that are equal to the threshold: the first of them
 
   // Counts of this warp: keys above the threshold in the high half, keys equal to it in the low half. Padding has key
   // 0, which is less than the threshold.

@@ -1,8 +1,8 @@
 // Matrix products in half precision with float32 accumulation, by the 4 warps that share 64 query rows: wgmma on GPUs
-// that have it (sm_90a), mma.sync on others.
+// that have it (sm_90a), mma.sync on all other GPUs.
 //
 // Accumulators: lane l of warp w holds rows 16 w + l / 4 and 16 w + l / 4 + 8, columns 8 j + 2 (l % 4) and the next
-// one:
+// column:
 //   acc[4 j], acc[4 j + 1]: the first row; acc[4 j + 2], acc[4 j + 3]: the second row.
 #pragma once
 

@@ -37,7 +37,7 @@ def register_family(find: _AnyFind) -> _AnyFind:
     Args:
         find: function that takes a model and returns its :class:`Trunk`, or None if the model is of another family. It
             should raise a ``UserError`` if the model is of the family, but has a part that pruning does not support.
-            The family that was registered last is tried first; timm's and Hugging Face's are tried last.
+            The last registered family is tried first; the families of timm and Hugging Face are tried last.
 
     Returns:
         ``find``, so that this can be a decorator.
@@ -97,7 +97,7 @@ def prune(
             "prune the encoder alone"
         )
     if blocks is not None and prune_blocks is not None:
-        raise UserError("prune_blocks: given together with its alias blocks: give only prune_blocks")
+        raise UserError("prune_blocks: cannot be used together with its alias blocks: use only prune_blocks")
     trunk = _trunk_of("prune", model)
     chosen = prune_blocks if blocks is None else blocks
     numbers = check_prune_blocks(trunk.prune_blocks if chosen is None else chosen, len(trunk.blocks))
@@ -130,7 +130,7 @@ def unprune(model: _Model) -> _Model:
             on the object. The model is not changed.
     """
     if isinstance(model, PrunedViT):
-        raise UserError("unprune: this model has pruning blocks of its own: model.set_keep_rate(1) keeps all patches")
+        raise UserError("unprune: this model was created with pruning blocks: model.set_keep_rate(1) keeps all patches")
     trunk, pruned = _trunk_of("unprune", model), pruned_blocks(model)
     for block in pruned:
         check_forward(block, block._pruneattn.path)
@@ -142,14 +142,14 @@ def unprune(model: _Model) -> _Model:
 
 def _trunk_of(caller: str, model: nn.Module) -> Trunk:
     """The part of a model that contains the blocks, described by the first family that recognizes it."""
-    # Hugging Face's models with a head name their trunk base_model; a trunk is its own.
+    # Hugging Face's models with a head have their trunk in base_model. The base_model of a trunk is the trunk itself.
     for candidate in (model, getattr(model, "base_model", None)):
         for find in _families:
             trunk = find(candidate)
             if trunk is not None:
                 return trunk
     raise UserError(
-        f"{caller}: {type(model).__name__} has no list of blocks that is known: looked for 'blocks' (timm), 'layers' "
+        f"{caller}: {type(model).__name__} has no known list of blocks: looked for 'blocks' (timm), 'layers' "
         "and 'encoder.layer' (Hugging Face) in it and in its 'base_model'. Pass the model itself, not a wrapper around "
         "it, or add its family with pruneattn.adapters.register_family"
     )

@@ -28,7 +28,7 @@ class BlockView(MultiHead):
     Attributes:
         block: the block.
         arguments: names of the supported arguments of the block's forward, in addition to the tokens. They are passed
-            through while every patch is kept. A pruned block rejects each that is neither None nor False.
+            through while every patch is kept. A pruned block rejects every argument that is neither None nor False.
     """
 
     arguments: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class BlockView(MultiHead):
 
     @property
     def head_dim(self) -> int:  # type: ignore[override]  # see above
-        """Channels of a head, D; H * D need not equal C."""
+        """Channels of a head, D; H * D can differ from C."""
         return self.dim // self.num_heads
 
     @property
@@ -92,7 +92,7 @@ class BlockView(MultiHead):
         raise NotImplementedError
 
     def finish(self, x: Tensor, attended: Tensor) -> Any:
-        """The rest of the block for some rows.
+        """Run the steps of the block after attention, for some rows.
 
         Args:
             x: the block's input ``[B, M, C]``.
@@ -144,7 +144,7 @@ class PrunedBlock(nn.Module):
     unpruned_arguments: tuple[str, ...]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The block's return value for the kept rows, ``[B, extra + keep, C]`` of them."""
+        """The block's return value for the kept rows ``[B, extra + keep, C]``."""
         own = self._pruneattn
         patches = x.shape[1] - own.extra_tokens
         keep = kept_patches(patches, own.keep_rate)
@@ -172,9 +172,9 @@ class PrunedBlock(nn.Module):
 
 
 def start_pruning(block: nn.Module, settings: BlockPruning) -> PrunedBlock:
-    """Make a block prune, in place, with these settings. Returns the block."""
-    vars(block).pop("forward", None)  # the class's own, by check_forward
-    unpruned: Any = type(block)  # mypy takes a type[Module] for unhashable, and the cache needs a hashable argument
+    """Make a block prune, in place, with these settings. Return the block."""
+    vars(block).pop("forward", None)  # equal to the method of the class, see check_forward
+    unpruned: Any = type(block)  # for mypy, type[Module] is not hashable, but the cache needs it
     block.__class__ = _pruned_class(unpruned)
     assert isinstance(block, PrunedBlock)
     block._pruneattn = settings
@@ -191,15 +191,15 @@ def stop_pruning(block: PrunedBlock) -> None:
 def check_forward(block: nn.Module, path: str) -> None:
     """Check that ``forward`` was not replaced on the object.
 
-    transformers 4.5x leaves the class's own ``forward`` on the object after it recorded hidden states. Any other one
-    would hide the ``forward`` of the new class, or be lost.
+    transformers 4.5x leaves the ``forward`` of the class on the object after it recorded hidden states. Any other
+    ``forward`` would hide that of the new class, or be lost.
 
     Args:
         block: the block.
         path: its name in the model, for messages.
 
     Raises:
-        UserError: the ``forward`` on the object is not the class's.
+        UserError: the ``forward`` on the object is not that of the class.
     """
     forward = vars(block).get("forward")
     if forward is not None and getattr(forward, "__func__", None) is not type(block).forward:
@@ -211,7 +211,7 @@ def check_forward(block: nn.Module, path: str) -> None:
 
 @functools.cache
 def _pruned_class(unpruned: type[Any]) -> type[PrunedBlock]:
-    """The class of blocks of the class ``unpruned`` that prune."""
+    """The class of pruning blocks that is derived from the class ``unpruned``."""
     own = {
         "unpruned_class": unpruned,
         "unpruned_arguments": tuple(inspect.signature(unpruned.forward).parameters)[2:],  # after self and the tokens
@@ -233,7 +233,7 @@ def _column_mean(q: Tensor, k: Tensor, v: Tensor, extra_tokens: int) -> Tensor:
 
 
 def _check_arguments(own: BlockPruning, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    # A mask has the size of all tokens, not of the kept ones.
+    # A mask has the size of all tokens, not of the kept tokens.
     given = [f"argument {place}" for place, value in enumerate(args, 1) if value is not None and value is not False]
     given += [name for name in own.view.arguments if kwargs.get(name) is not None and kwargs[name] is not False]
     if given:

@@ -42,7 +42,7 @@ def check_block(block: nn.Module, path: str, view: type[BlockView], extra_tokens
         raise
     except Exception as failure:  # a block of another library may raise anything
         raise UserError(f"{path}: a copy of the block could not be run alone, to check it: {failure}") from failure
-    # Rounding errors are far below this in every dtype; other arithmetic is far above it.
+    # Rounding errors are far below this limit in every dtype; differences in arithmetic are far above it.
     if not error < 0.03:
         raise UserError(
             f"{path} has the parts of a ViT's block, but combines them differently: its output differs by {error:.0%} "
@@ -54,12 +54,12 @@ def check_block(block: nn.Module, path: str, view: type[BlockView], extra_tokens
 def _difference(block: nn.Module, path: str, view: type[BlockView], extra_tokens: int) -> float:
     """Relative difference between the block and its pruning form, in the part that they add to their input."""
     block = copy.deepcopy(block).eval()
-    for module in block.modules():  # hooks expect the user's tokens, not random ones
+    for module in block.modules():  # hooks expect the user's tokens, not random tokens
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
     if any(parameter.is_meta for parameter in block.parameters()):
         block.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)  # does not change the global one
+    generator = torch.Generator().manual_seed(0)  # does not change the global generator
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
@@ -73,7 +73,7 @@ def _difference(block: nn.Module, path: str, view: type[BlockView], extra_tokens
     expected = _tokens(block(x)) - x
     pruned = start_pruning(block, BlockPruning(path, view, extra_tokens, make_pruning("cls"), 1.0))
     errors = []
-    for score in ("column_mean", "cls"):  # the first projects all rows at once, the second part by part
+    for score in ("column_mean", "cls"):  # column_mean projects queries, keys and values together, cls separately
         pruned._pruneattn.pruning = make_pruning(score)
         given = _tokens(pruned.forward_pruned(x, patches)) - x
         errors.append(((given - expected).float().norm() / expected.float().norm()).item())

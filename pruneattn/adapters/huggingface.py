@@ -21,7 +21,7 @@ def find(model: Any) -> Trunk | None:
     """Return the model's Trunk; None if it has neither ``layers`` nor ``encoder.layer``.
 
     Raises:
-        UserError: it has such blocks, but is not an AST.
+        UserError: it has one of the two, but is not an AST.
     """
     found = _find_blocks(model)
     if found is None:
@@ -114,7 +114,7 @@ class Block(BlockView):
         inner: Any = getattr(query, "out_features", None)
         for name in cls.names:
             expect_linear(getattr(attention, name), f"{path}.{name}", dim, inner)
-        expect_linear(view.projection, f"{path}: the projection after it", inner, dim)
+        expect_linear(view.projection, f"{path}: the projection after this module", inner, dim)
         if inner % heads:
             raise UserError(f"{path}.num_attention_heads: {heads} does not divide {inner} channels")
 

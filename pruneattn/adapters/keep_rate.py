@@ -1,4 +1,4 @@
-"""Keep-rates of any model that prunes: of ``create_model``, or changed by ``prune``."""
+"""Keep-rates of models that prune: models of ``create_model``, and models changed by ``prune``."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def find(model: Any) -> Trunk | None:
     class_token = getattr(model, "cls_token", None) is not None
 
     def guard() -> None:
-        # Set on the object, these hide the methods of the class.
+        # These attributes of the object hide the methods of the class.
         vars(model).update(dict.fromkeys(_GRID_METHODS, _reject_grid))
 
     def unguard() -> None:

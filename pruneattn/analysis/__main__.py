@@ -12,10 +12,10 @@ from .commands import ANALYSES
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Run an analysis; returns its exit code.
+    """Run an analysis, and return its exit code.
 
     Args:
-        argv: name of the analysis and its options; None: those of the command line.
+        argv: name of the analysis and its options; None: the words of the command line.
 
     Raises:
         UserError: there is no analysis of this name, or it cannot run.

@@ -96,13 +96,13 @@ def iterate_clips(analysis: Analysis, text: str) -> Iterator[Clips]:
 def example_indices(analysis: Analysis, count: int, match: Sequence[str] = ()) -> list[int]:
     """Choose clips to show, spread over the dataset and over the classes.
 
-    The clips are divided into ``count`` consecutive parts. Of each part, the first clip is chosen whose classes have
-    not been chosen yet, or the first clip if there is none.
+    The clips are divided into ``count`` consecutive parts. The first clip of each part whose classes have not been
+    chosen yet is chosen, or the first clip of the part if there is none.
 
     Args:
         analysis: model and dataset.
         count: number of clips; fewer are chosen if the dataset has fewer.
-        match: choose only clips whose path contains one of these texts; empty: from all clips.
+        match: choose only clips whose path contains one of these texts; empty: choose from all clips.
 
     Returns:
         Numbers of the chosen clips in the dataset, ascending.

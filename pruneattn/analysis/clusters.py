@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 #: Statistics that patches are grouped by, each of the normalized log-mel of a patch.
 STATISTICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"intensity": mean, "variation": standard_deviation}
-#: Colors of C1 to C5, from dark to light. They differ in gray, too, and for the color-blind (after viridis).
+#: Colors of C1 to C5, from dark to light. They also differ in gray and for color-blind readers (after viridis).
 COLORS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
 _MEANING = {"intensity": "mean", "variation": "standard deviation"}
-_STEP = 1e-4  # values that are closer than this count as one; a hundredth of a visible shift of a boundary
+_STEP = 1e-4  # closer values are counted as one value; a visible shift of a boundary is a hundred times larger
 
 
 class ValueCounts:
@@ -172,7 +172,7 @@ class Example(NamedTuple):
 
 
 def find_clusters(analysis: Analysis, statistic: str, examples: int = 3) -> tuple[Clusters, ValueCounts, list[Example]]:
-    """Cluster all patches of a dataset, including padding like the paper.
+    """Cluster all patches of a dataset, including padding, as in the paper.
 
     Args:
         analysis: model and dataset. Only the normalization and the shape of the model's input matter.

@@ -84,7 +84,7 @@ def measure_kendall(analysis: Analysis, clusters: Sequence[Clusters]) -> list[Ro
     means = Means()
     for batch in iterate_clips(analysis, "kendall"):
         with torch.inference_mode():
-            scores = trace(model, batch.fbank).scores  # per block [B, P]
+            scores = trace(model, batch.fbank).scores  # [B, P] of each block
         for i, one in enumerate(clusters):
             numbers = one.assign(one.values(model, batch.fbank))  # [B, P]
             for block in range(depth):

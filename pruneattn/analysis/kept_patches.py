@@ -116,7 +116,9 @@ def measure_kept(analysis: Analysis, count: int, match: Sequence[str] = ()) -> t
                 examples.append(Example(index, batch.fbank[row].cpu(), sounding, pauses[row].cpu(), grids, predicted))
     if not examples:
         path = analysis.dataset.clips[wanted[0]].path
-        raise UserError(f"{path} and the other clips to show could not be read: choose others with --match or --clips")
+        raise UserError(
+            f"{path} and the other clips to show could not be read: choose other clips with --match or --clips"
+        )
     rows = []
     patches = [model.num_patches, *(kept.shape[1] for kept in found.kept)]
     for stage, (name, kept_of_a_clip) in enumerate(zip(stage_names(model), patches, strict=True)):

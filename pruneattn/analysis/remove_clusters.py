@@ -123,8 +123,8 @@ def measure_removal(analysis: Analysis, clusters: Clusters, after_blocks: Collec
     Returns:
         One dict per depth and kind of removal: ``metric``, ``unpruned``, their ``difference`` with its standard error
         and p-value (paired t-test over clips, over classes for mAP), ``tokens_removed`` (mean fraction of the patches),
-        ``clips``, and ``clips_without_tokens``, the number of clips that lost every patch. These are counted in the
-        metric, too.
+        ``clips``, and ``clips_without_tokens``, the number of clips that lost every patch. The metric includes
+        these clips.
     """
     model = analysis.model
     multilabel = bool(model.multilabel)
@@ -163,7 +163,7 @@ def measure_removal(analysis: Analysis, clusters: Clusters, after_blocks: Collec
 
 
 def plot_removal(rows: Sequence[Row], title: str) -> Figure:
-    """Draw the metric by depth of removal: a line for the low clusters, one for the high clusters, one for unpruned.
+    """Draw the metric by depth of removal: lines for the low clusters, the high clusters and the unpruned model.
 
     Args:
         rows: rows of ``measure_removal``.

@@ -75,7 +75,7 @@ class Cell(NamedTuple):
 
 
 def make_cells(rankings: Sequence[str], keep_rates: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
-    """All cells of a table in the order of training: first the unpruned runs, from which the others branch."""
+    """All cells of a table in the order of training: first the unpruned runs, from which all other runs branch."""
     for rate in keep_rates:
         if not 0 < rate < 1:
             raise UserError(f"--keep-rates {rate:g}: must be above 0 and below 1; the unpruned model is always trained")
@@ -105,7 +105,7 @@ class Table:
         self._check_options(output / "options.json")
 
     def _check_options(self, path: Path) -> None:
-        """Reject a folder with runs of other options, which must not share a table."""
+        """Reject a folder with runs that have other options: they must not share a table."""
         ours = describe(*self.settings[self.cells[0]])
         if path.exists():
             changed = differences(json.loads(path.read_text(encoding="utf-8")), ours, ignore=_OF_A_CELL)

@@ -16,7 +16,7 @@ from ..models.scores import ADAPTED_SCORES
 from ..models.vit import PrunedViT
 
 CARD = "README.md"
-#: Last line of a card, with a digest of the lines before it. It must stay as it is: cards on disk end in it.
+#: Last line of a card, with a digest of the lines before it. It must not change, because cards on disk end in it.
 _MARK = "<!-- written by pruneattn, which replaces this file as long as nobody edits it: {} -->\n"
 
 #: How each library loads and calls the model.
@@ -59,7 +59,7 @@ def make_card(
 
     Args:
         model: a model of :func:`~pruneattn.create_model`.
-        description: features (required), labels, multilabel and extra values; the card leaves out unknown ones.
+        description: features (required), labels, multilabel and extra values; the card leaves out unknown values.
         library: library that loads the weights next to the card.
     """
     features = description.features
@@ -92,7 +92,7 @@ def make_card(
         score=score,
     )
     text = f"""---
-# license: yours to choose; https://huggingface.co/docs/hub/repositories-licenses
+# license: choose one; https://huggingface.co/docs/hub/repositories-licenses
 library_name: {library}
 pipeline_tag: audio-classification
 tags:
@@ -121,14 +121,14 @@ def write_card(
     multilabel: bool | None,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write a card as ``README.md``, atomically. A file that somebody else wrote or edited stays.
+    """Write a card as ``README.md``, atomically. A file of another origin or an edited card is kept.
 
     Args:
         folder: an existing folder.
         model: a model of :func:`~pruneattn.create_model`.
-        features: how waveforms become the model's input.
+        features: conversion of waveforms to the model's input.
         labels: name of each class; None if unknown.
-        multilabel: whether several classes can hold at once; None if unknown.
+        multilabel: whether a clip can have several classes; None if unknown.
         extra: further values for the card.
     """
     path = Path(folder) / CARD
@@ -139,7 +139,7 @@ def write_card(
 
 
 def may_replace(path: Path) -> bool:
-    """Whether `path` does not exist, or is a card that any version of pruneattn wrote and nobody edited."""
+    """Whether `path` does not exist, or is an unedited card of any version of pruneattn."""
     if not path.exists():
         return True
     try:
@@ -167,7 +167,7 @@ def _classes(labels: Sequence[str] | None, multilabel: bool | None) -> str:
 def _pruning(model: PrunedViT, score: str) -> str:
     blocks = zip(model.prune_blocks, model.keep_rates, strict=True)
     rates = ", ".join(f"{rate:g} in block {block}" for block, rate in blocks)
-    return f"score {score}; keep rate {rates} (blocks counted from 0)" if rates else "none"
+    return f"score {score}; keep-rate {rates} (blocks counted from 0)" if rates else "none"
 
 
 def _macs(model: PrunedViT) -> str:

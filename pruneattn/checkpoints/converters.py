@@ -1,4 +1,4 @@
-"""Checkpoint formats: how to recognize each one, and how its keys map to the model's.
+"""Checkpoint formats: the keys by which each format is recognized, and their mapping to the keys of the model.
 
 Each format is one table that works in both directions. :mod:`~pruneattn.checkpoints.load_checkpoint` maps the keys of
 other projects to those of the model, :mod:`~pruneattn.checkpoints.save_checkpoint` maps them back.
@@ -26,8 +26,8 @@ class Format:
         family: model family, ``"audiomae"`` or ``"ast"``.
         marks: keys that every checkpoint of this format has.
         renames: pairs (their key, our key). ``#`` stands for a number and ``*`` for any text, equal on both sides. If
-            several of their keys map to one of ours, they are parts of one tensor, in this order; for example query,
-            key and value are the parts of ``qkv``. Keys that match no pair are not used.
+            several of their keys map to one of our keys, they are parts of one tensor, in this order; for example
+            query, key and value are the parts of ``qkv``. Keys that match no pair are not used.
         prefix: text that all keys may lack at the front, as in a trunk that was saved without its head.
         absent: keys that no checkpoint of this format has.
         strided: whether checkpoints with a patch stride of 10 exist in this format.
@@ -158,7 +158,7 @@ AUDIOMAE_FINE_TUNED = Format(
     _AUDIOMAE,
     absent=("dist_token",),
 )
-#: Names of the modules, thus of ``state_dict()``, in transformers 5. Its files have the names of ``AST_HUGGING_FACE``.
+#: Names of the modules, and so the keys of ``state_dict()``, in transformers 5. Its files use ``AST_HUGGING_FACE``.
 AST_HUGGING_FACE_MODULES = Format(
     "AST, Hugging Face (module names of transformers 5)",
     "ast",
@@ -172,7 +172,7 @@ FORMATS = (
     AST_HUGGING_FACE,
     AST_HUGGING_FACE_MODULES,
     Format("AST, pruneattn", "ast", ("pos_embed", "dist_token", "head_norm.weight", QKV), _AST),
-    Format("AudioMAE, pre-trained", "audiomae", ("pos_embed", "mask_token", QKV), _AUDIOMAE, absent=("dist_token",)),
+    Format("AudioMAE, pretrained", "audiomae", ("pos_embed", "mask_token", QKV), _AUDIOMAE, absent=("dist_token",)),
     AUDIOMAE_FINE_TUNED,
 )
 
@@ -192,7 +192,7 @@ def detect_format(state: Mapping[str, torch.Tensor], path: str | Path) -> Format
         if key.endswith(("patch_embed.proj.weight", "projection.weight")) and value.dim() == 4 and value.shape[1] != 1:
             raise UserError(
                 f"{path}: {key} is {list(value.shape)}: patches of {value.shape[1]} channels, as in an image model, "
-                "but a spectrogram has 1; give a checkpoint that was trained on audio"
+                "but a spectrogram has 1; use a checkpoint that was trained on audio"
             )
     for format_ in FORMATS:
         if format_.fits(state):

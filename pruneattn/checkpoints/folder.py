@@ -33,7 +33,7 @@ def write_folder(
         folder: created if it does not exist.
         state: tensors by key.
         configs: contents of the JSON files by file name, including ``config.json``.
-        card: text of ``README.md``. A ``README.md`` that somebody else wrote or edited stays.
+        card: text of ``README.md``. A ``README.md`` of another origin or an edited card is kept.
         own: a key of ``config.json``. An existing ``config.json`` is replaced only if it has this key.
         metadata: further strings by key for the safetensors file.
 
@@ -42,7 +42,9 @@ def write_folder(
     """
     folder = Path(folder)
     if (folder / CONFIG).exists() and own not in _keys(folder / CONFIG):
-        raise UserError(f"{folder} holds a {CONFIG} of something else, such as a training run; choose another folder")
+        raise UserError(
+            f"{folder} contains another kind of {CONFIG}, for example of a training run; choose another folder"
+        )
     texts = {name: json.dumps(values, indent=2, ensure_ascii=False) + "\n" for name, values in configs.items()}
     if may_replace(folder / CARD):
         texts[CARD] = card

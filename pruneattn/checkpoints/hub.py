@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
-#: Files that say how to use the weights. They are downloaded into the folder of the weights.
+#: Files that describe the use of the weights. They are downloaded into the folder of the weights.
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^@\s]+)?")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -20,13 +20,13 @@ def is_hub_name(path: str | Path) -> bool:
 
 
 def download(name: str, weights: Sequence[str]) -> Path:
-    """Download the weights and configuration of a Hub repository into the local cache, unless they are there.
+    """Download the weights and configuration of a Hub repository into the local cache, unless the cache contains them.
 
     All files come from one commit. Only the cache is used if ``HF_HUB_OFFLINE=1`` or if the Hub does not answer.
 
     Args:
         name: ``user/name``, or ``user/name@revision`` with a branch, tag or commit.
-        weights: file names of weights; the first one that the repository has is downloaded.
+        weights: file names of weights; the first file that the repository has is downloaded.
 
     Returns:
         Path of the weights. The configuration files are in the same folder.
@@ -57,8 +57,8 @@ def download(name: str, weights: Sequence[str]) -> Path:
         raise UserError(f"{absent}, and {repository} on the Hugging Face Hub has no revision {revision}") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"{absent}, and no repository {repository} on the Hugging Face Hub, or a private one: correct the name, "
-            "or log in with `hf auth login`"
+            f"{absent}, and the Hugging Face Hub has no public repository {repository}: correct the name, or log in "
+            "with `hf auth login` if the repository is private"
         ) from error
     except errors.HFValidationError as error:
         raise UserError(f"{absent}, and not a valid name on the Hugging Face Hub ({_line(error)})") from error
@@ -74,7 +74,7 @@ def download(name: str, weights: Sequence[str]) -> Path:
             continue
         except errors.GatedRepoError as error:
             raise UserError(
-                f"{absent}, and {repository} on the Hugging Face Hub asks you to accept its terms: do so at "
+                f"{absent}, and {repository} on the Hugging Face Hub requires you to accept its terms: accept them at "
                 f"{constants.ENDPOINT}/{repository}, then log in with `hf auth login`"
             ) from error
         except (errors.HfHubHTTPError, OSError) as error:
@@ -84,8 +84,8 @@ def download(name: str, weights: Sequence[str]) -> Path:
         revision = Path(path).parent.name  # the folder of a snapshot is named after its commit: pin the other files
     if silence is None:
         raise UserError(
-            f"{absent}, and {repository} on the Hugging Face Hub holds none of {', '.join(weights)}; give the name of "
-            "a repository with its weights in one of these files"
+            f"{absent}, and {repository} on the Hugging Face Hub holds none of {', '.join(weights)}; use the "
+            "name of a repository with its weights in one of these files"
         )
     cache = f"not in the Hugging Face Hub's cache ({constants.HF_HUB_CACHE})"
     if constants.HF_HUB_OFFLINE:

@@ -72,7 +72,7 @@ def to_config(model: PrunedViT, description: Description) -> dict[str, Any]:
 
 
 def load_from_config(path: Path) -> PrunedViT | None:
-    """Create and load the model whose weights are `path`, pruned as ``pruneattn`` in ``config.json`` says.
+    """Create and load the model whose weights are `path`, pruned with the arguments ``pruneattn`` in ``config.json``.
 
     Args:
         path: weights of an ``ASTForAudioClassification``.
@@ -92,7 +92,7 @@ def load_from_config(path: Path) -> PrunedViT | None:
     try:
         model, labels, stride = _make(config)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{place}: an AST that cannot be made here ({error}); use another model") from error
+        raise UserError(f"{place}: pruneattn cannot build this AST ({error}); use another model") from error
     place = path.with_name(PREPROCESSOR)
     if not place.is_file():
         raise UserError(
@@ -131,7 +131,7 @@ def _make(config: Mapping[str, Any]) -> tuple[PrunedViT, list[str], int]:
             raise ValueError(f"{name} is {value!r}, not {' or '.join(map(repr, usable))}")
     names = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     labels = [names[str(number)] for number in range(len(names))]
-    pruning = {**config.get("pruneattn", {})}  # a TypeError, if it is no mapping
+    pruning = {**config.get("pruneattn", {})}  # a TypeError if it is not a mapping
     model = create_model(
         name_of_size("ast", width, depth) or "ast_base",
         num_classes=len(labels),

@@ -44,16 +44,16 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.format}, {len(self.converted)} tensors loaded"]
         if self.missing:
-            lines.append(f"  left at their initial values: {_listed(self.missing)}")
+            lines.append(f"  missing keys, left at their initial values: {_listed(self.missing)}")
         if self.unused:
-            lines.append(f"  not used: {_listed(self.unused)}")
+            lines.append(f"  unexpected keys, not used: {_listed(self.unused)}")
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, stride: int | None = None) -> LoadReport:
     """Load weights of any known format into a model: all of them, or none on an error.
 
-    Known formats are the official AST, pre-trained and fine-tuned AudioMAE (the authors', the paper's, timm's),
+    Known formats are the official AST, pretrained and fine-tuned AudioMAE (the authors', the paper's, timm's),
     Hugging Face's AST (as saved, or with the module names of transformers 5) and pruneattn's own files; see
     ``converters.FORMATS``. Tensors are converted to the dtype of the model. Position tables are fitted to the frames of
     the model (:func:`~pruneattn.checkpoints.positions.fit_positions`). The model's head keeps its initial values if the
@@ -99,7 +99,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, stride: int | None = Non
         if tensor.shape != wanted[name].shape:
             raise UserError(
                 f"{path}: {' + '.join(sources[name])} is {list(tensor.shape)} and the model's {name} "
-                f"{list(wanted[name].shape)}; give a checkpoint of the model's own layout"
+                f"{list(wanted[name].shape)}; use a checkpoint of the model's own layout"
             )
     report.unused += [key for name in left for key in sources[name]]
     report.converted = [(key, name) for name in found for key in sources[name]]
@@ -137,8 +137,8 @@ def _check_trunk(
     family = model.name.partition("_")[0]
     if format_.family != family:
         raise UserError(
-            f"{path}: {format_.name}, which does not fit the model {model.name}; make an "
-            f"{format_.family} model, such as create_model({format_.family + '_base'!r})"
+            f"{path}: {format_.name}, which does not fit the model {model.name}; create an "
+            f"{format_.family} model, for example with create_model({format_.family + '_base'!r})"
         )
     width, depth = found[QKV].shape[-1], _depth(found)
     if (width, depth) != (wanted[QKV].shape[-1], _depth(wanted)):
@@ -149,12 +149,12 @@ def _check_trunk(
         )
     absent = [name for name in wanted if name not in found and not name.startswith(HEAD)]
     if absent:
-        raise UserError(f"{path}: {format_.name}, but without {_listed(absent)}; give a complete checkpoint")
+        raise UserError(f"{path}: {format_.name}, but without {_listed(absent)}; use a complete checkpoint")
     excess = [name for name in found if name not in wanted]
     if excess:
         raise UserError(
             f"{path}: {format_.name}, but with parts that {model.name} does not have, so its logits would differ: "
-            f"{_listed(excess)}; give a checkpoint of the plain model"
+            f"{_listed(excess)}; use a checkpoint of the plain model"
         )
 
 
@@ -164,12 +164,16 @@ def _untie_head(found: dict[str, torch.Tensor], wanted: Mapping[str, torch.Tenso
         return []
     classes, ours = len(found["head.weight"]), len(wanted["head.weight"])
     if classes != ours:
-        notes.append(f"head: {classes} classes in the file and {ours} in the model, so the head starts fresh")
+        notes.append(
+            f"head: {classes} classes in the file and {ours} in the model, so the head keeps its initial values"
+        )
     elif "fc_norm.weight" in wanted and "fc_norm.weight" not in found:
-        notes.append("head: trained with a norm before the mean, not with fc_norm, so the head starts fresh")
+        notes.append(
+            "head: trained with a norm before the mean, not with fc_norm, so the head keeps its initial values"
+        )
     else:
         return []
-    # The norm in the head starts fresh too, as in the official AST on a new task.
+    # The norm in the head also keeps its initial values, as in the official AST on a new task.
     left = [name for name in found if name.startswith(("head.", "head_norm."))]
     for name in left:
         del found[name]
@@ -181,13 +185,13 @@ def _depth(names: Iterable[str]) -> int:
 
 
 def _remedy(family: str, width: int, depth: int) -> str:
-    """Say which model fits weights of this width and depth."""
+    """Describe the model that fits weights of this width and depth."""
     name = name_of_size(family, width, depth)
     if name is not None:
-        return f"make create_model({name!r})"
-    return f"make create_model('{family}_base', embed_dim={width}, depth={depth}, num_heads=...)"
+        return f"create the model with create_model({name!r})"
+    return f"create the model with create_model('{family}_base', embed_dim={width}, depth={depth}, num_heads=...)"
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:
-    """List the first few names and the number of further ones."""
+    """List the first few names and the number of further names."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

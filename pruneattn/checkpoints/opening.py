@@ -106,7 +106,7 @@ def open_dataset(
         UserError: the dataset cannot be opened, or its classes differ from the model's.
     """
     opened = load_dataset(dataset, split, frames=model.frames, **options)
-    where = f"{checkpoint} and the dataset {dataset} do not go together:"
+    where = f"{checkpoint} and the dataset {dataset} do not match:"
     if model.num_classes != opened.num_classes:
         raise UserError(f"{where} the checkpoint has {model.num_classes} classes, the dataset {opened.num_classes}")
     if model.labels is None:
@@ -123,7 +123,7 @@ def describe(model: PrunedViT) -> str:
 
 
 def fingerprint(model: PrunedViT) -> str:
-    """Return a SHA-256 digest of everything in an opened checkpoint that determines its labels, except the keep rate.
+    """Return a SHA-256 digest of everything in an opened checkpoint that determines its labels, except the keep-rate.
 
     Label files hold this digest, so it must not change between versions.
 
@@ -155,7 +155,9 @@ def _open_foreign(
     info = dataset_info(dataset)
     num_classes = info.num_classes if num_classes is None else num_classes
     if num_classes is None:
-        raise UserError(f"the dataset {dataset} does not fix the number of classes; give num_classes (--num-classes)")
+        raise UserError(
+            f"the dataset {dataset} does not determine the number of classes; pass num_classes (--num-classes)"
+        )
     model = create_model(name, num_classes=num_classes, frames=info.frames if frames is None else frames)
     load_complete(model, checkpoint)
     features = FeatureConfig(

@@ -24,7 +24,7 @@ def fit_positions(table: torch.Tensor, model: PrunedViT, *, stride: int | None =
     - AST: the table is an (8, columns) grid; fewer columns are the center crop in time, as in the official AST.
     - AudioMAE: the table is reshaped to (8, columns); fewer columns are the left crop in time, as in the paper's code.
       The tokens of the published table are in (columns, 8) order, so this does not crop the spectrogram, but the
-      published models are fine-tuned with it. A sine-cosine table of this package is computed anew for the grid of the
+      published models are fine-tuned with it. A sine-cosine table of this package is recomputed for the grid of the
       model instead.
     - More columns are interpolated bilinearly in time, with a warning.
 
@@ -52,7 +52,7 @@ def fit_positions(table: torch.Tensor, model: PrunedViT, *, stride: int | None =
     rows = ROWS if stride == PATCH else ROWS_10
     if not len(patches) or len(patches) % rows:
         raise UserError(
-            f"position table: {len(patches)} patches are no grid of {PATCH} x {PATCH} patches over {MEL_BINS} mel "
+            f"position table: {len(patches)} patches are not a grid of {PATCH} x {PATCH} patches over {MEL_BINS} mel "
             f"bins, which has a multiple of {rows} with a stride of {stride}; use a checkpoint with a stride of {PATCH}"
         )
     grid, note = patches.unflatten(0, (rows, -1)), ""  # [rows, columns', C]

@@ -1,4 +1,4 @@
-"""pruneattn's own checkpoints: one safetensors file with all that is needed to use a model."""
+"""pruneattn's own checkpoints: one safetensors file with everything that is needed to use a model."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def save_pretrained(
     """Write a model with its configuration, atomically, for :func:`load_pretrained`.
 
     A folder gets three files: ``model.safetensors``, the model card ``README.md`` (see
-    :mod:`~pruneattn.checkpoints.card`; a README that somebody else wrote stays), and ``config.json``, a readable copy
-    of the configuration that the Hugging Face Hub shows. :func:`load_pretrained` reads only the safetensors file. Its
-    metadata hold the configuration.
+    :mod:`~pruneattn.checkpoints.card`; a README of another origin or an edited card is kept), and ``config.json``, a
+    readable copy of the configuration that the Hugging Face Hub shows. :func:`load_pretrained` reads only the
+    safetensors file. Its metadata hold the configuration.
 
     Args:
         model: a model of :func:`~pruneattn.create_model`.
@@ -51,7 +51,7 @@ def save_pretrained(
             created if it does not exist.
         features: :class:`~pruneattn.data.fbank.FeatureConfig` of the model's input. None: ``model.features``.
         labels: name of each class, in the order of the logits. None: ``model.labels``.
-        multilabel: whether several classes can hold at once (sigmoid) or exactly one holds (softmax). None:
+        multilabel: True if a clip can have several classes (sigmoid), False if it has exactly one (softmax). None:
             ``model.multilabel``.
         extra: further plain values to save, such as the metric. None: no values. ``model.extra`` is not saved unless
             you pass it, since it describes the weights that were loaded.
@@ -65,7 +65,7 @@ def save_pretrained(
     description = complete_description(own, features, labels, multilabel, extra)
     unknown = [name for name in ("features", "labels", "multilabel") if getattr(description, name) is None]
     if description.features is None or unknown:
-        raise UserError(f"save_pretrained: the model has no {', '.join(unknown)}; give them as arguments")
+        raise UserError(f"save_pretrained: the model has no {', '.join(unknown)}; pass them as arguments")
     content = {
         "format_version": FORMAT_VERSION,
         "pruneattn_version": VERSION,
@@ -123,8 +123,8 @@ def load_pretrained(path: str | Path) -> PrunedViT:
             name of a Hugging Face Hub repository with one of these, ``user/name`` or ``user/name@revision`` (a branch,
             tag or commit). Its files are downloaded into the Hub's cache. With ``HF_HUB_OFFLINE=1`` they must be in the
             cache. A local path takes precedence over a repository of the same name. Hugging Face's AST is recognized by
-            the ``config.json`` next to its weights. It is pruned as the entry ``pruneattn`` says, and unpruned without
-            one.
+            the ``config.json`` next to its weights. It is pruned with the arguments in the entry ``pruneattn``, and not
+            pruned if there is no such entry.
 
     Returns:
         The model. Its description holds ``model.features`` (:class:`~pruneattn.data.fbank.FeatureConfig`),
@@ -144,8 +144,8 @@ def load_pretrained(path: str | Path) -> PrunedViT:
     if model is None:
         raise UserError(
             f"{path}: not a model that pruneattn saved, and not next to a {CONFIG} of Hugging Face's AST, so its "
-            "configuration is unknown; make the model with create_model and use load_checkpoint (on the command line: "
-            "--model NAME)"
+            "configuration is unknown; create the model with create_model and use load_checkpoint (on the command "
+            "line: --model NAME)"
         )
     return model
 
@@ -174,6 +174,6 @@ def _rebuild(path: Path, state: Mapping[str, torch.Tensor], text: str) -> Pruned
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())  # load_state_dict writes several lines
         raise UserError(
-            f"{path}: its configuration and its weights do not make a model ({reason}); save the model again"
+            f"{path}: its configuration and its weights do not match ({reason}); save the model again"
         ) from error
     return model.eval()

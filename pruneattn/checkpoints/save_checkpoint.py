@@ -65,7 +65,7 @@ def save_checkpoint(
         features: :class:`~pruneattn.data.fbank.FeatureConfig` of the model's input, required for folders. None:
             ``model.features``.
         labels: name of each class, for folders. None: ``model.labels``, or numbers if there are none.
-        multilabel: whether several classes can hold at once, for folders. None: ``model.multilabel``, or left out if
+        multilabel: whether a clip can have several classes, for folders. None: ``model.multilabel``, or left out if
             that is unknown.
 
     Raises:
@@ -84,7 +84,7 @@ def save_checkpoint(
     description = complete_description(own, features, labels, multilabel)
     features = description.features
     if features is None:
-        raise UserError(f"format {format!r}: give features, the FeatureConfig of the model's input")
+        raise UserError(f"format {format!r}: pass features, the FeatureConfig of the model's input")
     if format == "timm":
         configs = {CONFIG: _timm_config(own, features, description.labels)}
         return write_folder(path, state, configs, make_card(own, description, "timm"), own="architecture")
@@ -105,7 +105,7 @@ def _state(model: PrunedViT, format: str) -> dict[str, torch.Tensor]:
     family = model.name.partition("_")[0]
     if LAYOUTS[format].family != family:
         fitting = " or ".join(repr(name) for name, keys in LAYOUTS.items() if keys.family == family)
-        raise UserError(f"format: {format!r} has no place for the weights of {model.name}; use {fitting}")
+        raise UserError(f"format: {format!r} cannot hold the weights of {model.name}; use {fitting}")
     return LAYOUTS[format].from_ours({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
 
 

@@ -35,7 +35,7 @@ def find_file(path: str | Path, names: Sequence[str] = WEIGHTS) -> Path:
         if is_hub_name(given):
             return download(given, names)
         raise UserError(
-            f"{path}: no such checkpoint; give an existing file, a folder that holds {_either(names)}, or the name of "
+            f"{path}: no such checkpoint; use an existing file, a folder that holds {_either(names)}, or the name of "
             "a repository on the Hugging Face Hub (user/name)"
         )
     for name in names:
@@ -46,7 +46,7 @@ def find_file(path: str | Path, names: Sequence[str] = WEIGHTS) -> Path:
             f"{path}: the weights are split over several files; save them as one, for example with Hugging "
             "Face's save_pretrained(folder, max_shard_size='100GB')"
         )
-    raise UserError(f"{path}: the folder holds no {_either(names)}; give the path of the checkpoint file")
+    raise UserError(f"{path}: the folder holds no {_either(names)}; use the path of the checkpoint file")
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
@@ -92,7 +92,7 @@ def is_safetensors(path: Path) -> bool:
         raise UserError(f"{path}: only a Git LFS pointer to the weights; fetch them with `git lfs pull`")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise UserError(f"{path}: a web page, not a checkpoint; download the file that the page links to")
-    raise UserError(f"{path}: neither a PyTorch nor a safetensors file; give a checkpoint")
+    raise UserError(f"{path}: neither a PyTorch nor a safetensors file; use a checkpoint")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -12,13 +12,13 @@ from .stats import dataset_stats
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """List, download or measure datasets as the command line says; returns the exit code."""
+    """List, download or measure datasets with these command-line arguments, and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="pruneattn data", description="List datasets, download them and compute their statistics."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    commands.add_parser("list", help="the datasets, the files that each expects and how to get them")
+    commands.add_parser("list", help="the datasets, the files that each dataset expects, and their sources")
 
     get = commands.add_parser("fetch", help="download of a free dataset; running it again resumes the download")
     get.add_argument("name", choices=("spc2", "esc50"), help="name of the dataset")
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     stats = commands.add_parser("stats", help="mean and standard deviation of a dataset's log-mel filterbank")
     add_data_options(stats, split="train")
-    add_frames_option(stats, "frames of a clip that count, from its start (default: the dataset's)")
+    add_frames_option(stats, "number of frames to use from the start of each clip (default: the dataset's)")
 
     args = parser.parse_args(argv)
     {"list": _list, "fetch": _fetch, "stats": _stats}[args.command](args)

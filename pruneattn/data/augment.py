@@ -1,7 +1,7 @@
 """The paper's augmentations, on batches on any device.
 
 Random numbers come from torch's global generator, so ``torch.manual_seed`` fixes them. They are drawn on the CPU,
-except the noise of the spectrogram cells: the same seed cuts, mixes and masks the same way on every device.
+except the noise of the spectrogram cells: the same seed gives the same cuts, mixtures and masks on every device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Datasets by name: their facts, the places of their files, and ``load_dataset``."""
+"""Datasets by name: their facts, the locations of their files, and ``load_dataset``."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ as20k/
         std=5.5654526,
         multilabel=False,
         metric="top1",
-        splits="val: validation_list.txt; test: testing_list.txt; train: the rest",
+        splits="val: validation_list.txt; test: testing_list.txt; train: all other clips",
         layout="""\
 spc2/
   validation_list.txt
@@ -100,7 +100,7 @@ spc2/
         std=5.358466,
         multilabel=False,
         metric="top1",
-        splits="val and test: the fold (1 to 5); train: the other four",
+        splits="val and test: the fold (1 to 5); train: the other four folds",
         layout="""\
 esc50/
   meta/esc50.csv                     filename,fold,target,category,...
@@ -141,7 +141,7 @@ voxceleb1/
         **_AUDIOSET_STATS,
         multilabel=None,
         metric=None,
-        splits="a manifest for each",
+        splits="a manifest for each split",
         layout="""\
 any.json                             {"data": [{"wav": "audio/a.wav", "labels": "/m/09x0r,/m/05zppz"}, ...]}
 class_labels_indices.csv             index,mid,display_name
@@ -257,7 +257,7 @@ def find_root(name: str, data_dir: str | Path | None) -> Path:
     expected = f"Expected:\n{info.layout}\nHow to get it: {info.how_to_get}"
     if not data_dir:
         raise UserError(
-            f"{name}: no data folder; give it with --data-dir or the environment variable PRUNEATTN_DATA. {expected}"
+            f"{name}: no data folder; set it with --data-dir or the environment variable PRUNEATTN_DATA. {expected}"
         )
     data_dir = Path(data_dir)
     for folder in (data_dir, *(data_dir / below for below in (name, *info.folders))):

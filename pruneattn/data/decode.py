@@ -22,7 +22,7 @@ AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".
 
 MIN_SECONDS = 0.025  # one analysis window of the filterbank
 
-_BLOCK = 1 << 20  # samples per channel that are read at once, mixed down and resampled
+_BLOCK = 1 << 20  # samples per channel in a block, which is read, mixed down and resampled in one step
 _LOWEST_RATE, _HIGHEST_RATE = 100, 768_000  # Hz
 _LOUDEST = 1e9  # the squares of much larger samples overflow float32
 _MARGIN = 0.25  # seconds read beyond `seconds`, for the resampler's filter
@@ -78,7 +78,7 @@ def find_audio(folder: str | os.PathLike[str], onerror: Callable[[OSError], Any]
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: not a folder; give a folder that contains audio files")
+        raise UserError(f"{folder}: not a folder; use a folder that contains audio files")
     found: list[Path] = []
     searched: set[str] = set()
     tops: list[str | Path] = [folder]
@@ -131,7 +131,7 @@ def _decode(path: Path, sample_rate: int, seconds: float | None) -> npt.NDArray[
             if read < wanted and _is_cut(sound, path):
                 raise UserError(f"{path}: the file is truncated; copy or download it again")
     except soundfile.LibsndfileError as error:
-        # For text named .mp3 libsndfile says that the file does not exist; its other reasons help.
+        # For text named .mp3 libsndfile says that the file does not exist; its other messages are helpful.
         reason = error.error_string.strip().rstrip(".")
         reason = "" if "does not exist" in reason else f" ({reason})"
         raise UserError(f"{path}: cannot be decoded: not audio, damaged or truncated{reason}") from error

@@ -164,7 +164,7 @@ def make_loader(
             processes = f" on each of {world} processes" if world > 1 else ""
             raise UserError(
                 f"{dataset.name}: {len(dataset)} training clips do not fill one batch of {batch_size}{processes}; "
-                "give a smaller batch size or more clips"
+                "use a smaller batch size or more clips"
             )
     else:
         batches = eval_batches(len(dataset), batch_size, rank=rank, world=world, limit=limit)
@@ -174,7 +174,7 @@ def make_loader(
         collate_fn=partial(collate, paths=[clip.path for clip in dataset.clips], replace=train, dataset=dataset),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        # Without a generator of its own, a DataLoader draws from the global one each time it is iterated.
+        # Without this generator, a DataLoader draws from the global generator each time it is iterated.
         generator=torch.Generator().manual_seed(seed),
     )
     loader.reject_empty = train

@@ -61,7 +61,7 @@ def read_label_csv(path: PathLike) -> tuple[dict[str, int], list[str]]:
             raise UserError(f"{where}: expected a number, a label and a name (index,mid,display_name)")
         index = int(text)
         if mid in numbers or index in names:
-            raise UserError(f"{where}: label {mid} or index {index} is there twice; remove one of them")
+            raise UserError(f"{where}: label {mid} or index {index} appears twice; remove one of the rows")
         numbers[mid], names[index] = index, name
     if sorted(names) != list(range(len(names))) or not names:
         raise UserError(f"{path}: the index column must count 0, 1, 2, ... without gaps ({len(names)} rows)")
@@ -128,7 +128,7 @@ def read_manifest(
         wav = entry["wav"]
         labels = [label.strip() for label in entry["labels"].split(",") if label.strip()]
         if not labels:
-            raise UserError(f"{path}: clip {wav} has no label; give it one or remove it")
+            raise UserError(f"{path}: clip {wav} has no label; add a label or remove the clip")
         for label in labels:
             if label not in numbers:
                 raise UserError(

@@ -83,8 +83,8 @@ def read_manifest_set(
     """Read any AST-style manifest with its label CSV.
 
     ``manifest`` and ``label_csv`` are relative to the current folder, else to ``root``. Paths in the manifest are
-    relative to ``root``, else to the manifest's folder or its parent; a label CSV that is not given is looked for
-    there, too. ``multilabel=None`` means: whether any clip has two labels.
+    relative to ``root``, else to the manifest's folder or its parent; without ``label_csv``, these folders are
+    searched for a label CSV. ``multilabel=None`` means: whether any clip has two labels.
     """
     manifest = here_or_below(root, manifest)
     bases = list_folders(manifest, root)
@@ -92,7 +92,7 @@ def read_manifest_set(
         found = [base / LABEL_CSV for base in bases if (base / LABEL_CSV).is_file()]
         if not found:
             places = ", ".join(str(base) for base in bases)
-            raise UserError(f"no {LABEL_CSV} near {manifest} (looked in {places}); give it with --label-csv")
+            raise UserError(f"no {LABEL_CSV} near {manifest} (looked in {places}); set it with --label-csv")
         label_csv = found[0]
     label_csv = here_or_below(root, label_csv)
     numbers, names = read_label_csv(label_csv)
@@ -223,9 +223,9 @@ def read_voxceleb1(root: Path, split: str) -> Listing:
 
 
 def read_folder(root: Path, split: str) -> Listing:
-    """Read a folder with one directory per class.
+    """Read a folder with one folder per class.
 
-    The directories are below ``train/``, ``val/`` and ``test/`` if a ``train`` folder exists. Otherwise the split of
+    The class folders are below ``train/``, ``val/`` and ``test/`` if a ``train`` folder exists. Otherwise the split of
     each file depends on a hash of ``class/file name``: 80 % train, 10 % val, 10 % test. It does not change when files
     are added.
     """

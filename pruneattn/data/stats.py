@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from .fbank import kaldi_fbank
 
-_LEAST_STD = 1e-3  # silence has less, by rounding; real audio has a thousand times more
+_LEAST_STD = 1e-3  # silence has a smaller std, from rounding only; real audio has a std a thousand times larger
 
 
 class Stats(NamedTuple):

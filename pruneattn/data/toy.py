@@ -64,7 +64,7 @@ def _siren(rng: np.random.Generator, t: Floats) -> Floats:
 
 
 def _chord(rng: np.random.Generator, t: Floats) -> Floats:
-    """Four tones at once, a major chord with its octave."""
+    """Four simultaneous tones, a major chord with its octave."""
     root = _pitch(rng, 250, 1000)
     tones = [np.sin(_phase(np.full_like(t, root * ratio)) + 2 * np.pi * rng.random()) for ratio in (1, 1.26, 1.5, 2)]
     return tones[0] + tones[1] + tones[2] + tones[3]

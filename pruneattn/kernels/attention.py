@@ -27,9 +27,9 @@ def attention(
 
     Args:
         q: Queries ``[B, H, M, D]``, with any strides and contiguous channels.
-        k: Keys ``[B, H, N, D]``, likewise.
-        v: Values ``[B, H, N, D]``, likewise.
-        out: Attention output ``[B, H, M, D]``, likewise.
+        k: Keys ``[B, H, N, D]``, with any strides and contiguous channels.
+        v: Values ``[B, H, N, D]``, with any strides and contiguous channels.
+        out: Attention output ``[B, H, M, D]``, with any strides and contiguous channels.
         lse: Log-sum-exp ``[B, H, M]``, float32, contiguous.
         scale: Factor of the logits.
         maximum: Optional result ``[B, H, M]``, float32, contiguous: the product of query and key that has the largest

@@ -30,14 +30,14 @@ def attention_backward(
 
     Args:
         grad_out: Gradient of the output ``[B, H, M, D]``, with any strides and contiguous channels.
-        q: Queries ``[B, H, M, D]``, likewise.
-        k: Keys ``[B, H, N, D]``, likewise.
-        v: Values ``[B, H, N, D]``, likewise.
-        out: Attention output ``[B, H, M, D]``, likewise.
+        q: Queries ``[B, H, M, D]``, with any strides and contiguous channels.
+        k: Keys ``[B, H, N, D]``, with any strides and contiguous channels.
+        v: Values ``[B, H, N, D]``, with any strides and contiguous channels.
+        out: Attention output ``[B, H, M, D]``, with any strides and contiguous channels.
         lse: Log-sum-exp of the logits ``[B, H, M]``, float32, contiguous.
         grad_q: Result ``[B, H, M, D]``, with any strides and contiguous channels.
-        grad_k: Result ``[B, H, N, D]``, likewise.
-        grad_v: Result ``[B, H, N, D]``, likewise.
+        grad_k: Result ``[B, H, N, D]``, with any strides and contiguous channels.
+        grad_v: Result ``[B, H, N, D]``, with any strides and contiguous channels.
         delta: Scratch ``[B, H, M]``, float32, contiguous.
         scale: Factor of the logits.
     """

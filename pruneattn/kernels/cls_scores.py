@@ -15,7 +15,7 @@ def cls_weights(q_cls: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, sca
 
     Args:
         q_cls: Queries of the class token ``[B, H, 1, D]``, with any strides and contiguous channels.
-        k: Keys ``[B, H, N, D]``, likewise.
+        k: Keys ``[B, H, N, D]``, with any strides and contiguous channels.
         weights: Result ``[B, H, N]``, float32, contiguous.
         scale: Factor of the logits.
     """

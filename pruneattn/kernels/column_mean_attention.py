@@ -28,10 +28,10 @@ def column_sums(
 
     Args:
         q: Queries ``[B, H, N, D]``, with any strides and contiguous channels.
-        k: Keys ``[B, H, N, D]``, likewise.
+        k: Keys ``[B, H, N, D]``, with any strides and contiguous channels.
         maximum: Row statistics ``[B, H, N]``, float32, contiguous, from
             :func:`pruneattn.kernels.attention.attention` with the same scale.
-        inverse: Row statistics, likewise.
+        inverse: Row statistics, like ``maximum``.
         sums: Result ``[B, H, N - extra_tokens]``, float32, contiguous.
         extra_tokens: Number of tokens before the patches.
         scale: Factor of the logits.

@@ -65,7 +65,7 @@ _HIP = torch.version.hip is not None  # Triton uses 32-bit offsets for tensors o
 
 
 def _kind(value: Any) -> Any:
-    """Return the properties that Triton specializes a kernel for, of an argument that is no int."""
+    """Return the properties that Triton specializes a kernel for, of an argument that is not an int."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16, _HIP and value.untyped_storage().size() >= 2**31
     return float if value.__class__ is float else value
@@ -116,7 +116,7 @@ def _choose(
 
 
 def fit(config: Config, block: str, heads: int, count: int, processors: int) -> Config:
-    """Return ``config``, with smaller tiles if large ones would be partly empty or leave multiprocessors idle.
+    """Return ``config``, with smaller tiles if large tiles would be partly empty or leave multiprocessors idle.
 
     Args:
         config: Tile sizes.

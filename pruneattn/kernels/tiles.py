@@ -1,8 +1,8 @@
-"""Shared by the attention kernels: tiles of rows, products, and token counts that are no multiple of a tile.
+"""Shared by the attention kernels: tiles of rows, products, and token counts that are not a multiple of a tile.
 
-An audio transformer has one or two tokens more than a multiple of any tile (513 = 512 + 1). A tile for them would add
-an eighth to the work, so the kernels process the first one or two keys (or queries) one by one, and tiles begin after
-them. Only other counts need a last tile that is partly empty.
+An audio transformer has one or two more tokens than a multiple of any tile (513 = 512 + 1). A tile for these tokens
+would add an eighth to the work, so the kernels process the first one or two keys (or queries) one by one, and tiles
+begin after them. Only other counts need a last tile that is partly empty.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FLOAT32: tl.constexpr = tl.constexpr("tf32x3" if torch.version.hip is None else
 
 
 def split(count: int, block: int) -> tuple[int, bool]:
-    """Return how many of ``count`` rows a loop takes before its tiles, and whether its last tile is masked."""
+    """Return the number of ``count`` rows before the tiles of a loop, and whether its last tile is masked."""
     rest = count % block
     return (rest, False) if rest <= _MOST_APART else (0, True)
 

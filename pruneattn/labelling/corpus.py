@@ -80,7 +80,7 @@ def find_clips(
 
 
 def decode(path: str) -> Decoded:
-    """Decode one clip. One that cannot be decoded is returned with its error."""
+    """Decode one clip. A clip that cannot be decoded is returned with its error."""
     try:
         return Decoded(path, load_audio(path).numpy(), None)
     except Exception as error:  # no clip may end the work on all other clips
@@ -90,13 +90,13 @@ def decode(path: str) -> Decoded:
 def decode_clips(paths: Iterable[str], workers: int, ahead: int) -> Iterator[Decoded]:
     """Decode clips in other processes, in order.
 
-    If a process crashes or is killed, the clips that were in flight are decoded again, each in a process of its own.
+    If a process crashes or is killed, the clips that were in flight are decoded again, each in a separate process.
     Only a clip that crashes its own process is returned with an error.
 
     Args:
         paths: iterable of str.
-        workers: number of processes; 0 decodes in this one.
-        ahead: clips that may be in flight at once, so that the processes decode while the model runs.
+        workers: number of processes; 0 decodes in this process.
+        ahead: clips that may be in flight at the same time, so that the processes decode while the model runs.
 
     Yields:
         ``Decoded``, the same for any number of workers.
@@ -148,10 +148,10 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one stops the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process stops the workers
     parent = multiprocessing.parent_process()
     assert parent is not None
-    # Without this thread the process would wait for work forever after the main one is killed.
+    # Without this thread the process would wait for work forever after the main process is killed.
     threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 

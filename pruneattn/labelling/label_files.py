@@ -61,7 +61,7 @@ class LabelFile:
         with ExitStack() as stack:  # closes everything if the constructor fails, else in __exit__
             _create(path, windows)
             # The lock comes first and ends last: it covers the numbers of the parts and the last part.
-            stack.enter_context(locked(path, "give another --output"))
+            stack.enter_context(locked(path, "use another --output"))
             self._rows = JsonLines(path) if path.suffix == ".jsonl" else ParquetParts(path, windows)
             stack.callback(self._rows.close)
             self.done = self._rows.paths()
@@ -105,7 +105,7 @@ class JsonLines:
         try:
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115, closed by close()
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; give another --output") from error
+            raise UserError(f"cannot write {path}: {error.strerror}; use another --output") from error
         self.path = path
 
     def paths(self) -> set[str]:
@@ -120,7 +120,7 @@ class JsonLines:
                     paths.add(json.loads(line)["path"])
                 except (ValueError, KeyError, TypeError):
                     raise UserError(
-                        f"{self.path}, line {number}: not the labels of a clip; remove it, or give another --output"
+                        f"{self.path}, line {number}: not the labels of a clip; remove it, or use another --output"
                     ) from None
                 end += len(line)
         self.file.truncate(end)
@@ -225,7 +225,7 @@ def _check_same(path: Path, about_path: Path, about: Mapping[str, Any]) -> None:
         before = json.loads(about_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} holds labels, but {about_path}, which describes them, cannot be read; give another --output"
+            f"{path} holds labels, but {about_path}, which describes them, cannot be read; use another --output"
         ) from error
     found = [
         f"{name}: {before.get(name)} -> {about.get(name)}"
@@ -234,7 +234,7 @@ def _check_same(path: Path, about_path: Path, about: Mapping[str, Any]) -> None:
     ]
     if found:
         raise UserError(
-            f"{path} holds labels that were made with other settings ({'; '.join(found)}); give another --output"
+            f"{path} holds labels that were made with other settings ({'; '.join(found)}); use another --output"
         )
 
 
@@ -247,9 +247,9 @@ def _create(path: Path, windows: bool) -> None:
     try:
         path.mkdir(exist_ok=True)
     except FileExistsError:
-        raise UserError(f"cannot write {path}: it is a file, not a folder; give another --output") from None
+        raise UserError(f"cannot write {path}: it is a file, not a folder; use another --output") from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another --output") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; use another --output") from error
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

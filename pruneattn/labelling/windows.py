@@ -52,7 +52,7 @@ class Labeler:
         device: device of the model.
         amp: "fp32", "bf16" or "fp16".
         batch_size: windows in a batch.
-        overlap: fraction of a window that the next one shares, in [0, 1).
+        overlap: fraction of a window that the next window shares, in [0, 1).
         top_k: number of labels in a row; all labels if the model has fewer.
         windows: whether rows also have the labels of each window.
     """

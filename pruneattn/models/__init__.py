@@ -51,7 +51,7 @@ def create_model(
     depth: int | None = None,
     num_heads: int | None = None,
 ) -> PrunedViT:
-    """Create an AudioMAE or AST with token pruning and fresh weights.
+    """Create an AudioMAE or AST with token pruning and random weights.
 
     Args:
         name: one of :func:`list_models`, for example ``"audiomae_base"``.

@@ -27,7 +27,7 @@ class AudioMAE(PrunedViT):
     def init_weights(self) -> None:
         super().init_weights()
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
-        # Never trained. Pre-trained weights replace it with their own table, which belongs to another grid.
+        # Never trained. Pretrained weights replace it with their own table, which belongs to another grid.
         self.pos_embed.requires_grad_(False)
         with torch.no_grad():
             self.pos_embed[0, 0] = 0
@@ -42,7 +42,7 @@ def sincos_positions(time: Tensor, mel: Tensor, dim: int) -> Tensor:
     """Sine-cosine position table.
 
     The frequencies fall from 1 to 1/64 radian per patch, where 64 is the longest side of a grid. The mean over the
-    positions is subtracted: it says nothing about position, and it would dominate the tokens of a model with fresh
+    positions is subtracted: it says nothing about position, and it would dominate the tokens of a model with random
     weights.
 
     Args:

@@ -126,7 +126,7 @@ class QKV(Linear):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the branch for a random fraction ``rate`` of the clips and scales up the rest."""
+    """Stochastic depth: drops the branch for a random fraction ``rate`` of the clips; scales it up for other clips."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Block(nn.Module):
         return self.finish(x, self.attn(self.norm1(x)))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the block for these rows: projection of the attention output, residual add, MLP."""
+        """The remaining steps of the block for these rows: projection of the attention output, residual add, MLP."""
         x = self.add(x, self.attn.proj, attended)
         return self.add(x, self.mlp.fc2, self.mlp.fc1.gelu(self.norm2(x)))
 
@@ -216,7 +216,7 @@ class PruningBlock(Block):
             scored: compute the scores even if every patch is kept.
 
         Returns:
-            The kept tokens ``[B, extra + keep, C]``; the positions of the kept patches among the incoming ones (int64
+            The kept tokens ``[B, extra + keep, C]``; the positions of the kept patches among the input patches (int64
             ``[B, keep]``, ascending); and the scores ``[B, N - extra]``. The last two are None if every patch is kept
             and ``scored`` is False.
         """

@@ -10,10 +10,10 @@ from ..data.fbank import FeatureConfig
 
 @dataclass
 class Description:
-    """How to use a model's input and output. ``PrunedViT.description`` holds one; a new model's is empty.
+    """Description of a model's input and output. ``PrunedViT.description`` is empty for a new model.
 
     Attributes:
-        features: how waveforms become the model's input; None if unknown.
+        features: conversion of waveforms to the model's input; None if unknown.
         labels: name of each class in the order of the logits; None if unknown.
         multilabel: True if a clip can have several classes (sigmoid), False if it has exactly one (softmax); None if
             unknown.

@@ -297,7 +297,7 @@ _WRITERS = {"onnx": _write_onnx, "torch": _write_torch, "aoti": _write_aoti}
 def _check_file(
     file: Path, format: str, kernels: bool, wrapped: _Exported, example: Tensor | None, waveform: bool
 ) -> float:
-    """Run a file the way its users will, and return the largest relative difference from the model.
+    """Run a file as its users will, and return the largest relative difference from the model.
 
     Raises:
         UserError: the difference is too large, or the file does not run.
@@ -338,6 +338,6 @@ def _run_elsewhere(file: Path, runs: list[tuple[Tensor, ...]], format: str, kern
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"])[-1]
         raise UserError(
-            f"the file in the format {format} was not kept, because it does not run in a process of its own: {reason}"
+            f"the file in the format {format} was not kept, because it does not run in a separate process: {reason}"
         )
     return torch.load(arguments)

@@ -1,4 +1,4 @@
-"""Attention heads: how the rows of a projection are split into heads and merged again."""
+"""Attention heads: the rows of a projection are split into heads and merged again."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def optimize_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -
 
     Args:
         model: model of :func:`pruneattn.create_model`, with its weights loaded.
-        dtype: ``torch.float32`` or ``torch.bfloat16``: precision of weights and activations. None: the model's present
+        dtype: ``torch.float32`` or ``torch.bfloat16``: precision of weights and activations. None: the model's current
             precision. Inputs may be float32; scores are always float32; logits have this dtype.
 
     Returns:
@@ -76,7 +76,7 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def of(cls, linear: LinearLayer) -> LinearLayer:
-        """The packed form of a linear layer. A packed layer is returned as it is."""
+        """The packed form of a linear layer. A packed layer is returned unchanged."""
         return cls(linear.weight, linear.bias) if isinstance(linear, Linear) else linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class PackedQKV(nn.Module):
 
     @classmethod
     def of(cls, linear: PartialProjection, parts: tuple[str, ...]) -> PartialProjection:
-        """The packed form of a projection. A packed projection is returned as it is."""
+        """The packed form of a projection. A packed projection is returned unchanged."""
         return cls(linear.weight, linear.bias, parts) if isinstance(linear, QKV) else linear
 
     def project(self, x: Tensor, parts: str) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Scores that rank patches, each with the cheapest order of computation whose result matches the paper's method.
 
-Pruning follows attention, and everything else acts row by row, so dropped rows need not be finished: a row's queries,
+Pruning follows attention, and everything else acts row by row, so dropped rows need not be completed: a row's queries,
 output and projection are computed only if the score reads them or the row is kept. ``attention_macs`` of each class
 gives the cost.
 """

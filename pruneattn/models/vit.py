@@ -61,7 +61,7 @@ class PrunedViT(nn.Module):
     optimized: bool = False
 
     features = DescriptionField[FeatureConfig | None](
-        "How waveforms become the input (``FeatureConfig``); None if unknown."
+        "Conversion of waveforms to the input (``FeatureConfig``); None if unknown."
     )
     labels = DescriptionField[list[str] | None]("Name of each class, in the order of the logits; None if unknown.")
     multilabel = DescriptionField[bool | None](

@@ -250,7 +250,7 @@ def _resolve(op: str, device_type: str, forced: str | None) -> Implementation:
 
 
 def _preferred(op: str) -> list[str]:
-    """Return the backends that may be chosen automatically, the first choice first."""
+    """Return the backends that may be chosen automatically, in order of preference."""
     waiting = _only_if_forced.get(op, ())
     return [name for name in _FASTEST_FIRST if name not in waiting and not (name == "triton" and _INTERPRETER)]
 

@@ -43,8 +43,9 @@ def cls_prune_tokens(
 ) -> ScoredAndKept:
     """Fuse ``cls_scores(q_cls, k, extra_tokens, scale)`` with ``prune_tokens`` of ``x`` and ``y`` by these scores.
 
-    On a GPU there are two launches: the second one adds the scores of the heads and selects the patches. Differentiable
-    in ``x`` and ``y``. Inside autocast, ``q_cls`` and ``k`` are cast as in :func:`cls_scores`; ``x`` and ``y`` are not.
+    On a GPU there are two launches: the second launch adds the scores of the heads and selects the patches.
+    Differentiable in ``x`` and ``y``. Inside autocast, ``q_cls`` and ``k`` are cast as in :func:`cls_scores`; ``x`` and
+    ``y`` are not.
 
     Args:
         q_cls: Queries of the class token ``[B, H, D]``, float32, bfloat16, float16 or float64, with any strides.

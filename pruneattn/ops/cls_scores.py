@@ -60,7 +60,7 @@ def _fake(q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float 
 
 
 def cpu_scores(q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float | None = None) -> torch.Tensor:
-    """Run :func:`cls_scores` by the CPU kernel, or by the reference for dtypes without a kernel."""
+    """Run :func:`cls_scores` with the CPU kernel, or with the reference for dtypes without a kernel."""
     if k.dtype == torch.float64:
         return reference(q_cls, k, extra_tokens, scale)
     if k.dtype == torch.float16:
@@ -90,7 +90,7 @@ def cuda_partials(q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale
 def triton_partials(
     q_cls: torch.Tensor, k: torch.Tensor, extra_tokens: int, scale: float | None = None
 ) -> torch.Tensor:
-    """Compute the rows of :func:`cuda_partials` by the Triton kernel."""
+    """Compute the rows of :func:`cuda_partials` with the Triton kernel."""
     from ..kernels import cls_scores as kernel
     from ..kernels.launch import takes
 

@@ -1,4 +1,4 @@
-"""Attention that also returns how much attention each patch receives (the paper's score for AudioMAE)."""
+"""Attention that also returns the attention that each patch receives (the paper's score for AudioMAE)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def reference(
     """Define :func:`column_mean_attention` in plain PyTorch.
 
     Returns:
-        ``out`` and scores as there, and the log-sum-exp of the logits, which the gradient needs, ``[B, H, N]`` in at
-        least float32.
+        ``out`` and ``scores`` of :func:`column_mean_attention`, and the log-sum-exp of the logits, which the gradient
+        needs, ``[B, H, N]`` in at least float32.
     """
     rows = logits(q, k, scale)  # [B, H, N, N]
     weights = rows.softmax(-1)
@@ -87,7 +87,7 @@ def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, 
 def cpu_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, scale: float | None = None
 ) -> Results:
-    """Run :func:`column_mean_attention` by the CPU kernel, or by the reference for dtypes without a kernel.
+    """Run :func:`column_mean_attention` with the CPU kernel, or with the reference for dtypes without a kernel.
 
     The log-sum-exp of the logits is the third result.
     """
@@ -107,7 +107,7 @@ def cpu_attention(
 def cuda_partials(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, scale: float | None = None
 ) -> Results:
-    """Compute attention, and instead of the scores rows ``[B, R, P]`` in float32 whose sum over R is the scores.
+    """Compute attention and, instead of the scores, rows ``[B, R, P]`` in float32 whose sum over R is the scores.
 
     The CUDA kernel runs for half precision, heads of 64 channels, a positive scale and clips that fit into shared
     memory. The Triton kernels replace it for other inputs, or the reference where they may not run.
@@ -136,7 +136,7 @@ def _most_tokens(device: int) -> int:
 def triton_partials(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_tokens: int, scale: float | None = None
 ) -> Results:
-    """Compute the results of :func:`cuda_partials` by the Triton kernels."""
+    """Compute the results of :func:`cuda_partials` with the Triton kernels."""
     from ..kernels import attention, column_mean_attention
     from ..kernels.launch import takes
 

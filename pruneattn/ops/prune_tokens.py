@@ -97,7 +97,7 @@ def _fake(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor, keep: int, ext
 
 
 def compiled(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor, keep: int, extra_tokens: int) -> Kept:
-    """Run :func:`prune_tokens` by the compiled kernel for the device."""
+    """Run :func:`prune_tokens` with the compiled kernel for the device."""
     batch, patches = scores.shape
     if scores.is_cuda and patches > _C.MAX_PATCHES:
         return reference(scores, x, y, keep, extra_tokens)

@@ -42,8 +42,8 @@ def reference(
     """Define :func:`pruned_attention` in plain PyTorch.
 
     Returns:
-        ``scores``, ``index``, ``x_kept`` and ``out_kept`` as there, and for the gradient the attention output of all
-        tokens and the log-sum-exp of the logits.
+        ``scores``, ``index``, ``x_kept`` and ``out_kept`` of :func:`pruned_attention`, and for the gradient the
+        attention output of all tokens and the log-sum-exp of the logits.
     """
     out, scores, lse = attention_reference(q, k, v, extra_tokens, scale)
     return scores, *prune_reference(scores, x, merged(out), keep, extra_tokens), out, lse
@@ -61,7 +61,7 @@ def pruned_attention(
     """Fuse ``column_mean_attention(q, k, v, extra_tokens, scale)`` with ``prune_tokens`` of ``x`` and of its output.
 
     It computes the kept rows of a pruning block from queries, keys, values and the residual stream (paper, eq. 2a and
-    section 3). On a GPU there are two launches: the second one adds the parts of the scores and selects the patches.
+    section 3). On a GPU there are two launches: the second launch adds the parts of the scores and selects the patches.
     Differentiable in ``q``, ``k``, ``v`` (once) and ``x``. Inside autocast, ``q``, ``k`` and ``v`` are cast like those
     of ``scaled_dot_product_attention``; ``x`` is not.
 

@@ -1,4 +1,4 @@
-"""PyTorch's attention on a GPU, by its fastest kernel for the input."""
+"""PyTorch's attention on a GPU, with its fastest kernel for the input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None)
 
 
 def _may_be_cudnns(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> bool:
-    """Return whether cuDNN may be faster, by properties that are known of fake tensors, too."""
+    """Return whether cuDNN may be faster, from properties that fake tensors also have."""
     if (
         q.dtype not in _HALVES
         or (scale is not None and scale <= 0)
@@ -52,7 +52,7 @@ def _may_be_cudnns(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: flo
         return False
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
-    # The operators do not cast, so autocast must not have to.
+    # The operators do not cast, so the tensors must already have the dtype of autocast.
     return not torch.is_autocast_enabled(q.device.type) or torch.get_autocast_dtype(q.device.type) == q.dtype
 
 

@@ -1,1 +1,1 @@
-"""Where and how a model runs: devices and processes, signals, passes over a dataset, timing."""
+"""Execution of models: devices and processes, signals, passes over a dataset, timing."""

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 # Group for values that Python gathers. A gloo thread releases such a value some time after the operation. If that
 # happens after the interpreter has shut down, the process aborts. The threads end with their group, but DDP keeps the
-# default group alive forever, so these values need a group of their own (torch 2.11).
+# default group alive forever, so these values need a separate group (torch 2.11).
 _values: dist.ProcessGroup | None = None
 
 
@@ -54,8 +54,8 @@ def start(name: str) -> torch.device:
 
 
 def _check_restarts() -> None:
-    # Such a torchrun uses one store for all restarts, and an address in it does not say which start it belongs to
-    # (torch 2.11).
+    # By default, torchrun uses one store for all restarts, and the store does not record to which start an address
+    # belongs (torch 2.11).
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise UserError(

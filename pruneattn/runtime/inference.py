@@ -121,7 +121,7 @@ def evaluate_model(
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Metrics of ``metrics.evaluate_predictions`` on an evaluation loader, and the clips that could not be decoded.
 
-    The arguments are those of `predict_dataset`; ``multilabel`` says whether a clip can have several labels.
+    The arguments are those of `predict_dataset`; ``multilabel`` is whether a clip can have several labels.
     """
     predictions = predict_dataset(model, features, loader, device, amp)
     return evaluate_predictions(predictions.logits, predictions.targets, multilabel), predictions.failed

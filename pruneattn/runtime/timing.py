@@ -43,7 +43,8 @@ class Speed:
 
     Attributes:
         seconds: dict of keep-rate -> dict of variant -> list of seconds per clip, one per round. Variants are those
-            of `VARIANTS` and, without pruning, others. Values of the same round are comparable: rounds are interleaved.
+            of `VARIANTS` and, without pruning, variants with PyTorch's attention kernels. Rounds are interleaved, so
+            values of the same round are comparable.
     """
 
     seconds: dict[KeepRate, dict[str, list[float]]]
@@ -139,7 +140,7 @@ def measure_speed(
         device: device of the model.
         amp: "fp32", "bf16" or "fp16".
         batch_size: clips per call.
-        rounds: see `rounds_side_by_side`.
+        rounds: see `interleaved_rounds`.
         compiled: also time each keep-rate with ``torch.compile``.
 
     Returns:
@@ -165,9 +166,9 @@ def measure_speed(
                 variants[1.0, f"eager, {kernel}"] = forced
     else:
         variants[1.0, "eager, SDPA"] = partial(call, with_sdpa(_at_keep_rate(model, 1.0)))
-    # Each keep-rate is a program of its own, but all of them count toward the limit of one forward function.
+    # Each keep-rate is a separate program, but all of them count toward the limit of one forward function.
     with torch._dynamo.config.patch(recompile_limit=2 * len(variants) + 8) if compiled else nullcontext():
-        times = rounds_side_by_side(variants, device, rounds)
+        times = interleaved_rounds(variants, device, rounds)
     seconds: dict[KeepRate, dict[str, list[float]]] = {}
     for (keep_rate, variant), values in times.items():
         seconds.setdefault(keep_rate, {})[variant] = [value / batch_size for value in values]
@@ -195,7 +196,7 @@ def with_sdpa(model: PrunedViT) -> PrunedViT:
 
 
 def attention_kernels(function: Callable[..., Any], *args: object) -> Iterator[tuple[str, Callable[..., Any], str]]:
-    """Restrict a function to each of PyTorch's fused attention kernels in turn.
+    """Restrict a function to each of PyTorch's fused attention kernels, one after the other.
 
     Yields:
         ``(name, restricted, why_not)``: name of the kernel; the function, restricted to this kernel; why it cannot run
@@ -215,7 +216,7 @@ def _by_kernel(kernel: SDPBackend, function: Callable[..., Any], *args: object) 
         return function(*args)
 
 
-def rounds_side_by_side(
+def interleaved_rounds(
     variants: Mapping[Variant, Callable[[], object]],
     device: torch.device | str,
     rounds: int = 9,

@@ -40,7 +40,7 @@ from .seed import seed_step
 def open_splits(options: Options, recipe: Recipe) -> dict[str, ClipDataset | None]:
     """Open the datasets of the splits "train", "val" and "test", without decoding any clip.
 
-    Only "test" can be None: if a dataset of manifests has none for it.
+    Only the dataset of "test" can be None, if ``--dataset manifest`` has no test manifest.
     """
     train_set = open_split(options, recipe, "train")
     assert train_set is not None  # open_split requires it
@@ -59,7 +59,7 @@ def open_split(options: Options, recipe: Recipe, split: str, multilabel: bool | 
         multilabel: whether a clip can have several classes; None if the clips of the split decide.
 
     Returns:
-        The dataset; None if a dataset of manifests has none for its test split.
+        The dataset; None for the test split of ``--dataset manifest`` without a test manifest.
     """
     manifest = getattr(options, f"{split}_manifest")
     if options.dataset == "manifest" and manifest is None:
@@ -104,7 +104,7 @@ def measure(dataset: ClipDataset) -> tuple[float, float]:
 
 
 def describe_data(train_set: ClipDataset, val_set: ClipDataset) -> dict[str, Any]:
-    """Classes and digests of the clips, which a resumed run must find again.
+    """Classes and digests of the clips, which must be the same when a run resumes.
 
     A digest covers file names and labels, but not folders, so that data can be moved.
     """
@@ -166,7 +166,7 @@ def build_trainer(options: Options, recipe: Recipe, stop: StopRequest, lock: Exi
 
     Args:
         options: model, data, device and output.
-        recipe: how to train; values that depend on the data can be None.
+        recipe: settings of the training; values that depend on the data can be None.
         stop: records the signals that end the run.
         lock: holds the lock of the output folder, which two runs must not write at the same time.
 

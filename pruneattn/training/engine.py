@@ -47,7 +47,7 @@ LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 class Stopped(Exception):
-    """A signal stopped the run, whose state is saved. The message says at which step.
+    """A signal stopped the run, whose state is saved. The message contains the step.
 
     Attributes:
         signum: number of the signal.
@@ -64,7 +64,7 @@ class Trainer:
 
     Attributes:
         options: model, data, device and output.
-        recipe: how to train, with all values resolved.
+        recipe: settings of the training, with all values resolved.
         config: content of config.json, which checkpoints store too.
         folder: output folder.
         device: device of the model.
@@ -320,7 +320,7 @@ class Trainer:
             self.raise_stopped()
 
     def report(self) -> None:
-        """Evaluate the best checkpoint on the test split, if it has clips of its own, and save the result."""
+        """Evaluate the best checkpoint on the test split, if its clips are not those of val, and save the result."""
         best = self.progress.best
         if best is None:
             return

@@ -75,7 +75,7 @@ class Options:
     tensorboard: bool = option(True, "run", "also write TensorBoard events")
 
 
-#: Options that affect only where and how fast a run computes. They may change when a run resumes.
+#: Options that affect only the place and the speed of a run. They may change when a run resumes.
 PLACE = {
     "data_dir",
     "cache",

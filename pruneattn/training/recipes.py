@@ -27,7 +27,7 @@ def option(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. The defaults are for training from random weights; `RECIPES` holds the paper's recipes."""
+    """Settings of the training. The defaults are for random weights; `RECIPES` holds the paper's recipes."""
 
     # Steps
     epochs: int = option(40, "steps", "passes over the training clips")
@@ -69,7 +69,9 @@ class Recipe:
 
     # Pruning
     keep_rate: tuple[float, ...] = option(
-        (1.0,), "pruning", "final share of patches kept, in (0, 1]: one number, or one per pruning block"
+        (1.0,),
+        "pruning",
+        "final fraction of the patches that each pruning block keeps, in (0, 1]: one number, or one per block",
     )
     shrink_start: int = option(
         12, "pruning", "epoch (from 0) in which pruning starts, and SpecAugment and patch masking end"
@@ -102,13 +104,15 @@ class Recipe:
 
     # Augmentation
     gain: bool = option(True, "augmentation", "random gain of the waveform")
-    mixup: float = option(0.3, "augmentation", "share of clips that are mixed with another clip")
+    mixup: float = option(0.3, "augmentation", "fraction of the clips that are mixed with another clip")
     specaug_freq: int = option(24, "augmentation", "widest frequency band that SpecAugment masks, in mel bins")
     specaug_time: int = option(24, "augmentation", "widest time band that SpecAugment masks, in frames")
     noise: bool = option(True, "augmentation", "noise on the spectrogram, and a shift of up to 10 frames")
-    mask_time: float = option(0.0, "augmentation", "share of patch columns (time) left out")
-    mask_freq: float = option(0.0, "augmentation", "share of patch rows (frequency) left out")
-    mask_1d: float = option(0.0, "augmentation", "share of single patches left out, instead of columns and rows")
+    mask_time: float = option(0.0, "augmentation", "fraction of the patch columns (time) that are left out")
+    mask_freq: float = option(0.0, "augmentation", "fraction of the patch rows (frequency) that are left out")
+    mask_1d: float = option(
+        0.0, "augmentation", "fraction of single patches that are left out, instead of columns and rows"
+    )
 
     @property
     def keep_rates(self) -> tuple[float, ...]:

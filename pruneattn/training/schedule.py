@@ -1,4 +1,4 @@
-"""Schedules as functions of the epoch or the step alone, so that resuming a run needs no state of theirs."""
+"""Schedules as functions of the epoch or the step alone, so that a checkpoint need not contain their state."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def load_state(path: str | Path, config: Mapping[str, Any], *, branch: bool = Fa
 def restore(
     state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, scaler: GradScaler
 ) -> Progress:
-    """Load a state of `load_state` into model, optimizer and scaler; returns its `Progress`."""
+    """Load a state of `load_state` into model, optimizer and scaler, and return its `Progress`."""
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])

@@ -54,7 +54,7 @@ def record_kept(monkeypatch):
 @pytest.fixture
 def entering():
     """``entering(block, run)``: the tokens that enter a block when ``run()`` runs, the state of the random numbers at
-    that moment, and what ``run()`` returns.
+    that moment, and the result of ``run()``.
     """
 
     def capture(block, run):

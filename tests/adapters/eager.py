@@ -1,6 +1,7 @@
-"""Direct implementation of a pruned ViT of another library, a reference for the package: every row is finished, the
-whole softmax matrix is computed, and patches are dropped after the attention's residual add. It shares no code with the
-package. Meant for float64.
+"""Direct implementation of a pruned ViT of another library, in float64, as a reference for the package.
+
+Every row is computed to the end, the whole softmax matrix is computed, and patches are dropped after the attention's
+residual add. The implementation shares no code with the package.
 
 A model's weights come as a list of blocks, each a dictionary with the names below.
 """
@@ -12,7 +13,7 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 
-# Our name of a part: what timm, transformers 5 (later ones) and transformers 4 call it within a block.
+# Our name of a part: its names within a block in timm, in later versions of transformers 5, and in transformers 4.
 TIMM = {"norm1": "norm1", "proj": "attn.proj", "norm2": "norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 LAYERS = {
     "norm1": "layernorm_before",
@@ -37,7 +38,7 @@ ENCODER = {
 
 
 def blocks_of(model):
-    """List of dictionaries of the parameters of a model's blocks, ``"q.weight"`` and so on; ``ls1`` and ``ls2`` have
+    """List of dictionaries of the parameters of a model's blocks, ``"q.weight"`` and so on; ``ls1`` and ``ls2`` are
     1 where the model has no layer scale, ``q_norm.weight`` is absent where queries are not normalized.
     """
     parameters = dict(model.named_parameters())
@@ -94,10 +95,11 @@ def take(x, index):
 
 
 def run(x, blocks, *, heads, extra, score, rates, eps, attn_drop=0.0, drop=0.0, hidden_drop=0.0, drop_paths=None):
-    """Tokens after each block (the first of the list: before any), and the kept places per pruning block.
+    """Tokens before the first block and after each block, and the kept positions of each pruning block.
 
-    ``x``: tokens that enter the first block. ``rates``: keep-rate by block. The rates of dropout are those of training:
-    on the softmax matrix, on the outputs of attention and MLP, within the MLP; drop_paths by block.
+    ``x``: tokens that enter the first block. ``rates``: keep-rate by block. The rates of dropout apply
+    to the softmax matrix (``attn_drop``), to the outputs of attention and MLP (``drop``) and within the MLP
+    (``hidden_drop``). ``drop_paths``: rate of stochastic depth by block.
     """
     tokens, kept = [x], []
     for i, block in enumerate(blocks):

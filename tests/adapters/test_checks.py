@@ -11,7 +11,7 @@ import pruneattn
 
 @pytest.fixture
 def rejects(plain, random_weights):
-    """Asserts that a model with these blocks is rejected with this message, and that it is not changed."""
+    """Assert that a model with these blocks is rejected with this message, and that it is not changed."""
 
     def check(block, message):
         model = random_weights(plain.ViT(block=block))
@@ -24,7 +24,7 @@ def rejects(plain, random_weights):
     return check
 
 
-def test_a_part_that_is_missing(plain, rejects):
+def test_a_missing_part_is_rejected(plain, rejects):
     class Block(plain.Block):
         def __init__(self, dim, heads):
             super().__init__(dim, heads)
@@ -33,7 +33,7 @@ def test_a_part_that_is_missing(plain, rejects):
     rejects(Block, r"blocks\[1\].attn \(PlainAttention\) has no 'qkv': expected qkv, proj, found proj")
 
 
-def test_blocks_of_which_one_differs(plain, plain_vit):
+def test_a_single_different_block_is_rejected(plain, plain_vit):
     plain_vit.blocks[3].norm3 = nn.LayerNorm(24)
     with pytest.raises(pruneattn.UserError, match=r"blocks\[3\] \(PlainBlock\) has 'norm3'"):
         pruneattn.prune(plain_vit, 0.5, (1, 3))
@@ -42,7 +42,7 @@ def test_blocks_of_which_one_differs(plain, plain_vit):
 
 
 @pytest.mark.parametrize("kind", ["module", "parameter", "buffer"])
-def test_a_part_too_many(plain, rejects, kind):
+def test_an_unknown_part_is_rejected(plain, rejects, kind):
     class Block(plain.Block):
         def __init__(self, dim, heads):
             super().__init__(dim, heads)
@@ -56,7 +56,7 @@ def test_a_part_too_many(plain, rejects, kind):
     rejects(Block, r"blocks\[1\].attn \(PlainAttention\) has 'position', a part that pruning does not support")
 
 
-def test_shapes(plain, rejects):
+def test_unsupported_shapes_are_rejected(plain, rejects):
     def grouped(dim, heads):
         block = plain.Block(dim, heads)
         block.attn.qkv = nn.Linear(dim, dim + 2 * dim // heads)
@@ -86,7 +86,7 @@ def test_shapes(plain, rejects):
     rejects(no_linear, r"blocks\[1\].attn.proj: expected a linear layer")
 
 
-def test_an_argument_that_is_not_known(plain, rejects):
+def test_an_unknown_argument_is_rejected(plain, rejects):
     class Block(plain.Block):
         def forward(self, x, rope=None):
             return super().forward(x)
@@ -94,7 +94,7 @@ def test_an_argument_that_is_not_known(plain, rejects):
     rejects(Block, r"blocks\[1\] takes rope in addition to its tokens")
 
 
-def test_a_forward_that_was_replaced(plain, rejects):
+def test_a_replaced_forward_is_rejected(plain, rejects):
     def block(dim, heads):
         block = plain.Block(dim, heads)
         block.forward = lambda x: x
@@ -110,7 +110,7 @@ def test_a_forward_replaced_later_stops_unprune(plain_vit):
         pruneattn.unprune(plain_vit)
 
 
-def test_the_same_parts_combined_differently(plain, rejects):
+def test_parts_that_are_combined_differently_are_rejected(plain, rejects):
     message = r"blocks\[1\] has the parts of a ViT's block, but combines them differently"
 
     class NormAfter(plain.Block):
@@ -176,7 +176,7 @@ def test_weights_that_hide_a_difference_are_not_used(plain, random_weights):
         pruneattn.prune(model, 0.5, (1,))
 
 
-def test_a_block_that_cannot_be_run_alone(plain, rejects):
+def test_a_block_that_cannot_run_alone_is_rejected(plain, rejects):
     class Block(plain.Block):
         def forward(self, x):
             return super().forward(x.reshape(1, 3, 3, 24).flatten(1, 2))
@@ -190,7 +190,7 @@ def test_every_dtype(plain_vit, dtype):
     assert plain_vit(torch.randn(2, 10, 24).to(dtype)).shape == (2, 1 + 3, 24)
 
 
-def test_leaves_no_trace(plain_vit):
+def test_checks_do_not_change_the_block(plain_vit):
     plain_vit.train()
     plain_vit.blocks[1].norm1.eval()
     modes = [module.training for module in plain_vit.modules()]

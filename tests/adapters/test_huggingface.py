@@ -89,7 +89,7 @@ def test_equals_the_eager_model(make, eager, entering, record_kept, spectrograms
     assert [index.shape[1] for index in kept] == [6, 5]
     assert len(record_kept) == 2 and all(map(torch.equal, record_kept, kept))
     assert [state.shape[1] for state in seen.out.hidden_states] == SIZES
-    # Without the last one, which some versions normalize.
+    # Without the last entry, which some versions normalize.
     for state, expected in zip(seen.out.hidden_states[:-1], tokens[:-1], strict=True):
         torch.testing.assert_close(state, expected, rtol=1e-9, atol=1e-9)
 
@@ -121,7 +121,7 @@ def test_gradients_equal_those_of_the_eager_model(make, eager, entering, gradien
         torch.testing.assert_close(given[name], gradient, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: name + text)
 
 
-def test_a_step_of_training(make, spectrograms):
+def test_a_training_step(make, spectrograms):
     model, labels = pruneattn.prune(make().train(), RATES, BLOCKS), torch.tensor([1, 3])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     losses = []
@@ -155,7 +155,7 @@ def test_keep_rate_1_and_unprune_give_the_same_bits(make, spectrograms, head):
     assert vars(model.base_model).keys() - vars(make(False)).keys() <= {"_output_capturing_hooks_installed"}
 
 
-def test_hidden_states_recorded_before_do_not_undo_pruning(make, spectrograms):
+def test_earlier_recording_of_hidden_states_does_not_undo_pruning(make, spectrograms):
     """transformers 4.5x leaves a forward on every layer that has been recorded."""
     model = make()
     nothing, prune = lambda model: model, lambda model: pruneattn.prune(model, RATES, BLOCKS)
@@ -211,7 +211,7 @@ def test_masks_that_hide_nothing_are_dropped(make, spectrograms, by_name):
 
 
 @pytest.mark.parametrize("score", ["cls", "column_mean"])
-def test_only_kept_rows_are_finished(make, spectrograms, score):
+def test_only_kept_rows_are_projected(make, spectrograms, score):
     model = pruneattn.prune(make(), 0.5, (1,), score)
     rows = []
     for name, module in layers_of(model)[1].named_modules():
@@ -266,7 +266,7 @@ def test_autocast(make, spectrograms):
     assert (half - exact).norm() < 0.1 * exact.norm()
 
 
-def test_copies_prune_on_their_own(make, spectrograms):
+def test_copies_prune_independently(make, spectrograms):
     model = make()
     dense = model(spectrograms).logits
     expected = pruneattn.prune(model, 0.5, BLOCKS)(spectrograms).logits
@@ -281,7 +281,7 @@ def test_copies_prune_on_their_own(make, spectrograms):
     assert torch.equal(model(spectrograms).logits, expected)
 
 
-def test_compiles_whole(make, spectrograms):
+def test_compiles_in_one_graph(make, spectrograms):
     torch.compiler.reset()
     model = pruneattn.prune(make(), 0.5, (1,))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -301,5 +301,5 @@ def test_other_models_are_rejected():
         num_conv_pos_embeddings=8,
         num_conv_pos_embedding_groups=2,
     )
-    with pytest.raises(pruneattn.UserError, match="Wav2Vec2Model has no list of blocks that is known"):
+    with pytest.raises(pruneattn.UserError, match="Wav2Vec2Model has no known list of blocks"):
         pruneattn.prune(transformers.Wav2Vec2Model(config), 0.5, (0,))

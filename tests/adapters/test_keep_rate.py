@@ -1,4 +1,4 @@
-"""Keep-rates of own models and of models that `prune` changed, set for good or for the length of a block."""
+"""Keep-rates of models of this package and of models that `prune` changed, set permanently or within a block."""
 
 import copy
 
@@ -41,7 +41,7 @@ def test_set_keep_rate_reaches_the_model(model):
 
 
 @pytest.mark.parametrize("keep_rate, rates", [(0.7, (0.7, 0.7)), ((1, 0.3), (1.0, 0.3))])
-def test_the_rate_holds_inside_and_the_old_one_after(model, keep_rate, rates):
+def test_the_rate_applies_inside_and_the_old_rate_after(model, keep_rate, rates):
     with at_keep_rate(model, keep_rate) as inside:
         assert inside is model
         assert rates_of(model) == rates
@@ -65,7 +65,7 @@ def test_nested_rates_are_restored_one_by_one(model):
 
 
 @pytest.mark.parametrize("rate", [0, 1.5, float("nan"), "half", None, (0.5, 0.5, 0.5), (0.5, 0)])
-def test_a_wrong_rate_changes_nothing(model, rate):
+def test_an_invalid_rate_changes_nothing(model, rate):
     with pytest.raises(UserError, match="^keep_rate: "), at_keep_rate(model, rate):
         pytest.fail("entered")
     with pytest.raises(UserError, match="^keep_rate: "):
@@ -108,7 +108,7 @@ def test_a_compiled_model_runs_at_the_rate(request, kind):
         assert inside.shape != before.shape or not torch.equal(inside, before)
 
 
-def test_pruning_anew_inside_keeps_the_new_rates(pruned):
+def test_pruning_again_inside_keeps_the_new_rates(pruned):
     with at_keep_rate(pruned, 0.9):
         pruneattn.prune(pruned, 0.6, (1, 2))
     assert rates_of(pruned) == (0.6, 0.6)

@@ -1,4 +1,4 @@
-"""A custom family and a custom score: the example python/prune_own_backbone.py against plain arithmetic."""
+"""A custom family and a custom score: the example python/prune_own_backbone.py against direct computation."""
 
 import copy
 from pathlib import Path
@@ -38,7 +38,7 @@ def fbank():
 
 
 def scores_of(kind, weights, v):
-    """Score of each patch, of the softmax matrix [B, H, N, N] and the values [B, H, N, D]."""
+    """Score of each patch, from the softmax matrix [B, H, N, N] and the values [B, H, N, D]."""
     if kind == "column_mean":
         return weights[:, :, 1:, 1:].mean((1, 2))
     scores = weights[:, :, 0, 1:].mean(1)
@@ -46,7 +46,7 @@ def scores_of(kind, weights, v):
 
 
 def eager(model, fbank, kind):
-    """The pruned model by PyTorch's own layers and the whole softmax matrix."""
+    """The pruned model with PyTorch's layers and the whole softmax matrix."""
     x = model.patches(fbank[:, None]).flatten(2).transpose(1, 2)
     x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], 1) + model.positions
     rates = dict(zip(BLOCKS, KEEP_RATES, strict=True))
@@ -106,7 +106,7 @@ def test_masks_are_rejected(make):
 def test_unsupported_layers_are_rejected(example, make):
     model = make()
     model.encoder.layers[1].self_attn.batch_first = False
-    with pytest.raises(UserError, match="make it with batch_first=True"):
+    with pytest.raises(UserError, match="create it with batch_first=True"):
         pruneattn.prune(model, 0.5, BLOCKS)
     model = make()
     model.encoder.layers[1].self_attn.bias_k = nn.Parameter(torch.zeros(1, 1, DIM))
@@ -114,7 +114,7 @@ def test_unsupported_layers_are_rejected(example, make):
         pruneattn.prune(model, 0.5, BLOCKS)
 
 
-def test_own_models_take_the_score_too(example):
+def test_models_of_this_package_accept_the_score(example):
     torch.manual_seed(0)
     sizes = {"embed_dim": DIM, "depth": 4, "num_heads": HEADS, "num_classes": 5, "frames": 64, "prune_blocks": BLOCKS}
     model = pruneattn.create_model("ast_tiny", score=example.ValueScore(), keep_rate=0.5, **sizes).eval()

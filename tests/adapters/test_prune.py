@@ -91,7 +91,7 @@ def test_a_block_runs_unpruned_if_it_would_drop_no_patch(plain_vit, tokens):
     x = torch.randn(2, 6, 24)
     dense = copy.deepcopy(plain_vit)
     pruneattn.unprune(dense)
-    for few in (1, 2, 6):  # class token alone, and up to 5 patches, of which 0.9 is still all
+    for few in (1, 2, 6):  # the class token and 0, 1 or 5 patches, all of which are kept
         assert torch.equal(plain_vit.blocks[1](x[:, :few]), dense.blocks[1](x[:, :few]))
 
 
@@ -149,7 +149,7 @@ def test_parameters_replaced_after_pruning_are_used(plain, plain_vit, random_wei
         ({"prune_blocks": (2, 2)}, "prune_blocks: must ascend without repeats"),
         ({"prune_blocks": ()}, "needs pruning blocks"),
         ({"prune_blocks": None}, r"prune_blocks: \(3, 6, 9\) must be within depth 4"),
-        ({"blocks": (1, 3)}, "prune_blocks: given together with its alias blocks: give only prune_blocks"),
+        ({"blocks": (1, 3)}, "prune_blocks: cannot be used together with its alias blocks: use only prune_blocks"),
         ({"score": "intensity"}, "score: 'intensity' ranks by the spectrogram"),
         ({"score": "variation"}, "score: 'variation' ranks by the spectrogram"),
         ({"score": "random"}, "score: 'random' ranks by the spectrogram"),
@@ -200,7 +200,7 @@ def test_a_model_that_is_not_pruned(plain_vit, tokens):
     assert torch.equal(pruneattn.unprune(plain_vit)(tokens), expected)
 
 
-def test_own_models_are_not_pruned_again():
+def test_models_of_this_package_are_not_pruned_again():
     sizes = {"frames": 64, "embed_dim": 24, "num_heads": 3, "depth": 4, "num_classes": 5}
     model = pruneattn.create_model("ast_tiny", prune_blocks=(1, 2), **sizes)
     pruneattn.set_keep_rate(model, (0.5, 0.25))
@@ -223,5 +223,5 @@ def test_models_with_a_decoder_are_rejected(plain_vit, tokens):
 @pytest.mark.parametrize("wrap", [nn.DataParallel, nn.Sequential, lambda model: None])
 def test_models_of_unknown_families_are_rejected(plain_vit, wrap):
     for function in (pruneattn.prune, pruneattn.unprune):
-        with pytest.raises(pruneattn.UserError, match="no list of blocks that is known: .* not a wrapper"):
+        with pytest.raises(pruneattn.UserError, match="no known list of blocks: .* not a wrapper"):
             function(wrap(plain_vit))

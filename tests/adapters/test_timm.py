@@ -144,7 +144,7 @@ def test_masks_are_rejected(make):
 
 
 @pytest.mark.parametrize("score", ["cls", "column_mean"])
-def test_only_kept_rows_are_finished(make, score):
+def test_only_kept_rows_are_projected(make, score):
     """Multiplications of a pruned block, counted by PyTorch, against the sum of its steps."""
     model = pruneattn.prune(make().float(), 0.5, (1,), score)
     tokens = torch.randn(1, 1 + PATCHES, DIM)
@@ -220,7 +220,7 @@ def test_autocast(make):
     assert (half - exact).norm() < 0.1 * exact.norm()
 
 
-def test_copies_prune_on_their_own(make):
+def test_copies_prune_independently(make):
     model, x = make(), images()
     dense = model(x)
     expected = pruneattn.prune(model, 0.5, BLOCKS)(x)
@@ -235,7 +235,7 @@ def test_copies_prune_on_their_own(make):
     assert torch.equal(model(x), expected)
 
 
-def test_compiles_whole(make):
+def test_compiles_in_one_graph(make):
     torch.compiler.reset()
     model, x = pruneattn.prune(make(depth=1), 0.5, (0,)), images()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -253,9 +253,9 @@ def test_compiles_whole(make):
         ("vit_srelpos_small_patch16_224", r"blocks\[0\] takes shared_rel_pos"),
         ("vit_base_patch16_rpn_224", r"blocks\[0\] has the parts of a ViT's block, but"),  # a norm after each branch
         ("eva02_tiny_patch14_224", r"blocks\[0\].attn \(EvaAttention\) has 'q_bias'"),
-        ("swin_tiny_patch4_window7_224", "SwinTransformer has no list of blocks that is known"),
+        ("swin_tiny_patch4_window7_224", "SwinTransformer has no known list of blocks"),
         ("samvit_base_patch16", "no 'num_prefix_tokens'"),
-        ("resnet18", "ResNet has no list of blocks"),
+        ("resnet18", "ResNet has no known list of blocks"),
     ],
 )
 def test_other_architectures_are_rejected(name, message):
@@ -265,7 +265,7 @@ def test_other_architectures_are_rejected(name, message):
         pruneattn.prune(model, 0.5, (0,))
 
 
-def test_a_model_without_weights_yet():
+def test_a_model_on_the_meta_device():
     with torch.device("meta"):
         model = timm.create_model("vit_tiny_patch16_224", **SMALL)
         assert pruneattn.prune(model, 0.5, BLOCKS).forward_features(torch.empty(2, 3, 32, 32)).shape == (2, 1 + 4, DIM)

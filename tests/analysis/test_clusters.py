@@ -21,7 +21,7 @@ def lumps(rng, count=20000):
     return np.concatenate([*parts, np.full(count // 10, -1.25)])
 
 
-def by_hand(**changes):
+def by_definition(**changes):
     values = dict(
         statistic="intensity",
         boundaries=(-0.5, 0.0, 0.5, 1.0),
@@ -60,13 +60,13 @@ def test_clusters_are_those_of_scikit_learn_on_the_whole_array():
     np.testing.assert_allclose(centres, expected, atol=1e-3)
     order = np.argsort(whole.cluster_centers_[:, 0])
     np.testing.assert_allclose(shares, np.bincount(whole.labels_)[order] / len(values), atol=1e-3)
-    numbers = by_hand(boundaries=boundaries).assign(torch.from_numpy(values)).numpy()
+    numbers = by_definition(boundaries=boundaries).assign(torch.from_numpy(values)).numpy()
     assert (numbers == np.argsort(order)[whole.labels_]).mean() > 0.999
 
 
 def test_a_value_on_a_boundary_belongs_to_the_lower_cluster():
     values = torch.tensor([[-3.0, -0.5, -0.4999], [0.5, 0.51, 9.0]])
-    assert by_hand().assign(values).tolist() == [[0, 0, 1], [2, 3, 4]]
+    assert by_definition().assign(values).tolist() == [[0, 0, 1], [2, 3, 4]]
 
 
 def test_too_few_values_are_rejected():
@@ -78,8 +78,8 @@ def test_too_few_values_are_rejected():
 
 
 def test_saved_clusters_are_loaded_again(tmp_path):
-    by_hand().save(tmp_path / "clusters.json")
-    assert load_clusters(tmp_path / "clusters.json", FEATURES) == by_hand()
+    by_definition().save(tmp_path / "clusters.json")
+    assert load_clusters(tmp_path / "clusters.json", FEATURES) == by_definition()
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_saved_clusters_are_loaded_again(tmp_path):
         ("[]", "is not a clusters.json of pruneattn analyze clusters"),
         ('{"statistic": "intensity"}', "is not a clusters.json of pruneattn analyze clusters"),
         (
-            json.dumps(vars(by_hand(mean=-4.0))),
+            json.dumps(vars(by_definition(mean=-4.0))),
             "mean -4 and std 4, .*-9 and 4: run pruneattn analyze clusters with this checkpoint",
         ),
     ],
@@ -104,7 +104,7 @@ def test_other_files_are_rejected(tmp_path, content, message):
 
 
 def test_the_command_clusters_every_patch(analysis_run, analyze, tmp_path):
-    """Shares, boundaries and files against the statistic computed by hand from every clip."""
+    """Shares, boundaries and files against the statistic computed directly from every clip."""
     sklearn = pytest.importorskip("sklearn.cluster")
     run = analysis_run("ast")
     analyze("clusters", *run.options(tmp_path / "out"), "--statistic", "variation")
@@ -126,5 +126,5 @@ def test_the_command_clusters_every_patch(analysis_run, analyze, tmp_path):
 
 
 def test_the_outer_clusters_have_no_outer_edge():
-    rows = cluster_rows(by_hand())
+    rows = cluster_rows(by_definition())
     assert rows[0]["above"] == -np.inf and rows[4]["up_to"] == np.inf and rows[2]["centre"] == 0.2

@@ -78,7 +78,7 @@ def test_the_twin_scores_every_block_and_computes_the_same(family):
         found = pruneattn.trace(scoring_twin(model.eval()), fbank)
         model.set_keep_rate(1.0)
         torch.testing.assert_close(found.logits, model(fbank))
-        # Score of the third block by hand, from the tokens that enter it.
+        # The score of the third block, computed directly from the tokens that enter it.
         x = model.prepend_extra_tokens(model.embed(fbank))
         for block in model.blocks[:2]:
             x = block.finish(x, block.attn(block.norm1(x)))

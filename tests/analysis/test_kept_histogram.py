@@ -23,7 +23,7 @@ LABELS = ["buzz", "siren", "tone"]
 SMALL = dict(num_classes=3, frames=128, embed_dim=32, depth=2, num_heads=2)
 
 
-def test_ratio_by_hand():
+def test_ratio_of_small_counts():
     pairs = torch.tensor([[3.0, 1.0], [1.0, 1.0], [4.0, 2.0], [2.0, 2.0]])
     ratio, se = ratio_of_means(pairs)
     assert ratio == pytest.approx(10 / 6)
@@ -35,7 +35,7 @@ def test_ratio_by_hand():
     assert alone == 1.5 and math.isnan(unknown)
 
 
-def test_its_error_equals_that_of_resampling():
+def test_standard_error_of_the_ratio_equals_that_of_resampling():
     generator = torch.Generator().manual_seed(0)
     second = torch.rand(400, 1, generator=generator) * 10 + 5
     pairs = torch.cat([2 * second + torch.randn(400, 1, generator=generator) * 3, second], 1)

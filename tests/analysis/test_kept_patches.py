@@ -35,7 +35,7 @@ def test_pauses_are_long_and_quiet():
 
 
 def test_these_clips_have_no_pauses():
-    fbank = torch.full((4, 64, 128), -1.3)  # constant silence: no frame is quieter than the others
+    fbank = torch.full((4, 64, 128), -1.3)  # constant silence: no frame is quieter than other frames
     fbank[1, 3:] = -1.0
     fbank[1, 3] = 5.0  # a click of one frame does not make the other frames quiet
     fbank[2, :9] = 5.0  # less than 0.1 s of sound, with padding after it
@@ -97,7 +97,7 @@ def test_the_command_counts_kept_patches(analysis_run, analyze, tmp_path, family
     command = [*run.options(tmp_path / "out"), "--keep-rate", "0.5", "--clips", "2", "--match", "siren", "tone"]
     analyze("kept_patches", *command)
     run.model.set_keep_rate(0.5)
-    columns = []  # by hand: seconds of the patches kept at the end, clip by clip
+    columns = []  # computed directly: seconds of the patches that the last stage keeps, clip by clip
     for fbank in run.fbanks():
         kept = pruneattn.trace(run.model, fbank[None]).kept[-1][0]
         columns.append(kept // 8 if family == "audiomae" else kept % 8)

@@ -18,7 +18,7 @@ def test_a_class_has_an_average_precision():
     assert units[:2] == pytest.approx([(1 / 2 + 2 / 3) / 2, 1.0]) and np.isnan(units[2])
 
 
-def test_the_paired_test_is_students():
+def test_the_paired_test_equals_students_t_test():
     a, b = np.random.default_rng(0).random((2, 30))
     found = paired_test(np.append(a - b, np.nan))
     assert found["difference"] == pytest.approx((a - b).mean())

@@ -31,11 +31,11 @@ def make_model(family):
 def one_by_one(model, fbank, removed, after):
     """Logits of clips whose patches are removed, one clip at a time, without masks."""
     logits = []
-    for clip, gone in zip(fbank, removed):
+    for clip, dropped in zip(fbank, removed):
         x = model.prepend_extra_tokens(model.embed(clip[None]))
         for number, block in enumerate(model.blocks):
             if number == after:
-                left = torch.cat([torch.ones(model.num_extra_tokens, dtype=torch.bool), ~gone])
+                left = torch.cat([torch.ones(model.num_extra_tokens, dtype=torch.bool), ~dropped])
                 x = x[:, left]
             q, k, v = block.attn.project(block.norm1(x), "qkv")
             weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)

@@ -47,7 +47,7 @@ def predictions(right, multilabel=False, classes=2):
     return {"logits": logits, "targets": targets, "index": np.arange(len(right)), "multilabel": multilabel, "macs": 2e9}
 
 
-def test_cells_start_with_unpruned_and_go_seed_by_seed():
+def test_cells_start_with_the_unpruned_runs_and_are_ordered_by_seed():
     cells = make_cells(("attention", "random"), (0.7, 0.5), (3, 4))
     assert len(cells) == 2 + 8 and cells[:2] == [Cell("unpruned", 1.0, 3), Cell("unpruned", 1.0, 4)]
     assert [cell.seed for cell in cells[2:]] == [3] * 4 + [4] * 4
@@ -68,7 +68,7 @@ def test_invalid_training_options_are_rejected_before_any_training(tmp_path, opt
         Table(tmp_path, make_cells(("random",), (0.5,), (0,)), [*options, "--epochs", "1"])
 
 
-def test_whole_table_from_training_to_files(tmp_path, options, analyze, capsys):
+def test_a_complete_table_from_training_to_files(tmp_path, options, analyze, capsys):
     """All cells are trained. A run that was killed starts again. The table names the missing cells."""
     output = tmp_path / "out"
     command = ["--rankings", "attention", "random", "--keep-rates", "0.5", "--seeds", "0", "--output", output]
@@ -167,8 +167,8 @@ def test_training_stops_at_a_signal(tmp_path, options, monkeypatch):
 
 def test_cells_are_shared_and_wait_for_their_trunk(tmp_path, options, monkeypatch):
     filelock = pytest.importorskip("filelock")
-    begun = []
-    monkeypatch.setattr(Table, "_train", lambda self, cell: begun.append(cell.name))
+    trained_cells = []
+    monkeypatch.setattr(Table, "_train", lambda self, cell: trained_cells.append(cell.name))
     monkeypatch.setattr(
         Table,
         "_predict",
@@ -176,14 +176,15 @@ def test_cells_are_shared_and_wait_for_their_trunk(tmp_path, options, monkeypatc
     )
     table = Table(tmp_path, make_cells(("attention", "random"), (0.5,), (0,)), options)
     with filelock.FileLock(tmp_path / ".unpruned-seed0.lock"):
-        assert table.train_next() == "wait" and begun == []  # another process trains the only cell without a trunk
+        # Another process trains the only cell that needs no trunk.
+        assert table.train_next() == "wait" and trained_cells == []
         (tmp_path / "unpruned-seed0").mkdir()
         (tmp_path / "unpruned-seed0" / "trunk.pt").touch()
         with filelock.FileLock(tmp_path / ".attention-0.5-seed0.lock"):
-            assert table.train_next() == "trained" and begun == ["random-0.5-seed0"]
+            assert table.train_next() == "trained" and trained_cells == ["random-0.5-seed0"]
             assert table.train_next() == "wait"
     assert [table.train_next() for _ in range(3)] == ["trained", "trained", "done"]
-    assert begun == ["random-0.5-seed0", "unpruned-seed0", "attention-0.5-seed0"]
+    assert trained_cells == ["random-0.5-seed0", "unpruned-seed0", "attention-0.5-seed0"]
 
 
 def test_runs_of_other_options_do_not_share_a_table(tmp_path, options):
@@ -206,7 +207,7 @@ def test_a_deleted_trunk_is_an_error(tmp_path, options):
         table.train_next()
 
 
-def test_paired_comparison_by_hand():
+def test_paired_comparison_of_small_runs():
     stats = pytest.importorskip("scipy.stats")
     unpruned = {0: predictions([1, 1, 1, 0, 1, 0]), 1: predictions([1, 0, 1, 0, 1, 1]), 2: None}
     ours = [(0, predictions([1, 0, 1, 0, 0, 0])), (1, predictions([1, 0, 0, 1, 1, 1])), (2, predictions([1] * 6))]

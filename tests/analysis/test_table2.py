@@ -14,7 +14,7 @@ RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 EXTRA_TOKENS = {"audiomae_base": 1, "ast_base": 2}
 
 
-def count_by_hand(patches, extra, keep_rate, dim=768):
+def count_by_definition(patches, extra, keep_rate, dim=768):
     """The paper's count: patch embedding, and per block ``4 n C^2 + 2 n^2 C + 8 m C^2``."""
     macs, left = patches * 256 * dim, patches
     for block in range(12):
@@ -30,15 +30,15 @@ def count_by_hand(patches, extra, keep_rate, dim=768):
 def test_the_papers_table(name, frames):
     rows = count_rows(name, frames, RATES)
     assert [row["keep_rate"] for row in rows] == list(RATES)
-    dense = count_by_hand(frames // 2, EXTRA_TOKENS[name], 1.0)
+    dense = count_by_definition(frames // 2, EXTRA_TOKENS[name], 1.0)
     differences = []
     for row in rows:
-        count = count_by_hand(frames // 2, EXTRA_TOKENS[name], row["keep_rate"])
+        count = count_by_definition(frames // 2, EXTRA_TOKENS[name], row["keep_rate"])
         assert row["patches"] == frames // 2 and row["gmacs_paper"] == pytest.approx(count)
         assert row["theory"] == pytest.approx(1 - count / dense)
         assert row["difference"] == pytest.approx(count - row["gmacs_printed"])
         differences.append(abs(row["difference"]))
-    # The table was counted with one extra token; AST's second one adds up to 0.1 of its own.
+    # The table was counted with one extra token; AST's second extra token adds up to 0.1.
     assert max(differences) < (0.1 if name == "audiomae_base" else 0.2)
     computed = [row["gmacs_computed"] for row in rows]
     head = 768 * 527 / 1e9
@@ -280,13 +280,13 @@ def test_figure():
     counts, saving, tiny, _ = figure.axes[:4]
     paper, computed, printed = (line.get_xydata().tolist() for line in counts.lines[:3])  # 64 patches come first
     assert [x for x, _ in paper] == [0.5, 1.0]
-    assert paper[0][1] == pytest.approx(count_by_hand(64, 1, 0.5)) and computed[0][1] < paper[0][1]
+    assert paper[0][1] == pytest.approx(count_by_definition(64, 1, 0.5)) and computed[0][1] < paper[0][1]
     assert printed == [[0.5, 2.8], [1.0, 5.6]] and counts.lines[2].get_markerfacecolor() == "none"
     assert counts.lines[0].get_linestyle() == "-" and counts.lines[1].get_linestyle() == "--"
     assert len(counts.lines) == 6 and len(tiny.lines) == 4  # the paper prints no cell of the tiny model
     (line,) = (line for line in saving.lines if line.get_label() == "if time followed the MACs")
     assert all(x == y for x, y in line.get_xydata())
-    theory = 100 * (1 - count_by_hand(64, 1, 0.5) / count_by_hand(64, 1, 1.0))
+    theory = 100 * (1 - count_by_definition(64, 1, 0.5) / count_by_definition(64, 1, 1.0))
     assert saving.lines[0].get_xydata().tolist() == [pytest.approx([theory, 65]), pytest.approx([0, 0], abs=1e-9)]
     bar, _ = saving.collections[0].get_segments()
     assert bar.tolist() == [pytest.approx([theory, 50]), pytest.approx([theory, 80])]

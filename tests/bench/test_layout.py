@@ -46,7 +46,7 @@ def test_imports_point_down(folder, forbidden):
 
 
 def test_the_harness_has_no_circular_imports():
-    """Modules can be sorted so that each one imports earlier modules only."""
+    """Modules can be sorted so that each module imports earlier modules only."""
     names = {f"bench.harness.{path.stem}": imports_of(path) for path in files("bench/harness")}
     below = {
         name: {other for other in names if any(f"{used}.".startswith(f"{other}.") for used in imports)}

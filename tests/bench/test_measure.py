@@ -54,7 +54,7 @@ def test_rows(clock, peaks):
     assert [row["clips_per_second"] for row in rows] == pytest.approx([10, 40, 20])
     # 1e6 MACs at 1e11 FLOP/s take 0.02 ms, 5e5 bytes at 1e10 B/s 0.05 ms.
     assert rows[1]["floor_ms"] == pytest.approx(0.05) and rows[1]["floor_share"] == pytest.approx(0.0005)
-    # Relative to the fastest unpruned provider, not the first one.
+    # Relative to the fastest unpruned provider, not to the first provider.
     assert rows[1]["saving"] == pytest.approx(0.5) and rows[1]["theory"] == 0.5
     assert rows[1]["realised"] == pytest.approx(1.0)
     assert rows[0]["saving"] is None and rows[2]["realised"] is None
@@ -119,7 +119,7 @@ def test_floor():
 
 def test_peaks_are_those_of_the_fastest_round(monkeypatch):
     monkeypatch.setattr(
-        "bench.harness.machine.timing.rounds_side_by_side", lambda *_: {"copy": [4.0, 2.0], "float32": [1.0, 9.0]}
+        "bench.harness.machine.timing.interleaved_rounds", lambda *_: {"copy": [4.0, 2.0], "float32": [1.0, 9.0]}
     )
     peaks = measure_peaks("cpu", ["float32"], size=10, copied=100)
     assert peaks == Peaks(copy=100.0, product={"float32": 2000.0})

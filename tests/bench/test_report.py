@@ -1,4 +1,4 @@
-"""Reports and comparisons of invented results, whose tables and figures are known."""
+"""Reports and comparisons of made-up results, whose tables and figures are known."""
 
 import math
 import re
@@ -269,7 +269,8 @@ def test_parts_are_compared_with_the_other_parts_of_their_case():
     slower = [row | {name: row[name] * (3 if row["part"] == "mlp" else 1.2) for name in times} for row in rows]
     result = compare((MACHINE, rows), (MACHINE, slower))
     assert [change.row["part"] for change in result.changes] == ["mlp", "mlp"]
-    assert result.changes[0].ratio == pytest.approx(2.5)  # 3 times as long, where all parts take 1.2 times as long
+    # The part takes 3 times as long, while all parts take 1.2 times as long.
+    assert result.changes[0].ratio == pytest.approx(2.5)
 
 
 def test_rows_without_a_counterpart_are_listed():

@@ -63,7 +63,7 @@ importlib.util.find_spec = lambda name, *rest: None if name == "pytest_benchmark
 
 
 def test_short_cases_are_measured_twice(tmp_path):
-    """Without pytest-benchmark, pytest does the same measurements."""
+    """Without pytest-benchmark, pytest makes the same measurements."""
     (tmp_path / "without.py").write_text(WITHOUT)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     command = [

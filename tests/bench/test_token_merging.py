@@ -67,9 +67,10 @@ def test_extra_tokens_stay_and_sizes_add_up(tokens, extra):
     keys, x = torch.randn(3, tokens, 4), torch.randn(3, tokens, 4)
     assert r > 0 or tokens - extra < 2
     if r:
-        gone, into = match(keys, r, extra)
-        assert (gone >= extra).all() and (into >= extra).all() and all(len(set(row)) == r for row in gone.tolist())
-        merged, size = merge(x, None, (gone, into))
+        removed, into = match(keys, r, extra)
+        assert (removed >= extra).all() and (into >= extra).all()
+        assert all(len(set(row)) == r for row in removed.tolist())
+        merged, size = merge(x, None, (removed, into))
         assert merged.shape == (3, tokens - r, 4)
         torch.testing.assert_close(merged[:, :extra], x[:, :extra])
         torch.testing.assert_close((merged * size).sum(1), x.sum(1))
@@ -78,8 +79,8 @@ def test_extra_tokens_stay_and_sizes_add_up(tokens, extra):
 
 def test_the_most_similar_pair_is_merged():
     keys = torch.tensor([[[1.0, 0], [0, 1], [9, 0.1], [9, 0], [0.5, 1], [-1, 0.3]]])
-    gone, into = match(keys, 1, 1)
-    assert (gone.item(), into.item()) == (2, 3)
+    removed, into = match(keys, 1, 1)
+    assert (removed.item(), into.item()) == (2, 3)
 
 
 def test_tokens_keep_their_order():

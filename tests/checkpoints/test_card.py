@@ -50,7 +50,7 @@ def test_table():
     )
     names = r"Speech, a \| b, &lt;script>, näher, e, f, ..."
     assert row(text, "output") == f"| output | 7 classes, multilabel (sigmoid): {names} |"
-    rates = "keep rate 0.7 in block 3, 0.5 in block 6, 1 in block 9 (blocks counted from 0)"
+    rates = "keep-rate 0.7 in block 3, 0.5 in block 6, 1 in block 9 (blocks counted from 0)"
     assert row(text, "pruning") == f"| pruning | score column_mean; {rates} |"
     assert row(text, "recorded") == "| recorded | epoch: 12, metric: map, value: 0.375 |"
     macs = pruneattn.count_macs(model)
@@ -115,7 +115,7 @@ def test_scores_that_prune_does_not_support():
     assert "pruneattn.prune" not in card(make(prune_blocks=(), keep_rate=1.0), library="timm")
 
 
-def test_an_edited_card_stays(tmp_path):
+def test_an_edited_card_is_kept(tmp_path):
     path = tmp_path / "README.md"
     about = {"features": FEATURES, "labels": LABELS, "multilabel": True}
     write_card(tmp_path, make(), **about)
@@ -123,7 +123,7 @@ def test_an_edited_card_stays(tmp_path):
     write_card(tmp_path, make(keep_rate=0.25), **about)  # replaces our own card
     assert "0.25 in block 3" in path.read_text(encoding="utf-8")
     for edit in (
-        lambda text: text.replace("# license: yours to choose", "license: mit"),
+        lambda text: text.replace("# license: choose one", "license: mit"),
         lambda text: text + "And more.\n",
         lambda text: "# Mine\n",
         lambda text: "",

@@ -34,7 +34,7 @@ def test_a_folder_is_created_and_written_again(tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_all_or_nothing(tmp_path, name):
-    """If the disk fills up while the last file is written, the old files stay."""
+    """If the disk fills up while the last file is written, the old files are kept."""
     write(tmp_path)
     before = contents(tmp_path)
     target = "safetensors" if name == "model.safetensors" else "json"
@@ -46,17 +46,17 @@ def test_all_or_nothing(tmp_path, name):
 
 
 @pytest.mark.parametrize("text", ['{"epochs": 3}', "{", "[]", "3"])
-def test_a_config_of_something_else_stays(tmp_path, text):
+def test_another_kind_of_config_is_not_replaced(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     before = contents(tmp_path)
     with pytest.raises(
-        UserError, match="holds a config.json of something else, such as a training run; choose another"
+        UserError, match="contains another kind of config.json, for example of a training run; choose another"
     ):
         write(tmp_path)
     assert contents(tmp_path) == before
 
 
-def test_a_readme_of_somebody_else_stays(tmp_path):
+def test_an_edited_readme_is_not_replaced(tmp_path):
     (tmp_path / "README.md").write_text("# Mine\n")
     write(tmp_path)
     assert (tmp_path / "README.md").read_text() == "# Mine\n" and (tmp_path / "model.safetensors").exists()
@@ -65,5 +65,5 @@ def test_a_readme_of_somebody_else_stays(tmp_path):
 def test_a_path_that_is_not_a_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     for place in ("file", "file/below"):
-        with pytest.raises(UserError, match="cannot make the folder .*file.*choose another place"):
+        with pytest.raises(UserError, match="cannot create the folder .*file.*choose another folder"):
             write(tmp_path / place)

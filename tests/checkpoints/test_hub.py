@@ -127,7 +127,7 @@ def test_offline_and_not_in_the_cache(cached, tmp_path):
         assert str(tmp_path / "hub") in str(error.value)
 
 
-@pytest.mark.slow  # a process of its own
+@pytest.mark.slow  # starts a process
 def test_the_variable_for_offline_use(tmp_path, cached):
     save(make(), cached("main"))
     code = "import pruneattn; [print(pruneattn.load_pretrained(name).name) for name in ('user/name', 'user/absent')]"
@@ -154,7 +154,7 @@ def test_without_huggingface_hub(tmp_path, monkeypatch):
     ):
         pruneattn.load_pretrained("user/name")
     for path in ("runs/best.safetensors", "nothing"):
-        with pytest.raises(UserError, match=f"{path}: no such checkpoint; give an existing file, .*user/name"):
+        with pytest.raises(UserError, match=f"{path}: no such checkpoint; use an existing file, .*user/name"):
             pruneattn.load_pretrained(path)
 
 
@@ -181,7 +181,7 @@ class Hub(BaseHTTPRequestHandler):
             self.server.asked.append((self.command, revision, file))
         path = None if file is None else self.server.folder / file
         status, error, data = 200, None, b""
-        if name == "gone":
+        if name == "missing":
             status, error = 404, "RepoNotFound"
         elif name == "gated" and file:
             status, error = 403, "GatedRepo"
@@ -252,8 +252,8 @@ def test_only_the_first_weights_are_downloaded(hub):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("user/gone", "no repository user/gone on the Hugging Face Hub, or a private one: .*hf auth login"),
-        ("user/gated", "asks you to accept its terms: do so at http.*/user/gated, then"),
+        ("user/missing", "the Hugging Face Hub has no public repository user/missing: .*hf auth login"),
+        ("user/gated", "requires you to accept its terms: accept them at http.*/user/gated, then"),
         ("user/name@v9", "user/name on the Hugging Face Hub has no revision v9"),
         ("user/name", "holds none of best.safetensors, model.safetensors, pytorch_model.bin"),
         ("user/broken", "not in the Hugging Face Hub's cache .* and the Hub could not be reached .*503"),

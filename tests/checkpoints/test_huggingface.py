@@ -1,4 +1,4 @@
-"""Hugging Face's AST, opened by the files next to its weights, and its feature extractor with our model."""
+"""Hugging Face's AST, opened through the files next to its weights, and its feature extractor with our model."""
 
 import json
 import warnings
@@ -179,13 +179,13 @@ REJECTED = {
     "bias": (change(qkv_bias=False), "qkv_bias is False"),
     "mel": (change(num_mel_bins=64), "num_mel_bins is 64"),
     "heads": (change(num_attention_heads=5), "num_heads: 5 does not divide"),
-    "labels": (change(id2label={"1": "a", "3": "b"}), "config.json: an AST that cannot be made here"),
-    "width": (change(hidden_size=None), "config.json: an AST that cannot be made here"),
+    "labels": (change(id2label={"1": "a", "3": "b"}), "config.json: pruneattn cannot build this AST"),
+    "width": (change(hidden_size=None), "config.json: pruneattn cannot build this AST"),
     "classes": (change(id2label={"0": "a"}), "lacks head.*: 3 classes in the file and 1 in the model"),
     "depth": (change(num_hidden_layers=4), "embed_dim 48 and depth 5"),
     "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "holds a list, not a configuration"),
-    "pruning": (change(pruneattn=None), "config.json: an AST that cannot be made here"),
+    "pruning": (change(pruneattn=None), "config.json: pruneattn cannot build this AST"),
     "another model": (change(model_type="wav2vec2"), "not a model that pruneattn saved.*not next to a config.json"),
     "no extractor": (
         lambda folder: (folder / "preprocessor_config.json").unlink(),
@@ -258,8 +258,8 @@ def waves(real_audio):
     ],
 )
 def test_its_features_equal_ours(extract, waves, options):
-    """On 150 clips, log-mels differ by at most 3.2e-3 (torchaudio) and 3.9e-3 (numpy), in bins near silence. Ours
-    subtracts the mean of the clip first, theirs only the mean of each frame.
+    """On 150 clips, log-mels differ by at most 3.2e-3 (torchaudio) and 3.9e-3 (numpy), in bins near silence. This
+    package subtracts the mean of the clip first, transformers only the mean of each frame.
     """
     for wave in waves:
         theirs, config = extract(wave, **options)

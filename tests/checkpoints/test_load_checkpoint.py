@@ -238,7 +238,7 @@ def test_audiomae_pretrained(tmp_path):
     model = make("audiomae")
     before = snapshot(model)
     report = load_checkpoint(model, tmp_path / "pretrained.pth")
-    assert report.format == "AudioMAE, pre-trained"
+    assert report.format == "AudioMAE, pretrained"
     assert sorted(report.missing) == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
     assert sorted(report.unused) == sorted(key for key in state if key.startswith(("decoder", "mask_token", "norm.")))
     assert_untouched(model, {name: before[name] for name in report.missing})
@@ -246,7 +246,7 @@ def test_audiomae_pretrained(tmp_path):
     assert "left at their initial values: fc_norm.weight" in str(report)
 
 
-def test_audiomae_finetuned_with_args(tmp_path):
+def test_audiomae_fine_tuned_with_args(tmp_path):
     source = randomize(make("audiomae"), seed=3)
     args = argparse.Namespace(model="vit_base_patch16", lr=1e-3, dist_url="env://", mask_2d=True)
     content = {"model": source.state_dict(), "optimizer": {"state": {}}, "epoch": 59, "scaler": {}, "args": args}
@@ -298,7 +298,7 @@ def test_half_precision_files(tmp_path, stored):
 
 
 @pytest.mark.parametrize(("family", "fresh"), [("ast", {"head", "head_norm"}), ("audiomae", {"head"})])
-def test_a_head_of_other_classes_stays_fresh(tmp_path, family, fresh):
+def test_a_head_of_other_classes_keeps_its_initial_values(tmp_path, family, fresh):
     torch.save(randomize(make(family, num_classes=5)).state_dict(), tmp_path / "x.pt")
     model = make(family)
     before = snapshot(model)
@@ -306,7 +306,7 @@ def test_a_head_of_other_classes_stays_fresh(tmp_path, family, fresh):
     assert {name.partition(".")[0] for name in report.missing} == fresh
     assert sorted(report.missing) == sorted(report.unused)
     assert_untouched(model, {name: before[name] for name in report.missing})
-    assert report.notes == ["head: 5 classes in the file and 7 in the model, so the head starts fresh"]
+    assert report.notes == ["head: 5 classes in the file and 7 in the model, so the head keeps its initial values"]
 
 
 def test_the_best_file_of_a_training_folder(tmp_path):
@@ -336,13 +336,13 @@ REJECTED = {
     ),
     "a known size": (
         lambda: ast_state() | {f"blocks.{i}.attn.qkv.weight": torch.ones(576, 192) for i in range(12)},
-        r"depth 12 .*make create_model\('ast_tiny'\)",
+        r"depth 12 .*create the model with create_model\('ast_tiny'\)",
     ),
     "depth": (lambda: ast_state(depth=2), r"depth 2 .*has embed_dim 48 and depth 3"),
     "family": (audiomae_state, r"AudioMAE.*does not fit the model ast_tiny.*create_model\('audiomae_base'\)"),
     "incomplete": (
         lambda: without(ast_state(), "blocks.1.norm2.bias", "norm.weight"),
-        r"without blocks.1.norm2.bias, norm.weight; give a complete",
+        r"without blocks.1.norm2.bias, norm.weight; use a complete",
     ),
     "more parts": (lambda: ast_state() | {"blocks.0.ls1.gamma": torch.ones(DIM)}, r"does not have.*blocks.0.ls1.gamma"),
     "shape": (
@@ -353,7 +353,7 @@ REJECTED = {
         lambda: ast_state() | {"patch_embed.proj.weight": torch.ones(DIM, 3, 16, 16)},
         r"patch_embed.proj.weight is \[48, 3, 16, 16\]: patches of 3 channels",
     ),
-    "positions": (lambda: ast_state() | {"pos_embed": torch.ones(1, 198, DIM)}, r"196 patches are no grid"),
+    "positions": (lambda: ast_state() | {"pos_embed": torch.ones(1, 198, DIM)}, r"196 patches are not a grid"),
     "parts": (
         lambda: {
             "embeddings.position_embeddings": torch.ones(1, 514, DIM),
@@ -365,7 +365,7 @@ REJECTED = {
     "unknown": (
         lambda: {f"conv{i}.weight": torch.ones(1) for i in range(9)},
         (
-            r"no known checkpoint format. Looked for AST, official \(v.pos_embed.*AudioMAE, pre-trained.*"
+            r"no known checkpoint format. Looked for AST, official \(v.pos_embed.*AudioMAE, pretrained.*"
             r"has 9 tensors: conv0.weight.*conv5.weight, \.\.\."
         ),
     ),

@@ -1,4 +1,4 @@
-"""Any checkpoint opened as a model with features and labels, by arguments as commands and callers give them."""
+"""Any checkpoint opened as a model with features and labels, with the arguments that commands and callers pass."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def test_public_surface():
         assert getattr(pruneattn, name) is getattr(checkpoints, name)
 
 
-@pytest.mark.slow  # a process of its own
+@pytest.mark.slow  # starts a process
 def test_importing_the_package_imports_no_checkpoints():
     code = "import sys, pruneattn; print([name for name in sys.modules if name.startswith('pruneattn.ch')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_another_project(foreign):
 
 
 def test_a_checkpoint_of_another_project_needs_its_classes(foreign):
-    message = r"the dataset manifest does not fix the number of classes; give num_classes \(--num-classes\)"
+    message = r"the dataset manifest does not determine the number of classes; pass num_classes \(--num-classes\)"
     with pytest.raises(UserError, match=message):
         open_checkpoint(foreign, model="audiomae_tiny", dataset="manifest")
     with pytest.raises(UserError, match="lacks head.*35 classes in the file and 527 in the model"):
@@ -150,7 +150,7 @@ def test_a_dataset_for_a_checkpoint(clips):
         open_dataset(model, "best", "toy")
 
 
-def test_the_fingerprint_stays():
+def test_the_fingerprint_does_not_change():
     """Label files of older versions hold it, so its value for a given model must never change."""
     model = make(embed_dim=8, depth=2, num_heads=2, num_classes=2, frames=32, keep_rate=0.5)
     with torch.no_grad():

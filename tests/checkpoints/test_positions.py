@@ -34,7 +34,7 @@ def test_a_table_of_the_same_grid_is_unchanged(family):
 
 
 @pytest.mark.parametrize(("frames", "start"), [(128, 28), (512, 16), (16, 32), (48, 31)])
-def test_ast_takes_the_center_columns(frames, start):
+def test_ast_uses_the_center_columns(frames, start):
     columns = frames // 16
     fitted, note = fit_positions(numbered("ast", 512), make("ast", frames))
     expected = [64 * row + start + column for row in range(8) for column in range(columns)]
@@ -43,7 +43,7 @@ def test_ast_takes_the_center_columns(frames, start):
 
 
 @pytest.mark.parametrize("frames", [128, 512, 1008])
-def test_audiomae_takes_the_left_columns_of_8_by_64(frames):
+def test_audiomae_uses_the_left_columns_of_8_by_64(frames):
     columns = frames // 16
     fitted, note = fit_positions(numbered("audiomae", 512), make("audiomae", frames))
     expected = [64 * row + column for row in range(8) for column in range(columns)]
@@ -52,7 +52,7 @@ def test_audiomae_takes_the_left_columns_of_8_by_64(frames):
 
 
 @pytest.mark.parametrize("family", ["ast", "audiomae"])
-def test_a_crop_of_a_crop_is_the_crop(family):
+def test_two_crops_equal_one_crop(family):
     half, _ = fit_positions(numbered(family, 512), make(family, 512))
     twice, _ = fit_positions(half, make(family, 128))
     once, _ = fit_positions(numbered(family, 512), make(family, 128))
@@ -61,7 +61,7 @@ def test_a_crop_of_a_crop_is_the_crop(family):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("had", "frames"), [(1024, 512), (1024, 128), (128, 1024)])
-def test_our_own_sine_cosine_table_is_computed_anew(had, frames, stored):
+def test_a_sine_cosine_table_of_this_package_is_recomputed(had, frames, stored):
     source, model = make("audiomae", had), make("audiomae", frames)
     table = source.pos_embed.detach().clone()
     table[0, 0] = 3.0
@@ -94,7 +94,8 @@ def test_stride_10_is_read_at_the_centers_of_stride_16(patches, frames):
     with pytest.warns(UserWarning, match="stride 10"):
         fitted, note = fit_positions(table, make("ast", frames), stride=None)
     grid = fitted[0, 2:].reshape(8, columns, 4)
-    bins = (16.0 * torch.arange(8)).clamp(max=110).reshape(8, 1).expand(8, columns)  # the last row has the 12th's value
+    # The last row has the value of the 12th row of the table.
+    bins = (16.0 * torch.arange(8)).clamp(max=110).reshape(8, 1).expand(8, columns)
     start = (16.0 * torch.arange(columns)).clamp(max=10.0 * (had - 1)).expand(8, columns)
     torch.testing.assert_close(grid, torch.stack([bins, start, bins + 2 * start, torch.ones_like(bins)], dim=-1))
     assert (fitted[:, :2] == -1).all() and f"12 x {had}" in note
@@ -151,7 +152,7 @@ def test_only_formats_that_come_with_stride_10_are_resampled():
 
 @pytest.mark.parametrize(("family", "patches"), [("ast", 1213), ("ast", 196), ("audiomae", 1212), ("audiomae", 0)])
 def test_other_sizes_are_rejected(family, patches):
-    with pytest.raises(UserError, match=f"{patches} patches are no grid"):
+    with pytest.raises(UserError, match=f"{patches} patches are not a grid"):
         fit_positions(numbered(family, patches), make(family, 1024), stride=None if family == "ast" else 16)
 
 

@@ -1,4 +1,4 @@
-"""Files of other projects to our model and back, bit for bit; and the code of other projects on our files."""
+"""Round trips between files of other projects and our models, bit for bit, and code of other projects on our files."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize(("family", "format_"), CASES)
-def test_ours_to_theirs_and_back(tmp_path, family, format_):
+def test_round_trip_from_our_model(tmp_path, family, format_):
     source, model = make(family), make(family)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -266,7 +266,7 @@ def test_padding_that_hugging_face_does_not_support(tmp_path):
 )
 def test_formats_of_the_other_family(tmp_path, family, format_):
     fitting = "' or '".join(FORMATS[family])
-    with pytest.raises(UserError, match=f"'{format_}' has no place for the weights of {family}_tiny; use '{fitting}'"):
+    with pytest.raises(UserError, match=f"'{format_}' cannot hold the weights of {family}_tiny; use '{fitting}'"):
         save(make(family), tmp_path / "out", format_)
     with pytest.raises(UserError, match="'onnx' is not one of ast, audiomae, huggingface, timm"):
         save(make(family), tmp_path / "out", "onnx")
@@ -274,22 +274,22 @@ def test_formats_of_the_other_family(tmp_path, family, format_):
 
 
 def test_errors_write_nothing(tmp_path):
-    with pytest.raises(UserError, match="'huggingface': give features"):
+    with pytest.raises(UserError, match="'huggingface': pass features"):
         save(make("ast"), tmp_path / "out", "huggingface", features=None)
     with pytest.raises(ValueError, match="labels: expected 7 names"):
         save(make("ast"), tmp_path / "out", "huggingface", labels=["a"])
     with pytest.raises(ValueError, match="features: expected 256 frames"):
         save(make("audiomae"), tmp_path / "out", "timm", features=FeatureConfig(512, 0.0, 1.0))
-    with pytest.raises(UserError, match="it is a folder; give the name of a file"):
+    with pytest.raises(UserError, match="it is a folder; use the name of a file"):
         save(make("ast"), tmp_path, "ast")
     with pytest.raises(UserError, match="cannot write"):
         save(make("ast"), tmp_path / "absent" / "x.pth", "ast")
     assert os.listdir(tmp_path) == []
     (tmp_path / "config.json").write_text('{"epochs": 3}')
-    with pytest.raises(UserError, match="holds a config.json of something else, such as a training run"):
+    with pytest.raises(UserError, match="contains another kind of config.json, for example of a training run"):
         save(make("ast"), tmp_path, "huggingface")
     for _ in range(2):  # over its own files
         save(make("audiomae"), tmp_path / "timm", "timm")
-    with pytest.raises(UserError, match="config.json of something else"):
+    with pytest.raises(UserError, match="another kind of config.json"):
         save(make("ast"), tmp_path / "timm", "huggingface")
     assert sorted(os.listdir(tmp_path)) == ["config.json", "timm"]

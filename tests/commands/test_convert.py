@@ -1,4 +1,4 @@
-"""``pruneattn convert``: any checkpoint as input, which is never changed."""
+"""``pruneattn convert``: any checkpoint as input. The input is never changed."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_checkpoints_of_this_package(tmp_path, capsys, family, format_):
 
 def test_from_one_project_to_another(tmp_path):
     """The official AST to Hugging Face and back, described by options."""
-    model = make("ast", depth=12)  # the size that --model says
+    model = make("ast", depth=12)  # the size that --model names
     pruneattn.save_checkpoint(model, tmp_path / "official.pth", format="ast")
     (tmp_path / "labels.csv").write_text("index,mid,display_name\n0,/m/0,dog\n1,/m/1,cat\n2,/m/2,rain\n")
     convert(
@@ -105,7 +105,7 @@ def test_the_input_is_never_overwritten(tmp_path):
         (run, run / ".." / "run", "huggingface"),
     ]
     for checkpoint, output, format_ in cases:
-        with pytest.raises(UserError, match="is part of the checkpoint .*choose another place"):
+        with pytest.raises(UserError, match="is part of the checkpoint .*choose another path"):
             convert(checkpoint, output, "--format", format_)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     convert(run, run / "new.pth", "--format", "ast")
@@ -116,7 +116,7 @@ def test_the_input_is_never_overwritten(tmp_path):
 
 def test_errors_say_what_to_do(tmp_path):
     save(make("audiomae"), tmp_path / "best.safetensors")
-    with pytest.raises(UserError, match="'ast' has no place for the weights of audiomae_tiny; use 'audiomae' or"):
+    with pytest.raises(UserError, match="'ast' cannot hold the weights of audiomae_tiny; use 'audiomae' or"):
         convert(tmp_path, tmp_path / "out", "--format", "ast")
     with pytest.raises(UserError, match="absent: no such checkpoint"):
         convert(tmp_path / "absent", tmp_path / "out", "--format", "ast")

@@ -57,7 +57,7 @@ def clips(tmp_path_factory):
     return folder
 
 
-def by_hand(model, keep_rate, paths):
+def one_by_one(model, keep_rate, paths):
     """Logits of clips one by one, without the code of the evaluation."""
     model.set_keep_rate(keep_rate)
     extract = FeatureExtractor(FEATURES)
@@ -77,7 +77,7 @@ def run(checkpoint, clips, output, *options):
     return json.loads((output / "table.json").read_text())
 
 
-def test_table_equals_computing_by_hand(checkpoint, clips, tmp_path, capsys):
+def test_table_equals_computing_one_by_one(checkpoint, clips, tmp_path, capsys):
     rates = {"1": 1.0, "0.5": 0.5, "0.9,0.4,0.25": [0.9, 0.4, 0.25]}
     table = run(checkpoint, clips, tmp_path, "--keep-rates", *rates, "--batch-size", 3, "--rounds", 1)
     paths = sorted((clips / "test").rglob("*.wav"))
@@ -86,7 +86,7 @@ def test_table_equals_computing_by_hand(checkpoint, clips, tmp_path, capsys):
     dense = pruneattn.count_macs(model, 1.0).paper
     right, precise = [], []
     for row, (name, rate) in zip(table["rows"], rates.items(), strict=True):
-        logits = by_hand(model, rate, paths)
+        logits = one_by_one(model, rate, paths)
         right.append(float((logits.argmax(1) == labels).float().mean()))
         macs = pruneattn.count_macs(model)
         assert row["keep_rate"] == rate
@@ -106,7 +106,7 @@ def test_table_equals_computing_by_hand(checkpoint, clips, tmp_path, capsys):
         assert [int(one["positives"]) for one in classes] == [2, 2, 3]
         recall = [float((logits.argmax(1)[labels == k] == k).float().mean()) for k in range(3)]
         assert [float(one["recall"]) for one in classes] == pytest.approx(recall)
-    assert len(set(precise)) > 1, "the keep-rates cannot be told apart: a poor test"
+    assert len(set(precise)) > 1, "the keep-rates give equal results, so this test checks nothing"
     printed = capsys.readouterr().out
     assert (tmp_path / "table.md").read_text() in printed
     cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in printed.splitlines() if line.startswith("|")]
@@ -176,13 +176,13 @@ def test_the_score_of_the_checkpoint_is_the_default(checkpoint, clips, tmp_path)
     paths = sorted((clips / "test").rglob("*.wav"))
     assert own["score"] == "column_mean" and other["score"] == "intensity"
     model = make_model(score="intensity")
-    expected = evaluate_predictions(by_hand(model, 0.1, paths), torch.eye(3)[true_labels(paths)], False)["map"]
+    expected = evaluate_predictions(one_by_one(model, 0.1, paths), torch.eye(3)[true_labels(paths)], False)["map"]
     assert other["rows"][0]["map"] == pytest.approx(expected) != own["rows"][0]["map"]
     assert "clips_per_second" not in other["rows"][0] and "dense" not in other
 
 
 def test_the_checkpoint_says_whether_the_task_is_multilabel(clips, tmp_path):
-    """By chance each clip of a small manifest can have one label."""
+    """In a small manifest, each clip can have one label by chance."""
     pruneattn.save_pretrained(
         make_model(), tmp_path / "best.safetensors", features=FEATURES, labels=LABELS, multilabel=True
     )
@@ -193,12 +193,12 @@ def test_the_checkpoint_says_whether_the_task_is_multilabel(clips, tmp_path):
     (tmp_path / "test.json").write_text(json.dumps({"data": entries}))
     options = ["--dataset", "manifest", "--manifest", tmp_path / "test.json", "--keep-rate", 0.5, "--rounds", 0]
     table = run(tmp_path, clips, tmp_path, *options)
-    expected = evaluate_predictions(by_hand(make_model(), 0.5, paths), torch.eye(3)[true_labels(paths)], True)
+    expected = evaluate_predictions(one_by_one(make_model(), 0.5, paths), torch.eye(3)[true_labels(paths)], True)
     assert table["metric"] == "map" and table["rows"][0]["metric"] == pytest.approx(expected["map"])
 
 
 def test_processes_share_the_clips(checkpoint, clips, monkeypatch):
-    """What each of two processes scores, without starting them."""
+    """The clips that each of two processes scores, without starting the processes."""
     model = pruneattn.load_pretrained(checkpoint)
     dataset = load_dataset("folder", "test", data_dir=clips, frames=128)
     alone, _ = evaluate.score_keep_rates(model, dataset, [1.0, 0.5], "cpu")
@@ -209,7 +209,8 @@ def test_processes_share_the_clips(checkpoint, clips, monkeypatch):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         together, failed = evaluate.score_keep_rates(model, dataset, [1.0, 0.5], "cpu", batch_size=2)
     (first, _), (second, _) = parts
-    assert sorted([*first[2].tolist(), *second[2].tolist()]) == list(range(7))  # each once, though 2 does not divide 7
+    # Each clip appears once, although 2 does not divide 7.
+    assert sorted([*first[2].tolist(), *second[2].tolist()]) == list(range(7))
     assert failed == []
     for name in ("map", "mauc", "top1"):
         assert [one[name] for one in together] == pytest.approx([one[name] for one in alone])
@@ -233,7 +234,7 @@ def test_two_processes_agree_with_one(checkpoint, clips, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "two" / "table.json").read_text())
-    assert two["clips"] == one["clips"] == 7  # each clip once, though 2 does not divide 7
+    assert two["clips"] == one["clips"] == 7  # each clip once, although 2 does not divide 7
     for row_one, row_two in zip(one["rows"], two["rows"], strict=True):
         assert row_two == pytest.approx(row_one)
     assert done.stdout.count("| keep-rate |") == 1  # one process prints
@@ -263,7 +264,7 @@ def test_unreadable_clips_are_left_out_and_listed(checkpoint, clips, tmp_path, c
     assert "4 of 11 clips could not be read" in printed and "text.wav" in printed
 
 
-def test_misuse_is_one_clear_error(checkpoint, clips, tmp_path):
+def test_invalid_options_are_errors(checkpoint, clips, tmp_path):
     with pytest.raises(UserError, match="keep_rate.*got 0"):
         run(checkpoint, clips, tmp_path, "--keep-rate", 0)
     with pytest.raises(UserError, match="3 classes, the dataset 10"):
@@ -273,7 +274,7 @@ def test_misuse_is_one_clear_error(checkpoint, clips, tmp_path):
     for label, other in zip(LABELS, ("buzz", "horn", "tone"), strict=True):
         (renamed / other).symlink_to(clips / "test" / label)
         (tmp_path / "renamed" / "train" / other).mkdir(parents=True)
-    with pytest.raises(UserError, match="do not go together.*class 1 is 'siren' in the checkpoint and 'horn'"):
+    with pytest.raises(UserError, match="do not match.*class 1 is 'siren' in the checkpoint and 'horn'"):
         run(checkpoint, tmp_path / "renamed", tmp_path)
     with pytest.raises(UserError, match="--batch-size 0"):
         run(checkpoint, clips, tmp_path, "--batch-size", 0)
@@ -311,7 +312,7 @@ def test_checkpoint_of_another_project(clips, tmp_path):
         run(tmp_path / "pretrained.pth", clips, tmp_path, *options)
 
 
-def test_the_default_output_is_next_to_the_checkpoint_or_here(checkpoint, tmp_path, monkeypatch):
+def test_the_default_output_is_next_to_the_checkpoint_or_in_the_current_folder(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given, expected in (
         (checkpoint, checkpoint),
@@ -350,7 +351,7 @@ def test_the_speed_baseline_is_the_fastest_dense_variant(monkeypatch):
         seconds = {"optimized": 2.0, "compiled": 1.0, "eager, SDPA": 3.0}
         return {(rate, name): [seconds[name] * rate] * 3 for rate, name in variants}
 
-    monkeypatch.setattr(timing, "rounds_side_by_side", fake)
+    monkeypatch.setattr(timing, "interleaved_rounds", fake)
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)
     speed = measure_speed(make_model(), [0.5], "cpu", batch_size=2, compiled=True)
     pruned = [(0.5, "optimized"), (0.5, "compiled")]
@@ -366,7 +367,7 @@ def test_the_speed_baseline_is_the_fastest_dense_variant(monkeypatch):
     assert speed.row(1.0, theory=0.0)["realised"] is None
 
 
-def test_speed_in_half_precision_runs_as_asked(monkeypatch):
+def test_speed_is_measured_in_the_requested_precision(monkeypatch):
     """float16 has no packed weights on a CPU: the unchanged model runs inside autocast."""
     seen = {}
 
@@ -374,7 +375,7 @@ def test_speed_in_half_precision_runs_as_asked(monkeypatch):
         seen.update({name: function().dtype for name, function in variants.items()})
         return {name: [1.0] for name in variants}
 
-    monkeypatch.setattr(timing, "rounds_side_by_side", fake)
+    monkeypatch.setattr(timing, "interleaved_rounds", fake)
     model = make_model()
     measure_speed(model, [0.5], "cpu", amp="fp16", batch_size=2)
     assert seen == dict.fromkeys([(1.0, "eager"), (0.5, "eager"), (1.0, "eager, SDPA")], torch.float16)

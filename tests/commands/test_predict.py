@@ -86,7 +86,9 @@ def test_labels_with_scores(checkpoint, clip, capsys):
     _, (row,) = run(capsys, "--keep-rate", 1.0, checkpoint, clip, "--windows")
     dense = logits_of(make_model(), load_audio(clip)).softmax(-1)
     assert row["scores"][0] == pytest.approx(float(dense.max()), abs=1e-6)
-    assert abs(float(dense.max()) - float(expected.max())) > 1e-4, "the keep-rates cannot be told apart: a poor test"
+    assert abs(float(dense.max()) - float(expected.max())) > 1e-4, (
+        "the keep-rates give equal results, so this test checks nothing"
+    )
     assert row["windows"] == [{"start": 0, "end": row["seconds"], "labels": row["labels"], "scores": row["scores"]}]
 
 
@@ -156,16 +158,16 @@ def test_an_unreadable_clip_does_not_stop_the_run(checkpoint, clip, tmp_path, ca
     (folder / "cut.wav").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.wav").touch()
     (folder / "text.wav").write_text("I am no sound")
-    (folder / "notes.txt").write_text("not looked at")
+    (folder / "notes.txt").write_text("ignored")
     soundfile.write(folder / "short.wav", wave[:160], 16000)
     soundfile.write(folder / "nan.wav", np.full(16000, np.nan), 16000, subtype="FLOAT")
     (tmp_path / "none").mkdir()
-    inputs = [tmp_path / "sounds", clip, tmp_path / "gone.wav", tmp_path / "none"]
+    inputs = [tmp_path / "sounds", clip, tmp_path / "missing.wav", tmp_path / "none"]
     assert predict.main([str(checkpoint), *map(str, inputs), "--top-k", "1"]) == 0
     printed = capsys.readouterr()
     assert [line.split(" (")[0] for line in printed.out.splitlines()[::2]] == [str(folder / "good.wav"), str(clip)]
     assert "7 of 9 clips could not be labeled:\n" in printed.err
-    for name in ("cut.wav", "empty.wav", "text.wav", "short.wav", "nan.wav", "gone.wav", "none"):
+    for name in ("cut.wav", "empty.wav", "text.wav", "short.wav", "nan.wav", "missing.wav", "none"):
         assert printed.err.count(f"{name}:") == 1
     assert predict.main([str(checkpoint), str(folder / "text.wav")]) == 1
 
@@ -213,7 +215,7 @@ def test_a_killed_run_is_resumed(workers, checkpoint, tmp_path, capsys):
     _, expected = run(capsys, checkpoint, folder, *options)
 
     (folder / "6.wav").rename(tmp_path / "6.wav")
-    os.mkfifo(folder / "6.wav")  # decoding waits for sound that never comes
+    os.mkfifo(folder / "6.wav")  # decoding waits for data that is never written
     process = subprocess.Popen([sys.executable, "-m", "pruneattn.predict", *command], stderr=subprocess.PIPE)
     while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < 6):
         time.sleep(0.05)
@@ -221,20 +223,20 @@ def test_a_killed_run_is_resumed(workers, checkpoint, tmp_path, capsys):
     process.communicate(timeout=120)  # until the last process that it started has ended, too
     assert process.returncode == -signal.SIGKILL
     assert output.read_bytes().count(b"\n") == 6
-    os.truncate(output, output.stat().st_size - 9)  # as a kill can leave the last line
+    os.truncate(output, output.stat().st_size - 9)  # a kill can leave an incomplete last line
 
     (tmp_path / "6.wav").replace(folder / "6.wav")
     assert predict.main(command) == 0
     rows = sorted(map(json.loads, output.read_text().splitlines()), key=lambda row: row["path"])
     assert [row["path"] for row in rows] == [row["path"] for row in expected]
-    for row, whole in zip(rows, expected, strict=True):  # other clips share a batch, which shows in the last bits
+    for row, whole in zip(rows, expected, strict=True):  # other clips share a batch, which changes the last bits
         assert row["labels"] == whole["labels"] and row["scores"] == pytest.approx(whole["scores"], abs=1e-5)
 
 
-def test_a_file_takes_no_labels_of_another_model_or_other_options(checkpoint, clip, tmp_path):
+def test_a_label_file_rejects_another_model_and_other_options(checkpoint, clip, tmp_path):
     command = [str(checkpoint), str(clip), "--output", str(tmp_path / "out.jsonl")]
     assert predict.main(command) == 0
-    assert predict.main([*command, "--batch-size", "3"]) == 0  # does not matter
+    assert predict.main([*command, "--batch-size", "3"]) == 0  # does not affect the labels
     for option, name in [
         (["--keep-rate", "0.7"], "keep_rates"),
         (["--top-k", "2"], "top_k"),
@@ -280,7 +282,7 @@ def test_the_picture_shows_the_kept_patches(name, tmp_path, drawn):
         loudest = loudness.flatten().topk(count).values.min()
         assert grid.shape == (8, 8) and grid.sum() == count
         assert np.array_equal(grid, (loudness >= loudest).numpy())
-    # The tone sounds in the first column, low down: no transposed or mirrored grid looks like this.
+    # The tone is low and in the first column, so a transposed or mirrored grid would look different.
     assert np.argwhere(drawn["kept"][-1][1]).tolist() == [[1, 0]]
     assert drawn["title"] == "a.wav: siren (0.70)" and "keep-rate 0.25, patches 64 → 16 → 4 → 1" in drawn["subtitle"]
     assert drawn["sounding"] == 1 + (12000 - 400) // 160 and drawn["start"] == 0
@@ -318,7 +320,7 @@ def test_each_clip_gets_its_own_picture(checkpoint, clip, tmp_path, drawn, monke
     assert saved == [("clip.wav", "out-clip.png"), ("clip.wav", "out-clip-2.png")]
 
 
-def test_misuse_is_one_clear_error(checkpoint, clip, tmp_path):
+def test_invalid_options_are_errors(checkpoint, clip, tmp_path):
     before = checkpoint.read_bytes()
     for options, message in [
         (["--keep-rate", "0"], "keep_rate.*got 0"),
@@ -335,7 +337,7 @@ def test_misuse_is_one_clear_error(checkpoint, clip, tmp_path):
             predict.main([str(checkpoint), str(clip), *options])
     assert checkpoint.read_bytes() == before
     with pytest.raises(UserError):
-        predict.main([str(tmp_path / "gone.safetensors"), str(clip)])
+        predict.main([str(tmp_path / "missing.safetensors"), str(clip)])
 
 
 def test_real_clips(real_audio, tmp_path, capsys):

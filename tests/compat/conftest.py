@@ -37,7 +37,7 @@ def fbank(expected):
 
 @pytest.fixture
 def old(tmp_path, monkeypatch):
-    """Copies old files into the working directory, a temporary one, and returns the first copy's relative path."""
+    """Copy old files into the working directory, which is temporary, and return the first copy's relative path."""
     monkeypatch.chdir(tmp_path)
 
     def copy(*names):
@@ -52,23 +52,23 @@ def old(tmp_path, monkeypatch):
 
 
 class Programs:
-    """Runs commands and scripts as ``python -m`` and ``python`` do, without the start of a process."""
+    """Run commands and scripts as ``python -m`` and ``python`` do, without starting a process."""
 
     def __init__(self, monkeypatch, capsys):
         self._monkeypatch, self._capsys = monkeypatch, capsys
         monkeypatch.setenv("COLUMNS", "400")  # --help breaks no line inside an option
 
     def command(self, name, *arguments):
-        """``python -m pruneattn.NAME``, which succeeds; returns its standard output."""
+        """Run ``python -m pruneattn.NAME``, which must succeed, and return its standard output."""
         return self._succeed(self._module(name), name, arguments)
 
     def script(self, name, *arguments):
-        """``python python/NAME.py``, which succeeds; returns its standard output."""
+        """Run ``python python/NAME.py``, which must succeed, and return its standard output."""
         path = str(SCRIPTS / f"{name}.py")
         return self._succeed(lambda: runpy.run_path(path, run_name="__main__"), name, arguments)
 
     def rejected(self, name, *arguments):
-        """``python -m pruneattn.NAME``, which fails; returns its message."""
+        """Run ``python -m pruneattn.NAME``, which must fail, and return its message."""
         exit_code, _, error = self._run(self._module(name), name, arguments)
         assert exit_code not in (0, None)
         return f"{exit_code}\n{error}"  # sys.exit takes a code or a message

@@ -1,4 +1,4 @@
-"""Writes ``tests/compat/files``: models, runs, labels and tables as pruneattn 0.1.0 saved them.
+"""Write ``tests/compat/files``: models, runs, labels and tables as pruneattn 0.1.0 saved them.
 
 Version 0.1.0, git commit 73aa40e, wrote the committed files. ``test_old_files.py`` opens them with the current code. To
 write them again, check that commit out, add this script, install the test requirements, and run from the root::
@@ -148,7 +148,7 @@ def fill(model, offset):
 
 
 def write_models():
-    """One model of each family: a folder and a file, with all that a model carries next to its weights."""
+    """One model of each family: a folder and a file, with everything that a model carries next to its weights."""
     audiomae = fill(
         pruneattn.create_model(
             "audiomae_tiny",
@@ -197,7 +197,7 @@ def write_models():
 
 
 def describe(model, fbank):
-    """What version 0.1.0 says about a model and computes with it."""
+    """The description of a model, and the results that version 0.1.0 computes with it."""
     rates, by_rate = model.keep_rates, {}
     with torch.no_grad():
         for rate in RATES:
@@ -233,7 +233,7 @@ def check_gaps(trace):
 
 
 def write_run(name, options, step, fbank):
-    """A run that SIGTERM interrupted in this optimizer step; returns what the uninterrupted run is like."""
+    """Write a run that SIGTERM interrupts in this optimizer step. Return the results of the uninterrupted run."""
     with tempfile.TemporaryDirectory() as folder:
         call("train", *options.split(), "--output", f"{folder}/{name}")
         whole = Path(folder, name)
@@ -263,7 +263,7 @@ def write_run(name, options, step, fbank):
 
 
 def write_labels(output, options):
-    """Labels of two of four clips, and one clip that failed; returns the rows of the complete labels."""
+    """Write labels of two of four clips, and one clip that failed. Return the rows of the complete labels."""
 
     def predict(*clips, to):
         call(*PREDICT.format(clips=" ".join(clips), output=to).split(), *options.split())
@@ -288,7 +288,7 @@ def write_evaluation():
 
 
 def write_table1():
-    """Table I after its first run of two: SIGTERM stops the second one before its first step."""
+    """Table I after its first run of two: SIGTERM stops the second run before its first step."""
     original = Trainer.run
 
     def run(self):
@@ -315,7 +315,7 @@ def keep_only(folder, *names):
 
 
 def call(command, *arguments, code=0, prints=False):
-    """``python -m pruneattn.COMMAND`` in this process. ``config.json`` records a path without a checkout's place."""
+    """``python -m pruneattn.COMMAND`` in this process. Paths in ``config.json`` do not depend on the checkout."""
     module = f"pruneattn.{command}"
     arguments = list(map(str, arguments))
     return run(
@@ -324,7 +324,7 @@ def call(command, *arguments, code=0, prints=False):
 
 
 def run_script(name, *arguments, code=0):
-    """``python python/NAME.py``, likewise."""
+    """``python python/NAME.py`` in this process."""
     script = runpy.run_path(str(FILES.parents[2] / "python" / f"{name}.py"), run_name=name)
     return run(f"python/{name}.py", arguments, code, False, lambda: sys.exit(script["main"](list(arguments))))
 

@@ -73,7 +73,7 @@ def test_script_has_its_options(name, programs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "data"])  # a module and a package; the other modules start likewise
+@pytest.mark.parametrize("name", ["train", "data"])  # a module and a package; all other modules start in the same way
 def test_command_runs_in_a_process(name, environment, tmp_path):
     words = [sys.executable, "-m", f"pruneattn.{name}", "--help"]
     output = subprocess.run(words, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
@@ -84,7 +84,7 @@ def test_command_runs_in_a_process(name, environment, tmp_path):
 
 
 def check_completed(folder, log_before, wanted, fbank):
-    """A resumed run ends as the uninterrupted one did."""
+    """A resumed run ends like the uninterrupted run."""
     assert (folder / "log.jsonl").read_bytes().startswith(log_before)
     losses = [line["loss"] for line in lines_of(folder / "log.jsonl") if line["kind"] == "step"]
     assert losses == pytest.approx(wanted["losses"], rel=1e-3)
@@ -115,7 +115,7 @@ def test_a_run_resumes(programs, old, expected, fbank):
     check_completed(run, log, wanted, fbank)
 
 
-def test_a_run_resumes_from_its_path_with_other_places(programs, old, expected, fbank):
+def test_a_run_resumes_from_its_path_with_options_that_may_change(programs, old, expected, fbank):
     wanted = expected["runs"]["run"]
     run = old("run", "sounds")
     log = (run / "log.jsonl").read_bytes()
@@ -185,7 +185,7 @@ def read_labels(path):
 
 
 def assert_same_rows(rows, wanted):
-    """The same clips in any order, the same labels in theirs, scores up to rounding."""
+    """The same clips in any order, their labels in the same order, and scores up to rounding."""
     rows, wanted = ({row["path"]: row for row in table} for table in (rows, wanted))
     assert rows.keys() == wanted.keys()
     for path, row in rows.items():
@@ -216,7 +216,7 @@ def test_labels_on_standard_output(programs, old, expected):
 
 
 def test_evaluation_writes_the_same_table(programs, old, files):
-    """Also: several values after --keep-rate that cannot be one per pruning block are a sweep."""
+    """Several values after --keep-rate that cannot be one per pruning block are a sweep."""
     old("ast.safetensors", "sounds")
     words = f"ast.safetensors {SOUNDS} --keep-rate 1.0 0.7 0.5 --batch-size 2 --rounds 1 --output new"
     programs.command("evaluate", *words.split())
@@ -242,7 +242,7 @@ def test_evaluation_writes_the_same_table(programs, old, files):
 
 
 def assert_same_table(before, after):
-    """All old columns are there, and the numbers that do not depend on the machine are the same."""
+    """All old columns exist, and the numbers that do not depend on the machine are the same."""
     for old, new in zip(before, after, strict=True):
         assert set(old) <= set(new)
         for name in set(old) - set(SPEED):
@@ -286,7 +286,7 @@ def assert_same_folder(old, new):
     assert {path.name for path in old.iterdir()} <= {path.name for path in new.iterdir()}
     assert_same_tensors(*(load_file(folder / "model.safetensors") for folder in (old, new)))
     before, after = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (old, new))
-    # Arguments of prune. The blocks may have either of their two names.
+    # Arguments of prune. Either name of the blocks is valid.
     pruning = [sorted(map(str, config.pop("pruneattn", {}).values())) for config in (before, after)]
     assert before == after and pruning[0] == pruning[1]
 

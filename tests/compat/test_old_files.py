@@ -149,7 +149,7 @@ def assert_same_tensors(old, new):
 )
 @pytest.mark.filterwarnings("ignore:Hugging Face's ASTFeatureExtractor:UserWarning")
 def test_an_old_folder_is_replaced_with_its_card(old, expected, family, path):
-    """The package still recognizes its own config.json, and its own README.md as one that nobody edited."""
+    """The package still recognizes its own config.json and its own unedited README.md."""
     wanted = expected["models"][family]
     source = PATHS[family]
     old(*{source, path.partition("/")[0]})
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_each_format_is_loaded(family, path, files, expected, fb
     close(logits_of(model, fbank), wanted["logits"])
 
 
-def test_a_head_of_other_classes_starts_fresh(files, expected):
+def test_a_head_of_other_classes_keeps_its_initial_values(files, expected):
     model = fresh(expected["models"]["ast"], num_classes=7)
     report = pruneattn.load_checkpoint(model, files / "converted/ast.pth", stride=16)
     assert {"head.weight", "head.bias"} <= set(report.missing)

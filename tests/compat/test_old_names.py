@@ -85,7 +85,7 @@ MODEL_MEMBERS = (
 
 
 def resolve(name):
-    """The object of a dotted name, as an import of its longest module and attributes from there on."""
+    """The object of a dotted name, as an import of its longest module, then attributes."""
     parts = name.split(".")
     for count in range(len(parts) - 1, 0, -1):
         try:
@@ -124,7 +124,7 @@ def test_names_that_have_two_places_are_the_same_object():
     assert issubclass(pruneattn.UserError, ValueError)
 
 
-def test_listed_names_are_there():
+def test_listed_names_exist():
     assert set(pruneattn.list_models()) >= {
         "audiomae_tiny",
         "audiomae_small",
@@ -143,6 +143,6 @@ def test_listed_names_are_there():
 
 @pytest.mark.slow
 def test_submodules_come_with_the_package(environment, tmp_path):
-    """No further import is needed for a documented name of a subpackage, in a fresh process."""
+    """No further import is needed for a documented name of a subpackage, in a new process."""
     code = "import pruneattn as p; p.data.FeatureConfig, p.ops.attention, p.models.PrunedViT, p.adapters.BlockView"
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)

@@ -43,7 +43,7 @@ DEVICE = [pytest.param("device", marks=pytest.mark.device)] if has_gpu() else []
 
 
 def pytest_collection_modifyitems(items):
-    """Marks tests that use `build_emulated` as ``emulated``. The smoke tests use `build_library` and are not marked."""
+    """Mark tests that use `build_emulated` as ``emulated``. The smoke tests use `build_library` and are not marked."""
     for item in items:
         if "build_emulated" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.emulated)
@@ -53,7 +53,7 @@ class Memory:
     """Buffers in host memory."""
 
     def put(self, array):
-        """Copies the array. Returns (handle, pointer); the copy lives as long as the handle."""
+        """Copy the array. Return (handle, pointer); the copy lives as long as the handle."""
         array = np.array(array, copy=True)
         return array, array.ctypes.data
 
@@ -90,7 +90,7 @@ class Kernels:
         return self.memory.get(index)
 
     def copy(self, tensors, keep, extra_tokens, run, shift=0):
-        """Calls ``run(rows)`` for uint8 tensors [B, N, row_bytes] that start `shift` bytes off alignment."""
+        """Call ``run(rows)`` for uint8 tensors [B, N, row_bytes] that start `shift` bytes off alignment."""
         outputs, rows, alive = [], [], []
         for x in tensors:
             batch, tokens, row_bytes = x.shape
@@ -135,7 +135,7 @@ class Kernels:
         return self.memory.get(index), out
 
     def prune_sums(self, partials, tensors, keep, extra_tokens, write=True):
-        """Runs ``prune_epilogue`` on partial scores [B, R, P]. Returns (scores or None, index, outputs)."""
+        """Run ``prune_epilogue`` on partial scores [B, R, P]. Return (scores or None, index, outputs)."""
         batch, rows, patches = partials.shape
         _handle, pointer = self.memory.put(partials)
         scores, scores_ptr = self.memory.put(np.full((batch, patches), -7, np.float32))

@@ -69,7 +69,7 @@ class Tensors:
         return x.ctypes.data + part * x.strides[2], batch // size, head // size, token // size
 
     def call(self, name, *arguments):
-        """Calls the kernel in a new thread, whose scratch memory is not larger than this call needs."""
+        """Call the kernel in a new thread, whose scratch memory is not larger than this call needs."""
         with ThreadPoolExecutor(1) as pool:
             pool.submit(self.kernels.call, name, self.dtype, *arguments).result()
 
@@ -113,7 +113,7 @@ class Tensors:
         return scores
 
     def check(self, scale):
-        """Compares the outputs. Returns the expected softmax matrix ``[B, H, M, N]``."""
+        """Compare the outputs. Return the expected softmax matrix ``[B, H, M, N]``."""
         out, lse, weights = expected_of(self.dtype, self.shape, scale)
         atol = TOLERANCE[self.dtype]
         np.testing.assert_allclose(load(self.out), out, atol=atol, rtol=atol)
@@ -189,7 +189,7 @@ def test_an_empty_batch_is_accepted(kernels):
 
 
 class Call:
-    """Calls each kernel with null pointers. The argument check must fail before the kernel reads them."""
+    """Call each kernel with null pointers. The argument check must fail before the kernel reads them."""
 
     HEADS = (0, 0, 0, 0)
 

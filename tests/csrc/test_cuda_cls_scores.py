@@ -25,7 +25,7 @@ def expected_partials(q, k, scale, extra_tokens):
 
 
 def places(memory, array, view):
-    """Copies an array to the kernel's memory. Returns (handle, (pointer, *strides)) of the view, in elements."""
+    """Copy an array to the kernel's memory. Return (handle, (pointer, *strides)) of the view, in elements."""
     handle, pointer = memory.put(array)
     offset = view.__array_interface__["data"][0] - array.__array_interface__["data"][0]
     return handle, (pointer + offset, *(stride // view.itemsize for stride in view.strides[:-1]))
@@ -57,7 +57,7 @@ def partials_of(cuda, dtype, whole_q, q, whole_k, k, scale, extra_tokens):
 
 
 def check(cuda, dtype, tokens, channels, extra_tokens=1, heads=3, batch=2, scale=None, seed=0):
-    """Runs the kernel on q and k in one packed array, the output of a model's qkv projection."""
+    """Run the kernel on q and k in one packed array, the output of a model's qkv projection."""
     rng = np.random.default_rng(seed)
     packed = store(rng.standard_normal((batch, tokens, 3, heads, channels)) * 1.5, dtype)
     q, k = packed[:, 0, 0], packed[:, :, 1]

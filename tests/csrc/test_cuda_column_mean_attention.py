@@ -48,7 +48,7 @@ class Case:
         self.q, self.k, self.v = from_bits(self.bits, dtype).transpose(2, 0, 3, 1, 4)
 
     def run(self):
-        """Returns out [B, H, N, 64] and lse [B, H, N] in float64, and partial column means [B, H * parts, P]."""
+        """Return out [B, H, N, 64] and lse [B, H, N] in float64, and partial column means [B, H * parts, P]."""
         batch, heads, tokens = self.shape
         put, get, parts = self.kernels.memory.put, self.kernels.memory.get, self.parts()
         _source, pointer = put(self.bits)
@@ -66,7 +66,7 @@ class Case:
         return self.kernels.module.cuda_attention_parts(batch * heads, tokens, 0)
 
     def expected(self):
-        """Returns output, log-sum-exp and column means in float64."""
+        """Return output, log-sum-exp and column means in float64."""
         weights, logits = softmax_matrix(self.q, self.k, self.scale)
         with np.errstate(all="ignore"):
             top = logits.max(-1)

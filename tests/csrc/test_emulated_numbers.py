@@ -1,4 +1,4 @@
-"""The emulated conversions of csrc/cuda/device.cuh, for every half-precision number. nvcc compiles the native ones."""
+"""The emulated conversions of csrc/cuda/device.cuh, for every half-precision number. nvcc compiles the native code."""
 
 import ctypes
 import shutil

@@ -35,7 +35,7 @@ def launched(emulated_module, monkeypatch):
 
 
 def check(name, *args):
-    """Checks that the op's CUDA function and its reference have equal results."""
+    """Check that the op's CUDA function and its reference have equal results."""
     functions = backend._kernels[name]
     ours, expected = functions["cuda"](*args), functions["reference"](*args)
     for one, other in zip(*((t,) if torch.is_tensor(t) else t for t in (ours, expected)), strict=True):
@@ -93,7 +93,7 @@ def test_attention_with_column_means(launched, dtype):
 
 
 def check_pruned(q, k, v, x, keep, extra_tokens, scale=None):
-    """Checks the scores of pruned_attention's CUDA function, and that it prunes by these scores."""
+    """Check the scores of pruned_attention's CUDA function, and that it prunes by these scores."""
     functions = backend._kernels["pruned_attention"]
     scores, index, x_kept, out_kept, out, lse = functions["cuda"](q, k, v, x, keep, extra_tokens, scale)
     expected, *_, expected_out, expected_lse = functions["reference"](q, k, v, x, keep, extra_tokens, scale)

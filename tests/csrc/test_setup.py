@@ -63,7 +63,7 @@ def test_only_architectures_without_suffix_include_ptx(setup_module):
 
 @pytest.mark.slow
 def test_build_without_cuda(tmp_path):
-    """The build says why it has no CUDA code, the module works without torch, and a second build has no work."""
+    """The build reports why it has no CUDA code, the module works without torch, and a second build has no work."""
     for package in ("setuptools", "pybind11", "ninja"):
         pytest.importorskip(package)
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-SEAM = CSRC / "cuda/device.cuh"
+DEVICE = CSRC / "cuda/device.cuh"
 FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
 
 
@@ -17,14 +17,14 @@ def names_of(folder):
     return set(re.findall(r"^(?:__device__ )?(?:inline )?(?:[\w:]+[ *]+)+(\w+)(?:<\w+>)?\(", text, re.MULTILINE))
 
 
-def test_only_the_seam_includes_native_and_emulated_headers():
+def test_only_device_cuh_includes_native_and_emulated_headers():
     including = {path for path in FILES if re.search(r'#include ".*(native|emulated)/', path.read_text())}
-    assert including == {SEAM}
+    assert including == {DEVICE}
 
 
-def test_only_the_seam_asks_for_the_compiler():
-    asking = {path for path in FILES if "__CUDACC__" in path.read_text()}
-    assert asking == {SEAM, CSRC / "tokens.h"}  # tokens.h defines the annotation of host and device functions
+def test_only_device_cuh_depends_on_the_compiler():
+    depending = {path for path in FILES if "__CUDACC__" in path.read_text()}
+    assert depending == {DEVICE, CSRC / "tokens.h"}  # tokens.h defines the annotation of host and device functions
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(CSRC)) for path in FILES])
@@ -33,7 +33,7 @@ def test_no_source_names_the_tests(path):
 
 
 def test_each_primitive_has_a_native_and_an_emulated_version():
-    documented = set(re.findall(r"^//   [\w*]+ (\w+)(?:<\w+>)?\(", SEAM.read_text(), re.MULTILINE))
+    documented = set(re.findall(r"^//   [\w*]+ (\w+)(?:<\w+>)?\(", DEVICE.read_text(), re.MULTILINE))
     assert len(documented) >= 13
     for folder in ("native", "emulated"):
         assert documented <= names_of(CSRC / "cuda" / folder), folder

@@ -16,7 +16,7 @@ def seeded(function, *arguments):
 
 
 class Grid(nn.Module):
-    """What patch masking asks of a model: 16 columns x 8 rows, frequency-major as AST or time-major as AudioMAE."""
+    """The interface of a model for patch masking: 16 x 8 patches, frequency-major as AST or time-major as AudioMAE."""
 
     def __init__(self, time_major):
         super().__init__()
@@ -41,15 +41,16 @@ def test_gain_is_beta_plus_half_per_clip():
     assert factor.var().item() == pytest.approx(1 / 84, rel=0.1)  # variance of Beta(10, 10): 0.25 / 21
 
 
-def test_mixup_mixes_waves_and_targets_by_the_same_share():
+def test_mixup_mixes_waves_and_targets_by_the_same_fraction():
     batch = 64
     waves = torch.randn(batch, 500)
     waves -= waves.mean(1, keepdim=True)
     targets = torch.eye(batch)
     mixed, soft = seeded(augment.mixup, waves, None, targets, 1.0)
     torch.testing.assert_close(soft.sum(1), torch.ones(batch))
-    torch.testing.assert_close(mixed, soft @ waves, rtol=0, atol=1e-5)  # one-hot targets name clip, partner and share
-    assert ((soft > 0).sum(1) == 2).all() and (soft.diagonal() > 0).all()  # never its own partner
+    # One-hot targets identify clip, partner and fraction.
+    torch.testing.assert_close(mixed, soft @ waves, rtol=0, atol=1e-5)
+    assert ((soft > 0).sum(1) == 2).all() and (soft.diagonal() > 0).all()  # a clip is never its own partner
     partners = (soft - torch.diag(soft.diagonal())).argmax(1)
     assert partners.sort().values.tolist() == list(range(batch))
     share = soft.diagonal()
@@ -70,7 +71,7 @@ def test_mixup_cuts_and_pads_the_partner_to_the_clips_length():
     lengths = torch.tensor([40, 100, 70, 100])
     waves = torch.randn(4, 100) + 2
     inside = torch.arange(100) < lengths[:, None]
-    waves[~inside] = float("nan")  # whatever lies beyond a clip must not get in
+    waves[~inside] = float("nan")  # values beyond the end of a clip must not be mixed in
     mixed, soft = seeded(augment.mixup, waves, lengths, torch.eye(4), 1.0)
     means = waves.nan_to_num().sum(1, keepdim=True) / lengths[:, None]
     silent_beyond = (waves - means).nan_to_num()
@@ -98,10 +99,10 @@ def test_spec_augment_masks_one_band_per_axis():
         assert width.double().mean().item() == pytest.approx((limit - 1) / 2, rel=0.05)
         edges = (band[:, 1:] != band[:, :-1]).sum(1) + band[:, 0].long() + band[:, -1].long()
         assert (edges[width > 0] == 2).all()  # contiguous
-        assert band[:, :-1].any(0).all()  # every place can be hit (the last rarely, as in torchaudio)
+        assert band[:, :-1].any(0).all()  # every position can be masked (the last position rarely, as in torchaudio)
         start = band.int().argmax(1)[width > 0].double()
         assert start.mean().item() == pytest.approx((band.shape[1] - limit / 2) / 2, rel=0.06)
-    assert len(set(mel.sum(1).tolist())) == 48  # each clip has its own
+    assert len(set(mel.sum(1).tolist())) == 48  # each clip has its own bands
 
 
 def test_spec_augment_limits():
@@ -179,7 +180,7 @@ def test_masks_stop_as_soon_as_pruning_starts():
         assert (quiet.patches(model, 4, pruning) is None) is pruning
         assert (Augment(mask_1d=0.5).patches(model, 4, pruning) is None) is pruning
     noisy = Augment(**FULL).features(x, True)
-    assert (noisy >= 1).all() and (noisy > 1).any()  # noise goes on
+    assert (noisy >= 1).all() and (noisy > 1).any()  # noise continues
 
 
 def test_everything_is_off_by_default():
@@ -190,7 +191,7 @@ def test_everything_is_off_by_default():
     assert nothing.features(x, False) is x and nothing.patches(Grid(True), 3, False) is None
 
 
-def test_same_seed_same_result():
+def test_the_same_seed_gives_the_same_result():
     everything, model = Augment(**FULL), Grid(False)
     waves, lengths, targets = torch.randn(8, 900), torch.tensor([900, 500] * 4), torch.eye(8)
 
@@ -207,7 +208,7 @@ def test_same_seed_same_result():
     "field, value",
     [("mixup", 1.5), ("mixup", -0.1), ("specaug_freq", -1), ("mask_time", 1.0), ("mask_freq", -0.5), ("mask_1d", 2.0)],
 )
-def test_impossible_settings_are_rejected(field, value):
+def test_invalid_settings_are_rejected(field, value):
     with pytest.raises(UserError, match=field):
         Augment(**{field: value})
 
@@ -221,7 +222,7 @@ def test_masking_is_either_1d_or_2d():
 
 @pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_same_seed_same_masks_and_mixtures_on_the_gpu():
+def test_the_same_seed_gives_the_same_masks_and_mixtures_on_the_gpu():
     everything, model = Augment(**{**FULL, "noise": False}), Grid(True)
     waves, lengths, targets, x = torch.randn(8, 900), torch.tensor([900, 500] * 4), torch.eye(8), torch.ones(8, 64, 128)
 

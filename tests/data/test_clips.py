@@ -21,7 +21,7 @@ def waves():
 def clips(tmp_path, waves):
     good = [write(tmp_path / f"{i}.wav", wave) for i, wave in enumerate(waves)]
     (tmp_path / "empty.wav").touch()
-    (tmp_path / "text.wav").write_text("not sound at all")
+    (tmp_path / "text.wav").write_text("not a sound file")
     (tmp_path / "cut.wav").write_bytes(good[0].read_bytes()[:9000])
     write(tmp_path / "short.wav", np.zeros(160))
     write(tmp_path / "nan.wav", np.full(16000, np.nan))

@@ -41,7 +41,7 @@ def write(path, samples, rate=16000, **options):
 def test_formats_give_the_samples_that_were_written(tmp_path, name, options, error):
     wave = load_audio(write(tmp_path / name, tone(1, 16000), **options))
     assert wave.dtype == torch.float32 and wave.shape == (16000,)
-    inner = slice(800, -800)  # a lossy codec's edges are its own
+    inner = slice(800, -800)  # a lossy codec changes the edges
     np.testing.assert_allclose(wave[inner].numpy(), tone(1, 16000)[inner], rtol=0, atol=error)
 
 
@@ -69,9 +69,10 @@ def test_resampling_removes_what_would_alias(tmp_path):
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 192000])
-def test_resampling_in_blocks_equals_resampling_at_once(tmp_path, monkeypatch, rate):
+def test_resampling_in_blocks_equals_resampling_in_one_piece(tmp_path, monkeypatch, rate):
     monkeypatch.setattr(decode, "_BLOCK", 10000)
-    for samples in (rate // 20, 20000, 2 * rate + 7):  # less than a block, two, and many with a rest
+    # Less than one block, two blocks, and many blocks with a remainder.
+    for samples in (rate // 20, 20000, 2 * rate + 7):
         noise = np.random.default_rng(0).uniform(-1, 1, samples).astype(np.float32)
         wave = load_audio(write(tmp_path / "a.wav", noise, rate, subtype="FLOAT"))
         assert np.array_equal(wave, soxr.resample(noise, rate, 16000, quality="VHQ"))
@@ -89,7 +90,7 @@ def test_a_long_clip_needs_the_memory_of_its_result(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rate", [16000, 44100])
-def test_seconds_are_the_start_of_the_whole(tmp_path, rate):
+def test_seconds_select_the_start_of_the_clip(tmp_path, rate):
     noise = np.random.default_rng(0).uniform(-1, 1, (3 * rate, 2))
     path = write(tmp_path / "a.wav", noise, rate)
     part, whole = load_audio(path, seconds=0.7), load_audio(path)
@@ -171,7 +172,7 @@ def test_a_truncated_mp3_is_decoded_to_its_end(tmp_path):
 
 @pytest.mark.parametrize("size", [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\xf0\xff\x7f"])
 def test_a_wav_written_to_a_pipe_is_whole(tmp_path, size):
-    """Its writer could not know the length and left a huge one in the header."""
+    """The header contains a huge length, because the writer did not know the length."""
     path = write(tmp_path / "a.wav", tone(1, 16000))
     data = path.read_bytes()
     at = data.index(b"data")
@@ -179,7 +180,7 @@ def test_a_wav_written_to_a_pipe_is_whole(tmp_path, size):
     assert len(load_audio(path)) == 16000
 
 
-def test_trailing_bytes_after_the_sound(tmp_path):
+def test_bytes_after_the_sound_are_ignored(tmp_path):
     for name in ("a.wav", "b.ogg"):
         path = write(tmp_path / name, tone(1, 16000))
         path.write_bytes(path.read_bytes() + b"TAG" + bytes(125))
@@ -224,12 +225,12 @@ def forbid(monkeypatch, folder):
     """Make one folder unreadable, also for root."""
     scandir = os.scandir
 
-    def refuse(path):
+    def deny(path):
         if str(path) == str(folder):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "scandir", deny)
 
 
 def test_find_audio_in_a_folder_that_cannot_be_read(tmp_path, monkeypatch):

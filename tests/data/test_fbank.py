@@ -11,7 +11,7 @@ from pruneattn.errors import UserError
 
 
 def by_definition(wave):
-    """The filterbank of one clip as its definition reads, step by step, in float64: ``[frames, 128]``."""
+    """The filterbank of one clip by its definition, step by step, in float64: ``[frames, 128]``."""
     wave = np.asarray(wave, np.float64)
     wave = wave - wave.mean()
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)
@@ -66,7 +66,7 @@ def test_equals_its_definition(name):
     assert log_mel.dtype == torch.float32 and log_mel.shape == (1, len(expected), 128)
     assert frames.tolist() == [1 + (len(wave) - 400) // 160]
     difference = np.abs(log_mel[0].numpy() - expected)
-    # The filters' float32 rounding is part of the features: the lowest rest on one small weight each.
+    # The filters' float32 rounding is part of the features: the lowest filters have one small weight each.
     assert difference.max() < 5e-3 and difference.mean() < 5e-5
 
 
@@ -102,7 +102,7 @@ def test_equals_torchaudio_on_real_clips(real_audio):
     clips = real_clips(real_audio)
     assert len(clips) == 16 + 48
     batch, frames = assert_equals_torchaudio(clips)
-    # What the paper's code pads with, the minimum of the clip, is the same constant for all of them.
+    # The paper's code pads with the minimum of the clip, which is the same constant for all clips.
     minima = torch.stack([log_mel[:count].min() for log_mel, count in zip(batch, frames)])
     assert (minima == torch.tensor(LOG_FLOOR, dtype=torch.float32)).all()
 
@@ -147,7 +147,8 @@ def test_extractor_cuts_pads_and_normalizes(padding, fill, frames):
     assert features.shape == (2, frames, 128) and features.dtype == torch.float32
     for clip, row in zip(clips, features):
         raw = torch.full((frames, 128), fill)
-        log_mel = kaldi_fbank(clip[None])[0][0][:frames]  # its mean is the whole clip's, cut or not
+        # The subtracted mean is that of the whole clip, also if the clip is cut.
+        log_mel = kaldi_fbank(clip[None])[0][0][:frames]
         raw[: len(log_mel)] = log_mel
         torch.testing.assert_close(row, (raw + 5.0) / 6.0, rtol=0, atol=1e-4)
 

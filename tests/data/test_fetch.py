@@ -15,7 +15,7 @@ from pruneattn.errors import UserError
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `content` at every path; `breaks` is a list of byte counts after which the next answers break off."""
+    """Server of `content` at every path. `breaks` is a list of byte counts after which the next responses break off."""
 
     content, breaks, ranges, status = b"", (), True, None
 
@@ -165,7 +165,7 @@ def test_unsafe_zip_is_rejected_before_anything_is_written(tmp_path, bad):
 
 def test_broken_zip_is_rejected(tmp_path):
     content = bytearray(zipped([("a/good.txt", "x" * 100)]))
-    content[60] ^= 1  # within the stored text: only the CRC can tell
+    content[60] ^= 1  # within the stored text, where only the CRC detects it
     for data in (bytes(content), b"no zip"):
         (tmp_path / "a.zip").write_bytes(data)
         with pytest.raises(UserError, match="a damaged zip file"):
@@ -221,7 +221,7 @@ def test_fetch_speech_commands(server, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "data") == ["spc2"] and server.requests == [None, "bytes=100-"]
 
 
-def test_digest_is_the_one_of_torchaudio():
+def test_digest_equals_that_of_torchaudio():
     theirs = pytest.importorskip("torchaudio.datasets.speechcommands", exc_type=ImportError)
     assert theirs._CHECKSUMS[module.SPC2_URL] == module.SPC2_SHA256
 

@@ -107,8 +107,8 @@ def test_training_replaces_failed_clips():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_without_a_good_clip_takes_another_clip(workers):
-    """Among them batches of one clip, where no other of the batch can stand in."""
+def test_a_batch_without_a_good_clip_uses_another_clip(workers):
+    """This includes batches of one clip, in which no other clip can replace it."""
     dataset = Counting(100, bad=range(90))
     for size in (1, 5):
         batches = list(make_loader(dataset, size, train=True, workers=workers))

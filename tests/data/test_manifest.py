@@ -45,7 +45,7 @@ def test_clips_and_labels(tree, monkeypatch):
     assert dataset.multilabel and dataset.missing == []
 
 
-def test_one_label_per_clip_means_single_label_by_default(tree):
+def test_a_dataset_with_one_label_per_clip_is_single_label_by_default(tree):
     path = write(tree, (1, "/m/b"), (2, "/m/a"))
     assert not load(path).multilabel
     assert load(path, multilabel=True).multilabel
@@ -87,7 +87,7 @@ def test_comment_line(tree, comment):
     assert "line 1: JSON has no comments: remove line 1" in rejected(path)
 
 
-def test_comment_behind_an_entry(tree):
+def test_comment_after_an_entry(tree):
     path = write(tree, text='{"data": [\n{"wav": "audio/1.wav", "labels": "/m/a"} // good\n]}')
     assert "line 2: JSON has no comments: remove the comment in line 2" in rejected(path)
 
@@ -136,8 +136,8 @@ def test_missing_files_and_binary_files(tree):
     [
         ("name\nx\n", "line 1: a label CSV needs the columns"),
         ("index,mid,display_name\n0,/m/a,A\nx,/m/b,B\n", "line 3: expected a number"),
-        ("index,mid,display_name\n0,/m/a,A\n1,/m/a,B\n", "line 3: label /m/a or index 1 is there twice"),
-        ("index,mid,display_name\n0,/m/a,A\n0,/m/b,B\n", "line 3: label /m/b or index 0 is there twice"),
+        ("index,mid,display_name\n0,/m/a,A\n1,/m/a,B\n", "line 3: label /m/a or index 1 appears twice"),
+        ("index,mid,display_name\n0,/m/a,A\n0,/m/b,B\n", "line 3: label /m/b or index 0 appears twice"),
         ("index,mid,display_name\n0,/m/a,A\n2,/m/b,B\n", "count 0, 1, 2"),
         ("index,mid,display_name\n", "count 0, 1, 2"),
         ("index,mid,display_name\n\N{SUPERSCRIPT TWO},/m/a,A\n", "line 2: expected a number"),

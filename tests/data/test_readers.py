@@ -22,7 +22,7 @@ def text(path, content):
 
 
 def listing(dataset):
-    """Set of (path below its root's last folders, label names)."""
+    """Set of (file name, label names)."""
     return {(clip.path.name, *(dataset.labels[number] for number in clip.labels)) for clip in dataset.clips}
 
 
@@ -105,7 +105,7 @@ def test_esc50_folds(esc50, fold):
     assert [clip.labels for clip in sets["val"].clips] == [(0,), (10,), (49,)]
 
 
-def test_esc50_rejects(esc50):
+def test_esc50_rejects_invalid_values(esc50):
     with pytest.raises(UserError, match="fold 6: ESC-50 has the folds 1 to 5"):
         load_dataset("esc50", data_dir=esc50, fold=6)
     meta = esc50 / "ESC-50-master" / "meta" / "esc50.csv"
@@ -210,7 +210,7 @@ def test_audioset_prefers_a_manifest_to_segments(audioset):
     assert listing(dataset) == {("Yevalevaleva.wav", "Speech")} and dataset.multilabel
 
 
-def test_audioset_rejects(audioset):
+def test_audioset_rejects_invalid_segments(audioset):
     segments = audioset / "balanced_train_segments.csv"
     text(segments, SEGMENTS + 'zzzzzzzzzzz, 0.000, 10.000, "/m/zebra"\n')
     with pytest.raises(UserError, match="line 10: label /m/zebra of clip zzzzzzzzzzz is not in .*indices.csv"):
@@ -271,7 +271,7 @@ def test_folder_is_split_by_file_name(tmp_path):
     assert {path: after[path] for path in before} == before
 
 
-# What all share
+# Properties of all readers
 
 
 def test_data_folder(spc2, monkeypatch):

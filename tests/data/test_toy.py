@@ -15,7 +15,7 @@ def test_sizes_and_labels():
     assert not dataset.multilabel and dataset.missing == []
 
 
-def test_same_seed_same_clips():
+def test_the_same_seed_gives_the_same_clips():
     a, b = load_dataset("toy", seed=1), load_dataset("toy", seed=1)
     assert torch.equal(a[7]["wave"], b[7]["wave"])
     others = [load_dataset("toy", seed=2)[7], load_dataset("toy", "val", seed=1)[7], a[17]]
@@ -34,7 +34,7 @@ def test_every_kind_is_an_event_within_faint_noise():
         for _ in range(5):
             wave = make_sound(kind, rng)
             assert wave.dtype == np.float32 and 8000 <= len(wave) <= 16000 and np.abs(wave).max() <= 1
-            # Loud and quiet tenths of a clip: the event stands out, and there is something else than the event.
+            # Loud and quiet tenths of a clip: the event is much louder, and the clip also has background.
             power = np.sort([np.mean(part**2) for part in np.array_split(wave, 20)])
             assert 0 < power[0] < power[-1] / 20, kind
 

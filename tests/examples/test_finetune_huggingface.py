@@ -103,7 +103,7 @@ def trainer_state(output):
 
 def test_the_model_learns_while_the_keep_rate_falls(finished):
     assert finished.training == [34] * 6 + [20] * 3 + [10] * 12  # epochs 0 and 1 at 1, 2 at 0.75, 3 to 6 at 0.5
-    assert finished.evaluation == [34] * 2 + [20] + [10] * 5  # the last on the test split
+    assert finished.evaluation == [34] * 2 + [20] + [10] * 5  # the last evaluation is that of the test split
     losses = [line["loss"] for line in trainer_state(finished.output)["log_history"] if "loss" in line]
     assert len(losses) == 7 and losses[-1] < 0.5 * losses[0]
     result = json.loads((finished.output / "result.json").read_text())
@@ -263,7 +263,7 @@ def test_unsupported_models_are_rejected(script, arguments, tones, tmp_path):
     with pytest.raises(UserError, match="--model .*nothing"):
         run(tmp_path / "nothing")
     transformers.ViTConfig().save_pretrained(tmp_path / "vit")
-    with pytest.raises(UserError, match="this is no AST for 128 mel bins, but vit"):
+    with pytest.raises(UserError, match="this is not an AST for 128 mel bins, but vit"):
         run(tmp_path / "vit")
     config = transformers.ASTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
     transformers.ASTForAudioClassification(config).save_pretrained(tmp_path / "cut")
@@ -276,7 +276,7 @@ def test_unsupported_models_are_rejected(script, arguments, tones, tmp_path):
 
 
 def test_sizes_are_only_for_random_weights(script, arguments, tmp_path):
-    with pytest.raises(UserError, match="--depth is for --size"):
+    with pytest.raises(UserError, match="--depth applies only with --size"):
         script.parse(arguments(tmp_path, "--depth", 3, model=["--model", "somewhere"]))
 
 

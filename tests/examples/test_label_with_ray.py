@@ -62,7 +62,7 @@ def cluster(monkeypatch):
 
 
 def write_sounds(folder, count):
-    """Clips of 1 to 3 windows, and one that is no sound."""
+    """Clips of 1 to 3 windows, and a file that is not a sound file."""
     folder.mkdir()
     for number in range(count):
         wave = np.tile(make_sound(LABELS[number % 4], np.random.default_rng(number)), 1 + number % 3)
@@ -126,7 +126,7 @@ def test_labels_equal_those_of_predict_although_an_actor_is_lost(script, checkpo
         ]
     assert read(tmp_path / "ray.jsonl.failed.jsonl") == read(tmp_path / "predict.jsonl.failed.jsonl")
 
-    # Each command resumes the work of the other one.
+    # Each command resumes the work of the other command.
     output.write_text("".join(json.dumps(row) + "\n" for row in rows[:7]))
     assert script.main([*command, str(output)]) == 0
     assert [row["path"] for row in read(output)] == [row["path"] for row in expected]

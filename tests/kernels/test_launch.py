@@ -38,7 +38,7 @@ def test_rows_beyond_32_bit_offsets_are_copied():
 
 
 def test_hip_kernels_are_specialized_for_tensors_of_2_gib(monkeypatch):
-    """Triton compiles 32-bit offsets for smaller tensors there."""
+    """On HIP, Triton compiles 32-bit offsets for smaller tensors."""
     small, large = (torch.empty(size, dtype=torch.int8, device="meta") for size in (2**31 - 16, 2**31))
     assert launch._kind(small) == launch._kind(large)
     monkeypatch.setattr(launch, "_HIP", True)
@@ -46,13 +46,13 @@ def test_hip_kernels_are_specialized_for_tensors_of_2_gib(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [65, 257, 513, 514])
-def test_extra_tokens_cost_no_tile_of_keys(tokens):
+def test_extra_tokens_need_no_tile_of_keys(tokens):
     for block in (32, 64):
         assert tiles.split(tokens, block) == (tokens % 64, False)
         assert tiles.tiled(tokens, block) == tokens - tokens % 64 + 16
 
 
-def test_tiles_are_small_if_large_ones_would_be_empty_or_few():
+def test_tiles_are_small_if_large_tiles_would_be_empty_or_few():
     large, small = Config(128, 32, 8, 2), Config(64, 32, 4, 2)
     assert fit(large, "BLOCK_M", 768, 513, 132) == large
     assert fit(large, "BLOCK_M", 12, 513, 132) == small  # 60 programs for 132 multiprocessors
@@ -93,7 +93,7 @@ def test_arguments_are_in_the_kernels_order():
 
 
 class Kernel:
-    """Counts compilations and launches of compiled kernels."""
+    """Count compilations and launches of compiled kernels."""
 
     fn, compiled, launched = object(), 0, 0
 

@@ -37,8 +37,8 @@ def clips_of(tree):
 
 def test_files_and_folders_each_clip_once(tree):
     clips = clips_of(tree)
-    paths, failed = find_clips([clips[3], tree / "audio", clips[0], tree / "gone.wav", tree / "lists"])
-    assert paths == [clips[3], *clips[:3], *clips[4:], str(tree / "gone.wav")]
+    paths, failed = find_clips([clips[3], tree / "audio", clips[0], tree / "missing.wav", tree / "lists"])
+    assert paths == [clips[3], *clips[:3], *clips[4:], str(tree / "missing.wav")]
     assert failed == [(str(tree / "lists"), "this folder contains no audio files")]
 
 
@@ -46,12 +46,12 @@ def test_a_folder_that_cannot_be_read_is_a_failure(tree, monkeypatch):
     (tree / "audio" / "more").mkdir()
     scandir = os.scandir
 
-    def refuse(path):
+    def deny(path):
         if str(path) == str(tree / "audio" / "more"):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "scandir", deny)
     paths, failed = find_clips([tree / "audio"])
     assert paths == clips_of(tree) and failed == [(str(tree / "audio" / "more"), "cannot be read: Permission denied")]
 
@@ -66,7 +66,7 @@ def test_a_folder_that_cannot_be_read_is_a_failure(tree, monkeypatch):
 )
 def test_lists(tree, name, text):
     clips = clips_of(tree)
-    for folder in (tree / "lists", tree):  # paths count from the list's folder or that folder's parent
+    for folder in (tree / "lists", tree):  # paths are relative to the list's folder or its parent
         (folder / name).write_text(text, newline="")
         assert find_clips([folder / name]) == ([clips[1], clips[0]], [])
 
@@ -76,12 +76,12 @@ def test_folders_of_relative_paths(tree):
     (other / "audio").mkdir(parents=True)
     (other / "audio" / "1.wav").touch()
     absolute = clips_of(tree)[2]
-    (tree / "lists" / "a.txt").write_text(f"audio/0.wav\naudio/1.wav\naudio/gone.wav\n{absolute}\n")
+    (tree / "lists" / "a.txt").write_text(f"audio/0.wav\naudio/1.wav\naudio/missing.wav\n{absolute}\n")
     paths, failed = find_clips([tree / "lists" / "a.txt"], data_dir=other)
     assert paths == [
         str(tree / "audio" / "0.wav"),
         str(other / "audio" / "1.wav"),
-        str(other / "audio" / "gone.wav"),
+        str(other / "audio" / "missing.wav"),
         absolute,
     ]
     assert failed == []  # decoding reports that it does not exist
@@ -134,7 +134,7 @@ def test_nothing_on_standard_input(monkeypatch):
         ("a.txt", "0.wav\n".encode("utf-16-le"), "NUL byte"),
         ("a.json", '{"data": [{"wav": "0\\u0000.wav"}]}', "NUL byte"),
         ("a.txt", b"\xff\xfe", "byte 0 is not UTF-8"),
-        ("gone.txt", None, "no such list of clips"),
+        ("missing.txt", None, "no such list of clips"),
     ],
 )
 def test_bad_lists(tree, name, text, message):
@@ -152,7 +152,7 @@ def plain(decoded):
 
 
 def test_results_do_not_depend_on_the_number_of_workers(tree):
-    paths = [*clips_of(tree), str(tree / "gone.wav"), *clips_of(tree)]
+    paths = [*clips_of(tree), str(tree / "missing.wav"), *clips_of(tree)]
     expected = plain(decode_clips(paths, 0, ahead=3))
     assert [path for path, _, _ in expected] == paths and expected[6][2].endswith("no such file")
     assert [len(wave) // 4 for _, wave, _ in expected[:6]] == [800 * (number + 1) for number in range(6)]
@@ -199,7 +199,7 @@ def decode(path, decode=corpus.decode):
 
 
 def test_a_clip_that_crashes_its_process_is_a_failure(tree, monkeypatch):
-    """As a malicious file could do with libsndfile."""
+    """A malicious file could do this with libsndfile."""
     (tree / "deadly.py").write_text(DEADLY)
     monkeypatch.syspath_prepend(tree)
     monkeypatch.setattr(corpus, "decode", importlib.import_module("deadly").decode)

@@ -1,6 +1,7 @@
-"""Direct implementation of the paper's method, a reference for the package: every row is finished, the whole softmax
-matrix is computed, and patches are dropped after the attention's residual add. It shares no code with the package.
-Meant for float64.
+"""Direct implementation of the paper's method, in float64, as a reference for the package.
+
+Every row is computed to the end, the whole softmax matrix is computed, and patches are dropped after the attention's
+residual add. The implementation shares no code with the package.
 """
 
 import math

@@ -327,7 +327,7 @@ def write_another(model, program, file):
 @pytest.mark.parametrize(
     "write, message",
     [
-        (write_damaged, "does not run in a process of its own"),
+        (write_damaged, "does not run in a separate process"),
         (write_another, "does not compute the model's logits"),
     ],
 )

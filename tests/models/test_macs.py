@@ -25,15 +25,15 @@ def table_errors(name, frames):
 @pytest.mark.parametrize("frames", TABLE_2)
 def test_table_2(frames):
     assert max(table_errors("audiomae_base", frames)) < 0.1
-    # The table was counted with one extra token; AST's second one adds up to 0.1 of its own.
+    # The table was counted with one extra token; AST's second extra token adds up to 0.1.
     assert max(table_errors("ast_base", frames)) < 0.2
 
 
 @pytest.mark.parametrize("keep_rate", [1.0, 0.6, (0.5, 1.0, 0.01)])
 @pytest.mark.parametrize("score", ["column_mean", "cls", "intensity", "variation", "random", "function"])
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
-def test_computed_is_what_runs(make_model, family, score, keep_rate):
-    if score == "function":  # without a matrix product of its own, since that is not counted
+def test_computed_equals_the_products_that_run(make_model, family, score, keep_rate):
+    if score == "function":  # contains no matrix product, because the work of a custom score is not counted
 
         def score(q, k, v, extra_tokens):
             return v.mean(dim=(1, 3))[:, extra_tokens:]
@@ -66,7 +66,7 @@ def test_computed_never_exceeds_the_paper_by_more_than_the_head(make_model):
 
 
 @pytest.mark.parametrize("keep_rate", [1.0, 0.6, (0.5, 1.0, 0.01), [0.9, 0.8, 0.7]])
-def test_counting_at_a_keep_rate_is_counting_the_model_set_to_it(make_model, keep_rate):
+def test_counting_at_a_keep_rate_equals_counting_after_setting_it(make_model, keep_rate):
     model, at_that_rate = make_model("ast", keep_rate=0.5), make_model("ast", keep_rate=keep_rate)
     assert pruneattn.count_macs(model, keep_rate) == pruneattn.count_macs(at_that_rate)
     assert pruneattn.count_macs(model, keep_rate) != pruneattn.count_macs(model)
@@ -82,7 +82,7 @@ def test_counting_at_a_keep_rate_does_not_change_the_model(make_model):
 
 
 @pytest.mark.parametrize("keep_rate", [0, 1.5, float("nan"), "half", (0.5, 0.5), (0.5, 0.5, 0), object()])
-def test_a_wrong_keep_rate_is_rejected_as_by_set_keep_rate(make_model, keep_rate):
+def test_an_invalid_keep_rate_is_rejected_as_in_set_keep_rate(make_model, keep_rate):
     model = make_model("ast", keep_rate=0.5)
     messages = []
     for function in (model.set_keep_rate, lambda rate: pruneattn.count_macs(model, rate)):

@@ -150,7 +150,7 @@ def test_a_pruning_may_project_other_parts_than_are_packed(make_model, parts, st
         torch.testing.assert_close(optimize_for_inference(model)(fbank), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_without_onednn_the_model_runs_as_it_is(make_model, monkeypatch):
+def test_without_onednn_the_model_runs_unchanged(make_model, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model, fbank = make_model("audiomae", keep_rate=0.5), torch.randn(2, 128, 128)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from bench.harness import peers
 from bench.harness.guards import WrongResult, check_close, check_kept
 
 
-def test_ast_is_hugging_face_ast(make_model):
+def test_ast_equals_hugging_face_ast(make_model):
     pytest.importorskip("transformers", minversion="5")
     ours = make_model("ast", frames=256).double()
     theirs = peers.huggingface_ast(ours)
@@ -19,7 +19,7 @@ def test_ast_is_hugging_face_ast(make_model):
         torch.testing.assert_close(ours(fbank), theirs(fbank), rtol=1e-9, atol=1e-9)
 
 
-def test_audiomae_is_timm_vit(make_model):
+def test_audiomae_equals_timm_vit(make_model):
     pytest.importorskip("timm")
     ours = make_model("audiomae", frames=256, drop_path=0.2).double()
     theirs = peers.timm_vit(ours)
@@ -32,7 +32,7 @@ def test_audiomae_is_timm_vit(make_model):
 
 @pytest.mark.parametrize("score", ["column_mean", "cls"])
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
-def test_their_pruned_models_compute_the_same(make_model, family, score):
+def test_pruned_models_of_other_libraries_compute_the_same(make_model, family, score):
     pytest.importorskip(*{"audiomae": ("timm",), "ast": ("transformers", "5")}[family])
     ours = make_model(family, keep_rate=0.6, score=score).double()
     theirs = {"audiomae": peers.timm_vit, "ast": peers.huggingface_ast}[family](ours)

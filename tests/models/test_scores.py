@@ -19,7 +19,7 @@ def test_constant_patches_tie_exactly():
 
 @pytest.mark.parametrize("score", ["intensity", "variation"])
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
-def test_padding_goes_first_from_the_far_end(make_model, family, score):
+def test_padding_is_dropped_first_from_its_end(make_model, family, score):
     """Patches of one constant tie; ties go to the lower patch number."""
     model = make_model(family, score=score, prune_blocks=(3,), keep_rate=0.75)
     fbank = torch.full((1, 128, 128), -1.3)

@@ -33,7 +33,7 @@ def test_the_hot_patch_is_that_token(make_model, family, number):
 
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
 @pytest.mark.parametrize("score", ["column_mean", "cls", "intensity"])
-def test_kept_are_the_best_scores_of_those_left(make_model, family, score):
+def test_the_best_scores_of_the_remaining_patches_are_kept(make_model, family, score):
     model = make_model(family, score=score, keep_rate=(0.7, 1.0, 0.4))
     trace = pruneattn.trace(model, torch.randn(3, 128, 128))
     numbers = torch.arange(64).expand(3, -1)

@@ -83,7 +83,7 @@ def test_kept_counts():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fresh_weights(family):
+def test_initial_weights(family):
     torch.manual_seed(0)
     model = create_model(f"{family}_tiny", frames=128, drop_path=0.1)
     std = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.numel() > 1000}
@@ -132,7 +132,7 @@ def test_positions_and_patch_numbers(make_model, family, transposed):
         model.patches_from_grid(mask.transpose(1, 2))
 
 
-def test_configuration_makes_the_same_model(make_model):
+def test_configuration_creates_the_same_model(make_model):
     model = make_model("ast", keep_rate=(0.5, 1.0, 0.7), score="variation", drop_path=0.1)
     again = create_model(**model.config)
     assert again.config == model.config and again.keep_rates == (0.5, 1.0, 0.7)
@@ -171,7 +171,7 @@ def test_extra_tokens_are_never_pruned(make_model, monkeypatch, family, score):
     def spy(prune):
         def run(*args):
             result = prune(*args)
-            calls.append((*args[-4:-2], *result[-2:]))  # x, y, and what is kept of them
+            calls.append((*args[-4:-2], *result[-2:]))  # x, y, and their kept rows
             return result
 
         return run
@@ -208,7 +208,7 @@ def test_no_dropped_row_is_projected(make_model, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whole_keep_rate_runs_unpruned(make_model, monkeypatch, family):
+def test_keep_rate_1_runs_unpruned(make_model, monkeypatch, family):
     model, fbank = make_model(family, keep_rate=0.5), torch.randn(2, 128, 128)
     plain = make_model(family, prune_blocks=())
     plain.load_state_dict(model.state_dict())
@@ -257,7 +257,7 @@ def test_autocast(make_model, family, score, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiles_whole_with_any_batch(make_model, family):
+def test_compiles_in_one_graph_for_any_batch(make_model, family):
     torch._dynamo.reset()
     model = make_model(family, keep_rate=0.6, depth=2, prune_blocks=(0,))
     counter = CompileCounterWithBackend("aot_eager")

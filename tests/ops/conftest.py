@@ -7,7 +7,7 @@ import torch
 from pruneattn.ops.backend import _C, DEVICES, use_backend, why_not
 
 CUDA = torch.cuda.is_available()
-#: Instruction sets of the CPU's attention kernels on this machine, the best one first.
+#: Instruction sets of the CPU's attention kernels on this machine, best first.
 ISAS = _C.cpu_isas() if _C else []
 
 
@@ -30,7 +30,7 @@ def place_params(backend, device):
     return [pytest.param(name, marks=pytest.mark.interpreted) if backend == "triton" else name]
 
 
-# The quick tests run the best instruction set of this machine, and the slow ones the rest: all share one source.
+# Quick tests run the best instruction set of this machine, slow tests run all other sets. All share one source.
 CPU_KERNELS = [pytest.param(isa, marks=[pytest.mark.slow] if isa != ISAS[0] else []) for isa in ISAS]
 TRITON = place_params("triton", "cpu") + place_params("triton", "cuda")
 REFERENCES = place_params("reference", "cpu") + place_params("reference", "cuda")

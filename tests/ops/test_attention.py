@@ -87,7 +87,7 @@ def test_error_is_at_most_twice_that_of_plain_attention(place, interpreted, case
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_of_an_average_of_many_values_away_from_zero(place, cases, dtype):
-    """Rounding errors add up most there."""
+    """Here rounding errors add up most."""
     q, k, v = cases.packed_qkv(1, 2, 513, 16, dtype, place, spread=0.1)
     cases.assert_output_error_at_most_twice_that_of_plain(attention(q, k, v + 1), q, k, v + 1)
 

@@ -63,7 +63,7 @@ def python(code, **environment):
     )
 
 
-def test_best_backend_by_default_and_the_forced_one_inside(calls):
+def test_best_backend_by_default_and_the_forced_backend_inside(calls):
     run()
     with use_backend("reference"):
         run()
@@ -88,7 +88,7 @@ def test_op_without_the_forced_kernel_runs_the_reference(calls, monkeypatch):
     assert calls == ["reference"]
 
 
-def test_kernel_runs_on_its_own_kind_of_device_only(calls):
+def test_kernel_runs_only_on_its_type_of_device(calls):
     for device in ("mps", "cuda"):
         run(device)
         with use_backend("cpu"):
@@ -120,7 +120,7 @@ def test_unknown_backend():
         use_backend("gpu")
 
 
-def test_unusable_backend_says_why(calls):
+def test_unusable_backend_reports_the_reason(calls):
     with pytest.raises(UserError, match="backend 'triton' cannot be used here: Triton is not installed"):
         use_backend("triton")
     with pytest.raises(UserError, match="'cuda' cannot be used here: .* built without CUDA: nvcc was not found"):
@@ -140,7 +140,7 @@ def test_unusable_backend_says_why(calls):
         ("100f", (12, 0), False),
     ],
 )
-def test_which_gpus_the_kernels_run_on(architectures, capability, runs):
+def test_gpus_that_the_kernels_support(architectures, capability, runs):
     reason = backend._why_not_this_gpu(architectures.split(";"), capability)
     assert (reason == "") == runs
     if not runs:
@@ -160,7 +160,7 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
     backend.why_not.cache_clear()
     assert backend.why_not("triton") == ""
-    # A GPU runs all Triton kernels but the one that computes exactly what PyTorch's attention computes.
+    # A GPU runs all Triton kernels except the one that computes exactly what PyTorch's attention computes.
     functions = backend._kernels["attention_backward"], backend._kernels["attention"]
     assert [backend.choose(op, "cuda") for op in ("attention_backward", "attention")] == [
         functions[0]["triton"],
@@ -224,7 +224,7 @@ def test_printed_table(calls):
         assert "forced: reference" in str(backends())
 
 
-# Finds a file that is no shared library in place of the extension.
+# This finder returns a file that is not a shared library in place of the extension.
 BROKEN = """
 import importlib.machinery, importlib.util, sys
 class Finder:

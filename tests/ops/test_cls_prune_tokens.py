@@ -22,7 +22,7 @@ def check(cases):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extra_tokens", [0, 1, 2])
-def test_is_cls_scores_and_prune_tokens(place, interpreted, cases, check, dtype, extra_tokens):
+def test_equals_cls_scores_and_prune_tokens(place, interpreted, cases, check, dtype, extra_tokens):
     real = (1, 2, 514, 64) if interpreted else (3, 12, 514, 64)
     for batch, heads, tokens, channels in ((1, 1, 3, 1), (2, 3, 17, 8), real, (1, 2, 70, 33)):
         q, k, _ = cases.packed_qkv(batch, heads, tokens, channels, dtype, place)
@@ -44,7 +44,7 @@ def test_random_shapes_and_strides(place, interpreted, cases, check):
         check(q[:, :, 0], k, x, x[:, :, ::2], (k.shape[2] - extra_tokens + 1) // 2, extra_tokens, scale)
 
 
-def test_is_the_two_ops_with_nan(place, cases):
+def test_equals_the_two_ops_with_nan(place, cases):
     q, k, _ = cases.packed_qkv(3, 2, 20, 8, torch.float32, place)
     k = k.clone()
     k[0, 1, 2], k[1, 0, 5, 0] = torch.nan, torch.inf

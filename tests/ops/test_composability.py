@@ -61,8 +61,8 @@ def test_opcheck(name, forced, device, requires_grad):
     op = getattr(torch.ops.pruneattn, name).default
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if name == "prune_tokens" and requires_grad:
-        # This check adds all outputs to the first one in place, which fails for an int64 index and floats. The compiled
-        # block below compares the same gradients.
+        # This check adds all outputs to the first output in place, which fails for an int64 index and floats. The
+        # compiled block below compares the same gradients.
         tests.remove("test_aot_dispatch_dynamic")
     with use_backend(forced):
         torch.library.opcheck(op, arguments(name, device, requires_grad), test_utils=tests)

@@ -38,7 +38,7 @@ def test_results_do_not_depend_on_threads(cpu_kernels, cases, set_threads, dtype
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-def test_a_clip_does_not_depend_on_the_batch_it_is_in(cpu_kernels, cases, dtype):
+def test_a_clip_does_not_depend_on_its_batch(cpu_kernels, cases, dtype):
     for heads, tokens, channels in ((2, 6, 5), (4, 130, 16), (1, 513, 64)):
         q, k, v = cases.packed_qkv(4, heads, tokens, channels, dtype, cpu_kernels)
         results = run(q, k, v)
@@ -47,7 +47,7 @@ def test_a_clip_does_not_depend_on_the_batch_it_is_in(cpu_kernels, cases, dtype)
             assert same_bits(alone, (x[clip : clip + 1] for x in results)), (clip, tokens)
 
 
-def test_a_query_does_not_depend_on_the_others(cpu_kernels, cases):
+def test_a_query_does_not_depend_on_other_queries(cpu_kernels, cases):
     q, k, v = cases.packed_qkv(1, 2, 110, 16, torch.float32, cpu_kernels)
     out = ops.attention(q, k, v)
     for rows in (slice(0, 1), slice(5, 12), slice(90, 110)):
@@ -59,7 +59,7 @@ def test_empty_batch(cpu_kernels, cases):
     assert [tuple(x.shape) for x in run(q, k, v)] == [(0, 2, 3, 4), (0, 2, 9, 4), (0, 8), (0, 8)]
 
 
-def test_calls_from_several_threads_at_once(cpu_kernels, cases):
+def test_simultaneous_calls_from_several_threads(cpu_kernels, cases):
     """Each thread has its own scratch memory."""
     from concurrent.futures import ThreadPoolExecutor
 

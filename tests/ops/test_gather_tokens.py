@@ -4,7 +4,7 @@ import torch
 from pruneattn.ops import gather_tokens
 
 
-def by_hand(x, index, extra_tokens):
+def by_definition(x, index, extra_tokens):
     rows = [
         torch.cat([clip[:extra_tokens], clip[extra_tokens + numbers]]) for clip, numbers in zip(x, index, strict=True)
     ]
@@ -14,7 +14,7 @@ def by_hand(x, index, extra_tokens):
 def check(x, index, extra_tokens):
     out = gather_tokens(x, index, extra_tokens)
     assert out.dtype == x.dtype and out.is_contiguous()
-    torch.testing.assert_close(out, by_hand(x, index, extra_tokens), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(out, by_definition(x, index, extra_tokens), rtol=0, atol=0, equal_nan=True)
 
 
 def random_index(batch, patches, keep, device):
@@ -35,7 +35,7 @@ def test_copies_bits(device):
     """Rows keep NaN payloads and signed zeros."""
     x = torch.randint(-(2**31), 2**31 - 1, (2, 9, 6), device=device, dtype=torch.int32).view(torch.float32)
     index = random_index(2, 8, 5, device)
-    assert torch.equal(gather_tokens(x, index, 1).view(torch.int32), by_hand(x.view(torch.int32), index, 1))
+    assert torch.equal(gather_tokens(x, index, 1).view(torch.int32), by_definition(x.view(torch.int32), index, 1))
 
 
 def test_strides(device):

@@ -17,7 +17,7 @@ from pruneattn.models.scores import make_pruning
 
 B, H, N, C = 2, 12, 513, 768
 
-# Prints how much the peak of the process grows in a block of B=2, H=12, whose matrix would take `matrix` bytes.
+# Prints the growth of the peak memory of the process in a block of B=2, H=12, whose matrix would take `matrix` bytes.
 PEAK = """
 import json, sys, torch
 from pruneattn import use_backend

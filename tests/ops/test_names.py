@@ -1,4 +1,4 @@
-"""One op, one name: its definition, kernels, test and benchmark are found by it."""
+"""Each op has one name, which its definition, kernels, test and benchmark share."""
 
 from importlib import import_module
 from pathlib import Path

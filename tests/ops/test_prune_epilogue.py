@@ -15,7 +15,7 @@ def check(partial_scores, x, y, keep, extra_tokens):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 12, 37])
-def test_is_sum_and_prune_tokens(device, rows):
+def test_equals_sum_and_prune_tokens(device, rows):
     for extra_tokens, (batch, patches, keep) in enumerate(((1, 1, 1), (2, 64, 33), (2, 513, 513))):
         partial_scores = torch.rand(batch, rows, patches, device=device).round(decimals=1)
         x = torch.randn(batch, extra_tokens + patches, 12, device=device)
@@ -50,7 +50,7 @@ def test_same_bits_twice(device):
         assert all(map(torch.equal, first, prune_epilogue(partial_scores, x, x, 100, 1)))
 
 
-def test_results_are_no_views(device):
+def test_results_are_not_views(device):
     """Also for one row: writing into the scores does not change the input."""
     partial_scores, x = torch.rand(2, 1, 8, device=device), torch.randn(2, 8, 4, device=device)
     before = partial_scores.clone()

@@ -14,7 +14,7 @@ def check(scores, x, y, keep, extra_tokens):
 
 
 @pytest.mark.parametrize("extra_tokens", [0, 1, 2])
-def test_is_select_and_two_gathers(device, extra_tokens):
+def test_equals_select_and_two_gathers(device, extra_tokens):
     for batch, patches, keep in ((1, 1, 1), (2, 64, 33), (3, 100, 100), (2, 512, 256), (1, 5000, 7)):
         scores = torch.randn(batch, patches, device=device).round(decimals=1)
         x = torch.randn(batch, extra_tokens + patches, 12, device=device)

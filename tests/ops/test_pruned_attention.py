@@ -25,7 +25,7 @@ def check(cases):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extra_tokens", [0, 1, 2])
-def test_is_attention_and_prune_tokens(place, interpreted, cases, check, dtype, extra_tokens):
+def test_equals_attention_and_prune_tokens(place, interpreted, cases, check, dtype, extra_tokens):
     for batch, heads, tokens, channels in ((1, 1, 3, 1), (2, 3, 17, 8), (3, 2, 65, 64), (1, 2, 70, 33)):
         if interpreted:  # test_column_mean_attention.py tests the attention at more sizes
             heads, tokens = 1, min(tokens, 35)
@@ -151,7 +151,7 @@ def test_second_derivative_raises_an_error(any_device, cases):
         grad.sum().backward()
 
 
-def test_is_the_two_ops(place, cases):
+def test_equals_the_two_ops(place, cases):
     """Scores and output are those of column_mean_attention; only the selection is added."""
     q, k, v = cases.packed_qkv(2, 2, 35, 16, torch.float32, place)
     scores, _, _, out_kept = pruned_attention(q, k, v, merged(v), 34, 1)

@@ -6,7 +6,7 @@ import torch
 from pruneattn.ops import select_tokens
 
 
-def by_hand(row, keep):
+def by_definition(row, keep):
     """Rank NaN first, then by value, then by number. Return the kept numbers in ascending order."""
     ranked = sorted(range(len(row)), key=lambda i: (not math.isnan(row[i]), 0 if math.isnan(row[i]) else -row[i], i))
     return sorted(ranked[:keep])
@@ -15,7 +15,7 @@ def by_hand(row, keep):
 def check(scores, keep):
     index = select_tokens(scores, keep)
     assert index.dtype == torch.int64 and index.is_contiguous() and index.device == scores.device
-    assert index.tolist() == [by_hand(row, keep) for row in scores.tolist()]
+    assert index.tolist() == [by_definition(row, keep) for row in scores.tolist()]
 
 
 @pytest.mark.parametrize("patches", [1, 2, 3, 7, 31, 32, 33, 64, 65, 255, 512, 1212, 4096, 5000])

@@ -1,4 +1,4 @@
-"""Runs Python in a group of two processes."""
+"""Run Python in a group of two processes."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ import sys
 
 
 def in_two_processes(*command):
-    """Run ``python *command`` as the two ranks of a process group; returns the standard output of each."""
+    """Run ``python *command`` as the two ranks of a process group, and return the standard output of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pruneattn.runtime import timing
-from pruneattn.runtime.timing import Speed, describe_device, rounds_side_by_side
+from pruneattn.runtime.timing import Speed, describe_device, interleaved_rounds
 
 
 def medians(variants, device, rounds):
-    return {name: median(values) for name, values in rounds_side_by_side(variants, device, rounds).items()}
+    return {name: median(values) for name, values in interleaved_rounds(variants, device, rounds).items()}
 
 
 def test_attention_kernels():
@@ -25,7 +25,7 @@ def test_attention_kernels():
 
 
 def test_rounds_are_interleaved(monkeypatch):
-    """With a clock that only the variants move: a machine that keeps slowing down affects both variants equally."""
+    """With a clock that only the variants move: a continuous slowdown affects both variants equally."""
     clock, order = [0.0], []
 
     def variant(name, cost):
@@ -67,7 +67,7 @@ def test_waits_for_the_device():
 
 
 def test_speed_is_that_of_the_median_round_of_the_fastest_variant():
-    """Not of the best round, nor of the mean: one slow round of the fastest changes nothing."""
+    """It is not that of the best round or of the mean: one slow round of the fastest variant changes nothing."""
     sdpa = [0.012, 0.001, 0.012, 0.012, 0.02, 0.012]
     dense = {"eager": [0.010, 0.008, 0.5, 0.010, 0.010, 0.010], "eager, SDPA": sdpa}
     half = {"eager": [0.006, 0.001, 0.002, 0.005, 0.004, 0.003]}

@@ -50,7 +50,7 @@ def gpu(monkeypatch, tmp_path):
 
 def test_all_steps_run_and_are_in_the_result_file(gpu, tmp_path, capfd):
     """Also if one step is stopped, one fails and one cannot run."""
-    steps = {"tests": "import time; print('begun', flush=True); time.sleep(60)", "benchmarks": "print('measured')"}
+    steps = {"tests": "import time; print('started', flush=True); time.sleep(60)", "benchmarks": "print('measured')"}
     steps |= {"memcheck": "missing", "racecheck": "print('a race'); raise SystemExit(9)"}
     assert gpu(**steps) == 1
     (path,) = tmp_path.glob("*.json")
@@ -61,7 +61,7 @@ def test_all_steps_run_and_are_in_the_result_file(gpu, tmp_path, capfd):
     said = json.loads(path.read_text())["steps"]
     assert [said[name]["ok"] for name in ("build", *steps)] == [True, False, True, None, False]
     assert said["tests"]["stopped"] and said["tests"]["seconds"] < 30
-    assert said["tests"]["tail"][0] == "begun" and said["tests"]["tail"][-1] == "stopped at the limit of 1 seconds"
+    assert said["tests"]["tail"][0] == "started" and said["tests"]["tail"][-1] == "stopped at the limit of 1 seconds"
     lines = capfd.readouterr().out.splitlines()[-6:]
     assert lines[0].endswith(f"commit abc+changes: {path}")
     assert [line.split()[0] for line in lines[1:]] == ["build", *steps]

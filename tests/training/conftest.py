@@ -47,7 +47,7 @@ def tagged(clips):
 
 @contextlib.contextmanager
 def one_thread():
-    """Runs that are compared use the same number of threads. For such small models one is fastest."""
+    """Compared runs use the same number of threads. For models of this size, one thread is the fastest."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,7 +58,7 @@ def one_thread():
 
 @pytest.fixture
 def train(clips, tmp_path):
-    """Runs training in this process; see `Runs`."""
+    """Run training in this process; see `Runs`."""
     with one_thread():
         yield Runs(clips, tmp_path)
 
@@ -75,7 +75,7 @@ def whole(clips, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain(clips, tmp_path_factory):
-    """The same without augmentation."""
+    """The same run without augmentation."""
     with one_thread():
         return Runs(clips, tmp_path_factory.mktemp("runs"))("plain", *Runs.plain)
 
@@ -110,7 +110,7 @@ class Runs:
         ).split() + [str(option) for option in options]
 
     def __call__(self, name, *options, code=0):
-        """Train in this process; later options take precedence. Returns the output folder."""
+        """Train in this process; later options take precedence. Return the output folder."""
         assert main(self.arguments(name, *options)) == code
         return self.root / name
 

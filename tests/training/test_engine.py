@@ -18,7 +18,7 @@ from pruneattn.training import engine
 from pruneattn.training.engine import Trainer
 from pruneattn.training.seed import seed_step
 
-pytestmark = pytest.mark.device  # commands and models take the GPU where there is one
+pytestmark = pytest.mark.device  # commands and models use the GPU if there is one
 
 QUICK = "--lr 0.06 --warmup-epochs 1 --epochs 18 --shrink-start 4 --shrink-epochs 4 --prune-blocks 1 2".split()
 
@@ -131,7 +131,8 @@ def test_overflowing_fp16_gradients_only_skip_steps(train, monkeypatch):
     original = Trainer.loss
 
     def loss(self, batch):
-        return original(self, batch) * (1e35 if self.global_step == 0 else 1.0)  # finite, its scaled gradient is not
+        # The loss of the first step is finite, but its scaled gradient is not.
+        return original(self, batch) * (1e35 if self.global_step == 0 else 1.0)
 
     monkeypatch.setattr(Trainer, "loss", loss)
     run = train("run", "--amp", "fp16", *train.short)

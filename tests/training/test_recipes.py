@@ -21,7 +21,7 @@ PAPER = {
 }
 
 
-def test_recipes_are_the_papers():
+def test_recipes_equal_those_of_the_paper():
     assert RECIPES.keys() == PAPER.keys()
     for pair, r in RECIPES.items():
         peak = round(r.lr * r.batch_size / r.lr_batch, 12)
@@ -47,7 +47,7 @@ def test_recipes_are_the_papers():
         assert r.frames == DATASETS[pair[1]].frames
 
 
-def test_optimizers_are_the_papers():
+def test_optimizers_equal_those_of_the_paper():
     for (model, dataset), r in RECIPES.items():
         if model == "audiomae":
             got = (r.optimizer, r.betas, r.weight_decay, r.layer_decay, r.drop_path, r.schedule, r.warmup_epochs)

@@ -19,7 +19,7 @@ from pruneattn.training.engine import Trainer
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """Calls a function at the beginning of a given optimizer step (from 1) of a run in this process."""
+    """Call a function at the beginning of a given optimizer step (from 1) of a run in this process."""
 
     def install(step, action):
         original = Trainer.train_step

@@ -6,14 +6,14 @@ from pruneattn.training.recipes import Recipe
 from pruneattn.training.schedule import keep_rate_at, learning_rate, pruning_started
 
 
-def test_keep_rate_by_hand():
+def test_keep_rate_equals_computed_values():
     rates = [keep_rate_at(epoch, 0.5, 30, 20) for epoch in (0, 29, 30, 35, 40, 45, 49, 50, 59)]
     # (1 + cos(pi t)) / 2 at t = 0, 1/4, 1/2, 3/4 is 1, 0.8535534, 0.5, 0.1464466; at t = 19/20 it is 0.00615583.
     assert rates == pytest.approx([1, 1, 1, 0.9267767, 0.75, 0.5732233, 0.5030779, 0.5, 0.5], abs=1e-7)
     assert rates[-2:] == [0.5, 0.5] and rates[:3] == [1.0, 1.0, 1.0]
 
 
-def test_keep_rate_between_epochs_at_once_and_never():
+def test_keep_rate_between_epochs_immediate_and_constant():
     assert keep_rate_at(32.5, 0.6, 30, 10) == pytest.approx(0.6 + 0.4 * 0.8535534)
     assert [keep_rate_at(epoch, 0.7, 3, 0) for epoch in (2, 3, 4)] == [1.0, 0.7, 0.7]
     assert {keep_rate_at(epoch, 1.0, 3, 4) for epoch in range(10)} == {1.0}
@@ -25,7 +25,7 @@ def test_pruning_starts_only_where_a_target_is_below_one():
     assert pruning_started(9, (1.0, 0.9, 1.0), 5)
 
 
-def test_cosine_by_hand():
+def test_cosine_equals_computed_values():
     recipe = replace(
         Recipe(), epochs=10, warmup_epochs=2.0, warmup_steps=0, lr=1e-3, lr_batch=256, batch_size=64, min_lr=1e-5
     )
@@ -39,7 +39,7 @@ def test_cosine_by_hand():
     assert rates == sorted(rates, reverse=True)
 
 
-def test_steps_by_hand():
+def test_steps_equal_computed_values():
     recipe = replace(
         Recipe(),
         schedule="step",

@@ -1,5 +1,5 @@
 // Emulation of native/numbers.cuh. Results are equal to the bit, except that the approximate functions are exact
-// here.
+// in the emulation.
 #pragma once
 
 #include <cmath>

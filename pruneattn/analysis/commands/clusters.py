@@ -9,7 +9,7 @@ from .options import make_clips_parser, open_analysis, report_failed, save_resul
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the analysis as the command line says; returns the exit code."""
+    """Run the analysis with these command-line arguments, and return the exit code."""
     parser = make_clips_parser(
         "clusters",
         "Writes clusters.csv (share, center and range of C1 to C5), clusters.png and .pdf, and clusters.json, which "

@@ -12,7 +12,7 @@ from .options import add_clusters_option, make_clips_parser, open_analysis, repo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the analysis as the command line says; returns the exit code."""
+    """Run the analysis with these command-line arguments, and return the exit code."""
     parser = make_clips_parser(
         "kendall",
         "The attention score of each patch in each block of the unpruned model is compared with the number of the "

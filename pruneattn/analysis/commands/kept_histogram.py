@@ -21,7 +21,7 @@ from .options import (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the analysis as the command line says; returns the exit code."""
+    """Run the analysis with these command-line arguments, and return the exit code."""
     parser = make_clips_parser(
         "kept_histogram",
         "Writes kept_histogram.csv (shares of C1 to C5 after each stage), kept_histogram.png and .pdf and, with "

@@ -19,7 +19,7 @@ from .options import (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the analysis as the command line says; returns the exit code."""
+    """Run the analysis with these command-line arguments, and return the exit code."""
     parser = make_clips_parser(
         "kept_patches",
         "Writes kept_patches.png, .pdf and .csv for the shown clips, and kept_shares.csv for all clips: the share of "

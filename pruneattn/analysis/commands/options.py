@@ -64,7 +64,7 @@ def add_results_option(parser: Options, name: str) -> None:
 
 
 def add_clusters_option(parser: Options, what: str = "clusters.json", **settings: Any) -> None:
-    """Add ``--clusters``, which must be given; its help text is ``what`` and where it comes from."""
+    """Add ``--clusters``, which is required; its help text is ``what`` and the source of the file."""
     text = f"{what} of pruneattn analyze clusters"
     parser.add_argument("--clusters", required=True, metavar="JSON", help=text, **settings)
 
@@ -104,6 +104,6 @@ def save_result(output: Path, name: str, rows: Sequence[Row], figure: Figure) ->
 
 
 def report_failed(analysis: Analysis, output: Path) -> None:
-    """Print which clips could not be read, if any, and list all of them in ``failed_clips.txt``."""
+    """Print the first clips that could not be read, if any, and list all of them in ``failed_clips.txt``."""
     path = save_failed(output, analysis.failed)
     say_failed(analysis.failed, len(analysis.dataset), path)

@@ -11,7 +11,7 @@ from .options import add_clusters_option, make_clips_parser, open_analysis, repo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the analysis as the command line says; returns the exit code."""
+    """Run the analysis with these command-line arguments, and return the exit code."""
     parser = make_clips_parser(
         "remove_clusters",
         "The tokens of the clusters C1 and C2 (low) or C4 and C5 (high) are removed from the unpruned model. Writes "

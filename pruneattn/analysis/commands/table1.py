@@ -27,7 +27,7 @@ _SECONDS = 5  # between looks for a cell that can be trained, while other proces
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the analysis as the command line says.
+    """Run the analysis with these command-line arguments.
 
     Returns:
         The exit code: 0, or 128 + the number of the signal that stopped a training.
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(table: Table) -> int:
-    """Train the missing cells; returns the exit code."""
+    """Train the missing cells, and return the exit code."""
     while True:
         try:
             outcome = table.train_next()

@@ -42,7 +42,7 @@ Cells = dict[tuple[str, int], list[Row]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the analysis as the command line says; returns the exit code."""
+    """Run the analysis with these command-line arguments, and return the exit code."""
     args = _parse(argv)
     matplotlib_figure()  # the result is drawn: fail now if matplotlib is not installed
     device = distributed.start(args.device)
@@ -124,7 +124,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     rates = parser.add_mutually_exclusive_group()
     add_keep_rate_option(
         rates,
-        "the one keep-rate of the table, in (0, 1] (several words, 0.7 0.5, are a deprecated form of --keep-rates)",
+        "the only keep-rate of the table, in (0, 1] (several words, 0.7 0.5, are a deprecated form of --keep-rates)",
     )
     add_keep_rates_option(rates, tuple(PRINTED_GMACS[128]))
     run = parser.add_argument_group("run")

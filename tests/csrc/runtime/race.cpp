@@ -146,15 +146,15 @@ void access(const void* pointer, size_t bytes, Kind kind, const void* code) {
       page->resize(kPage);
     }
     Cell& cell = (*page)[number % kPage];
-    std::vector<Access>& alike = kind == kRead ? cell.reads : cell.others;
-    Access* const same = find(alike, what);
+    std::vector<Access>& list = kind == kRead ? cell.reads : cell.others;
+    Access* const same = find(list, what);
     if (same && (same->lanes & what.lanes)) continue;  // later accesses were already compared with it
     check(cell.others, what, shared);
     if (kind != kRead) check(cell.reads, what, shared);
     if (same) {
       same->lanes |= what.lanes;
     } else {
-      add(alike, what);
+      add(list, what);
     }
   }
 }
