@@ -13,14 +13,14 @@ from .errors import unknown
 
 #: The line of each command in ``pruneattn --help``.
 COMMANDS = {
-    "train": "training of a model that prunes",
-    "evaluate": "accuracy, cost and speed of a checkpoint by keep-rate",
-    "predict": "labels of sound files of any length",
-    "export": "a checkpoint as a file for ONNX Runtime or PyTorch",
-    "convert": "a checkpoint in the layout of another project",
-    "data": "list, download and statistics of datasets",
-    "analyze": "a table or a figure of the paper, by name",
-    "backends": "the backends that each operator can use on this machine",
+    "train": "train a model with token pruning",
+    "evaluate": "measure accuracy, MACs and speed at several keep-rates",
+    "predict": "label audio files of any length",
+    "export": "export a checkpoint to ONNX, torch.export or AOTInductor",
+    "convert": "convert a checkpoint to the format of another project",
+    "data": "list and download datasets, and compute their statistics",
+    "analyze": "compute a table or figure of the paper",
+    "backends": "show the available backends of each operator",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -53,6 +54,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # The reader of the output has closed it, as `head` does. The interpreter must not flush into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         # A full disk, a read-only folder or a missing permission. The errno text and the path say which.
         where = f": {error.filename}" if error.filename else ""
@@ -82,8 +87,8 @@ def add_checkpoint_options(parser: Options) -> None:
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="run folder of train, its best.safetensors, folder of a Hugging Face AST, name of either on the Hub "
-        "(user/name or user/name@revision), or with --model any other checkpoint file",
+        help="training run folder, best.safetensors file, Hugging Face AST folder, or Hub repository (user/name or "
+        "user/name@revision); with --model, any supported checkpoint file",
     )
     group = parser.add_argument_group("checkpoints of other projects (AST, AudioMAE, Hugging Face, timm)")
     add_model_option(group, "model that the weights are for: audiomae_base, ast_base, ...")
@@ -94,7 +99,6 @@ def add_checkpoint_options(parser: Options) -> None:
     group.add_argument(
         "--padding",
         choices=("zero", "min"),
-        default="zero",
         help="padding of short clips: zero (AST, AudioMAE, Hugging Face) or min, the spectrogram's minimum (this "
         "package) (default: zero)",
     )
@@ -289,4 +293,4 @@ def add_speed_options(parser: Options, batch_size: int) -> None:
     add_batch_size_option(parser, batch_size)
     add_amp_option(parser)
     parser.add_argument("--rounds", type=int, default=9, help="rounds of timing, 0 for no timing (default: 9)")
-    parser.add_argument("--compile", action="store_true", help="measure the speed with torch.compile, too")
+    parser.add_argument("--compile", action="store_true", help="also measure the speed with torch.compile")

@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="torch, aoti: call the kernels of pruneattn; the program that runs the file needs 'import pruneattn.ops'",
     )
     add_trained_for_option(parser)
-    add_device_option(parser, "device that the file will run on")
+    add_device_option(parser, "target device of the exported file")
     return parser.parse_args(argv)
 
 

@@ -125,7 +125,7 @@ def add_label_options(parser: Options) -> None:
         metavar="FRACTION",
         help="fraction of a window that the next window repeats, in [0, 1) (default: 0.5)",
     )
-    parser.add_argument("--windows", action="store_true", help="labels of each window in the output, too")
+    parser.add_argument("--windows", action="store_true", help="also write the labels of each window")
     add_label_csv_option(parser, "names of the classes")
     add_trained_for_option(parser)
     add_amp_option(parser)

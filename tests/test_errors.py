@@ -1,5 +1,7 @@
 import errno
 import io
+import signal
+import subprocess
 import sys
 from argparse import Namespace
 
@@ -71,3 +73,15 @@ def test_options_below_their_least_value_are_errors():
         check_least(args, batch_size=1, rounds=0)
     with pytest.raises(UserError, match=r"--batch-size 1: must be at least 2"):
         check_least(args, batch_size=2)
+
+
+def test_a_closed_pipe_ends_the_command_silently():
+    """``pruneattn data list | head -1`` prints one line and nothing else."""
+    program = "from pruneattn.cli import run_command; run_command(lambda: print('line\\n' * 100_000, flush=True))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as command:
+        assert command.stdout.readline() == "line\n"
+        command.stdout.close()
+        assert command.stderr.read() == ""
+    assert command.returncode == 128 + signal.SIGPIPE

@@ -31,7 +31,7 @@ def open_checkpoint(
     frames: int | None = None,
     mean: float | None = None,
     std: float | None = None,
-    padding: str = "zero",
+    padding: str | None = None,
     score: str | None = None,
 ) -> PrunedViT:
     """Open a checkpoint of this package, or with ``model`` one of another project, in eval mode on the CPU.
@@ -47,7 +47,7 @@ def open_checkpoint(
         frames: number of 10 ms frames of the input.
         mean: mean of the log-mel values of the training data.
         std: standard deviation of these values.
-        padding: value after a short clip: ``"zero"``, or ``"min"`` for the smallest log-mel value.
+        padding: value after a short clip: ``"zero"`` (default), or ``"min"`` for the smallest log-mel value.
         score: score that ranks the patches; None: the checkpoint's.
 
     Returns:
@@ -58,7 +58,8 @@ def open_checkpoint(
             ``model``.
     """
     if model is None:
-        for name, value in {"num_classes": num_classes, "frames": frames, "mean": mean, "std": std}.items():
+        given = {"num_classes": num_classes, "frames": frames, "mean": mean, "std": std, "padding": padding}
+        for name, value in given.items():
             if value is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(
@@ -66,7 +67,7 @@ def open_checkpoint(
                 )
         opened = load_pretrained(checkpoint)
     else:
-        opened = _open_foreign(checkpoint, model, dataset, num_classes, frames, mean, std, padding)
+        opened = _open_foreign(checkpoint, model, dataset, num_classes, frames, mean, std, padding or "zero")
     if score is not None and score != opened.score:
         opened = reconfigured(opened, score=score)
     return opened.eval()

@@ -43,7 +43,7 @@ def save_pretrained(
     A folder gets three files: ``model.safetensors``, the model card ``README.md`` (see
     :mod:`~pruneattn.checkpoints.card`; a README of another origin or an edited card is kept), and ``config.json``, a
     readable copy of the configuration that the Hugging Face Hub shows. :func:`load_pretrained` reads only the
-    safetensors file. Its metadata hold the configuration.
+    safetensors file. Its metadata contains the configuration.
 
     Args:
         model: a model of :func:`~pruneattn.create_model`.

@@ -157,7 +157,7 @@ class FeatureConfig:
 
 
 class FeatureExtractor(nn.Module):
-    """Waveforms to the normalized log-mel input of the models, in float32 on the device of the waves.
+    """Convert waveforms to normalized log-mel spectrograms, in float32 on the device of the waves.
 
     Window and mel filters are buffers, so they follow ``.to(device)``; they are not saved.
     """

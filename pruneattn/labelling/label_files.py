@@ -234,7 +234,7 @@ def _check_same(path: Path, about_path: Path, about: Mapping[str, Any]) -> None:
     ]
     if found:
         raise UserError(
-            f"{path} holds labels that were made with other settings ({'; '.join(found)}); use another --output"
+            f"{path} contains labels that were made with other settings ({'; '.join(found)}); use another --output"
         )
 
 

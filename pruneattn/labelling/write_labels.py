@@ -29,7 +29,7 @@ def write_labels(rows: Iterable[Mapping[str, Any]], total: int, output: LabelFil
     """
     start, added, seconds = time.perf_counter(), 0, 0.0
     if output.done:
-        print(f"{len(output.done)} clips are labeled already, {total} remain", file=sys.stderr)
+        print(f"{len(output.done)} clips are already labeled; {total} remain", file=sys.stderr)
     bar = tqdm(total=total, desc="predict", unit="clip", disable=None if total > 1 else True, leave=False)
     with output, StopRequest() as stop, bar:
         for row in rows:
@@ -45,8 +45,8 @@ def write_labels(rows: Iterable[Mapping[str, Any]], total: int, output: LabelFil
     took = time.perf_counter() - start
     if total > 1:
         print(
-            f"{added} clips with {seconds / 3600:.2f} hours of audio in {took:.0f} s: {added / took:.1f} clips/s, "
-            f"{seconds / took:.0f} times real time",
+            f"{added} {'clip' if added == 1 else 'clips'} with {seconds / 3600:.2f} hours of audio in {took:.0f} s: "
+            f"{added / took:.1f} clips/s, {seconds / took:.0f} times real time",
             file=sys.stderr,
         )
     if output.failed:

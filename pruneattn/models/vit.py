@@ -35,7 +35,7 @@ def own_model(model: nn.Module, caller: str) -> PrunedViT:
     model = unwrapped(model)
     if not isinstance(model, PrunedViT):
         given = type(model).__name__
-        raise UserError(f"{caller}: expected a model of pruneattn.create_model itself, got {given}")
+        raise UserError(f"{caller}: expected a model created by pruneattn.create_model, got {given}")
     return model
 
 

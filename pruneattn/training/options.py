@@ -137,9 +137,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is argparse.SUPPRESS:
             return action.help
-        if isinstance(action.default, tuple):
-            return f"{action.help} (default: {' '.join(map(str, action.default))})"
-        return super()._get_help_string(action)
+        # The recipe of the model and the dataset replaces a default that the help describes in words.
+        text = (action.help or "").partition(" (default: ")[0]
+        default = " ".join(map(str, action.default)) if isinstance(action.default, tuple) else "%(default)s"
+        return f"{text} (default: {default})"
 
 
 def _value_type(hint: Any) -> tuple[type, int | str | None]:

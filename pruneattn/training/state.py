@@ -138,7 +138,7 @@ def load_state(path: str | Path, config: Mapping[str, Any], *, branch: bool = Fa
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: this checkpoint does not exist")
+        raise UserError(f"{path}: checkpoint not found")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types of exception for a damaged file

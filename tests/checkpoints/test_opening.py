@@ -59,7 +59,9 @@ def test_a_checkpoint_of_this_package(saved):
     assert describe(model) == "ast_tiny, 128 frames (64 patches), 3 classes"
 
 
-@pytest.mark.parametrize(("name", "value"), [("num_classes", 3), ("frames", 128), ("mean", 0.0), ("std", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_classes", 3), ("frames", 128), ("mean", 0.0), ("std", 1.0), ("padding", "zero")]
+)
 def test_arguments_that_apply_only_with_model(saved, name, value):
     message = rf"{name} \(--{name.replace('_', '-')}\) applies only with model \(--model\)"
     with pytest.raises(UserError, match=message):

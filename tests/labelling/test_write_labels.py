@@ -19,7 +19,7 @@ def test_summary(tmp_path, capsys):
     assert said.err.startswith("2 clips with 1.50 hours of audio in ") and said.out == ""
     assert f"1 of 3 clips could not be labeled, listed in {path}.failed.jsonl" in said.err
     assert write_labels(rows[1:2], 1, LabelFile(path, {})) == 0  # the labels of the previous run exist
-    assert capsys.readouterr().err.startswith("2 clips are labeled already, 1 remain\n")
+    assert capsys.readouterr().err.startswith("2 clips are already labeled; 1 remain\n")
     assert write_labels(rows[1:2], 1, Terminal(as_json=True)) == 1
     assert capsys.readouterr().err.splitlines()[-2:] == ["1 of 1 clips could not be labeled:", "  x.wav: bad"]
 

@@ -103,7 +103,7 @@ def test_a_copy_has_its_own_keep_rate(make_model):
 
 
 def test_unsupported_uses_are_rejected(make_model):
-    with pytest.raises(UserError, match="expected a model of pruneattn.create_model itself, got Linear"):
+    with pytest.raises(UserError, match="expected a model created by pruneattn.create_model, got Linear"):
         optimize_for_inference(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
         optimize_for_inference(make_model("ast"), torch.float16)

@@ -346,7 +346,7 @@ def test_a_compiled_model_is_accepted_as_the_model(make_model, tmp_path):
 def test_other_models_are_rejected_by_name(make_model, tmp_path, monkeypatch, function, arguments):
     monkeypatch.chdir(tmp_path)
     for model, given in ((torch.nn.Linear(2, 2), "Linear"), (torch.nn.DataParallel(make_model("ast")), "DataParallel")):
-        with pytest.raises(UserError, match=f"expected a model of pruneattn.create_model itself, got {given}"):
+        with pytest.raises(UserError, match=f"expected a model created by pruneattn.create_model, got {given}"):
             function(model, *arguments)
     assert not list(tmp_path.iterdir())
 

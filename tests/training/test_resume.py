@@ -170,7 +170,7 @@ def test_branch_and_resume_reject_another_configuration(train, short):
         train("first", "--epochs", 5, "--resume")
     with pytest.raises(UserError, match=r"epochs: 2 -> 4"):
         train("branch", "--branch-from", first / "trunk.pt")
-    with pytest.raises(UserError, match="nothing.pt: this checkpoint does not exist"):
+    with pytest.raises(UserError, match="nothing.pt: checkpoint not found"):
         train("branch", "--branch-from", first / "nothing.pt")
     before = (first / "log.jsonl").read_bytes()
     with pytest.raises(UserError, match="first already contains a run: resume it with --resume"):
