@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -48,17 +49,17 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: a file name may not be valid text
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()  # here, so that a closed pipe is handled below and not at interpreter exit
+        sys.exit(code)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        # The reader of the output has closed it, as `head` does. The interpreter must not flush into it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            sys.exit(128 + signal.SIGPIPE)
         # A full disk, a read-only folder or a missing permission. The errno text and the path say which.
         where = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{where}")
@@ -70,6 +71,20 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             f"error: {str(error).splitlines()[0].rstrip('. ')}: a process that decodes clips died, usually because "
             "memory or /dev/shm is full: use fewer --workers (train resumes from its last checkpoint with --resume)"
         )
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of standard output has closed it, as ``head`` does; then discard the rest of the output."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # replaced by an object that is not a file
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # for the flush at interpreter exit
+    return closed
 
 
 def check_least(args: argparse.Namespace, **least: float) -> None:

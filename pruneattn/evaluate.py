@@ -162,8 +162,6 @@ def score_keep_rates(
     """
     from .data import FeatureExtractor, make_loader
 
-    if model.features is None:
-        raise UserError("the features of the model are unknown: set model.features to a FeatureConfig")
     loader = make_loader(
         dataset, batch_size, train=False, workers=workers, rank=distributed.rank(), world=distributed.world_size()
     )

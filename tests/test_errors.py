@@ -75,13 +75,21 @@ def test_options_below_their_least_value_are_errors():
         check_least(args, batch_size=2)
 
 
-def test_a_closed_pipe_ends_the_command_silently():
+@pytest.mark.parametrize("lines", [1, 100_000])  # fewer and more than the buffer of standard output holds
+def test_a_closed_pipe_ends_the_command_silently(lines):
     """``pruneattn data list | head -1`` prints one line and nothing else."""
-    program = "from pruneattn.cli import run_command; run_command(lambda: print('line\\n' * 100_000, flush=True))"
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as command:
-        assert command.stdout.readline() == "line\n"
+    program = f"from pruneattn.cli import run_command; run_command(lambda: (input(), print('line\\n' * {lines}))[1])"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes, text=True) as command:
         command.stdout.close()
+        command.stdin.write("\n")
+        command.stdin.close()
         assert command.stderr.read() == ""
     assert command.returncode == 128 + signal.SIGPIPE
+
+
+def test_another_broken_pipe_is_an_error():
+    def lost_worker():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    assert leave(lost_worker) == "error: Broken pipe"

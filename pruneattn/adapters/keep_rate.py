@@ -20,12 +20,12 @@ def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
     """Set the keep-rate of a model of ``create_model``, or of a model that :func:`prune` changed.
 
     Args:
-        model: the model, also wrapped by ``torch.compile``.
+        model: the model; it can be wrapped by ``torch.compile``.
         keep_rate: fraction of the patches that each pruning block keeps, in (0, 1]: one number, or one per pruning
             block.
 
     Raises:
-        UserError: not a valid keep-rate, or the model does not prune. The model is not changed.
+        UserError: the keep-rate is invalid, or the model is not pruned. The model is not changed.
     """
     own = unwrapped(model)
     if isinstance(own, PrunedViT):
@@ -40,7 +40,8 @@ def at_keep_rate(model: _Model, keep_rate: float | Sequence[float]) -> Iterator[
     an exception.
 
     Args:
-        model: model of ``create_model``, or a model that :func:`prune` changed; also wrapped by ``torch.compile``.
+        model: model of ``create_model``, or a model that :func:`prune` changed; it can be wrapped by
+            ``torch.compile``.
         keep_rate: fraction of the patches that each pruning block keeps, in (0, 1]: one number, or one per pruning
             block.
 
@@ -48,7 +49,7 @@ def at_keep_rate(model: _Model, keep_rate: float | Sequence[float]) -> Iterator[
         The model.
 
     Raises:
-        UserError: not a valid keep-rate, or the model does not prune. The model is not changed.
+        UserError: the keep-rate is invalid, or the model is not pruned. The model is not changed.
 
     Examples:
         >>> with pruneattn.at_keep_rate(model, 0.5):

@@ -218,7 +218,7 @@ def test_processes_share_the_clips(checkpoint, clips, monkeypatch):
 
 def test_a_model_without_features_is_an_error(clips):
     dataset = load_dataset("folder", "test", data_dir=clips, frames=128)
-    with pytest.raises(UserError, match="set model.features"):
+    with pytest.raises(UserError, match="set the model's features"):
         evaluate.score_keep_rates(make_model(), dataset, [1.0], "cpu")
 
 
