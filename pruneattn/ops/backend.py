@@ -154,7 +154,7 @@ class Backends(Mapping[str, Mapping[str, Status]]):
             lines.append(f"{op:<{width}}  " + "  ".join(f"{row[name].state:<9}" for name in NAMES))
         notes = [f"{name}: {why_not(name)}" for name in NAMES if why_not(name)]
         if not why_not("cpu"):
-            notes.append(f"cpu: attention kernels for {_C.cpu_isa()}, of {', '.join(_C.cpu_isas())}")
+            notes.append(f"cpu: attention kernels use {_C.cpu_isa()}; available: {', '.join(_C.cpu_isas())}")
         notes.append("an op without a usable kernel runs the reference")
         if self.forced:
             notes.append(f"forced: {self.forced}")

@@ -217,7 +217,7 @@ def test_printed_table(calls):
     assert lines[0].split() == ["op", "reference", "cpu", "cuda", "triton"]
     row = next(line for line in lines if line.startswith("select_tokens"))
     assert row.split() == ["select_tokens", reference, "used", "unusable", "no", "kernel"]
-    assert "cpu: attention kernels for avx2, of avx2, baseline" in lines
+    assert "cpu: attention kernels use avx2; available: avx2, baseline" in lines
     assert "cuda: pruneattn._C was built without CUDA: nvcc was not found" in lines
     assert "triton: Triton is not installed; it comes with PyTorch's builds for GPUs" in lines
     with use_backend("reference"):
@@ -263,7 +263,7 @@ def test_instruction_set_from_the_environment(monkeypatch, use_isa):
         backend._use_isa_of_environment.cache_clear()
         monkeypatch.setenv("PRUNEATTN_CPU_ISA", "baseline")
         with use_backend("cpu"):
-            assert "cpu: attention kernels for baseline, of " in str(backends())
+            assert "cpu: attention kernels use baseline; available: " in str(backends())
         backend._use_isa_of_environment.cache_clear()
         backend._resolve.cache_clear()
         monkeypatch.setenv("PRUNEATTN_CPU_ISA", "mmx")
@@ -278,7 +278,7 @@ def test_instruction_set_of_a_new_process():
     if backend._C is None:
         pytest.skip(backend.why_not("cpu"))
     code = "import pruneattn; print(pruneattn.backends())"
-    assert "cpu: attention kernels for baseline, of " in python(code, PRUNEATTN_CPU_ISA="baseline").stdout
+    assert "cpu: attention kernels use baseline; available: " in python(code, PRUNEATTN_CPU_ISA="baseline").stdout
     error = python(code, PRUNEATTN_CPU_ISA="mmx").stderr.splitlines()[-1]
     assert "UserError: environment variable PRUNEATTN_CPU_ISA: instruction set 'mmx' is not supported" in error
 
