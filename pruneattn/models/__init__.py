@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ..constants import PATCH
 from ..errors import UserError
 from .ast import AST
 from .audiomae import AudioMAE
 from .blocks import PRUNE_BLOCKS
+from .patches import Stride
 from .scores import Score
 from .vit import PrunedViT
 
@@ -43,6 +45,7 @@ def create_model(
     *,
     num_classes: int = 527,
     frames: int = 1024,
+    stride: Stride = PATCH,
     keep_rate: float | Sequence[float] = 1.0,
     prune_blocks: Iterable[int] = PRUNE_BLOCKS,
     score: Score | None = None,
@@ -56,7 +59,11 @@ def create_model(
     Args:
         name: one of :func:`list_models`, for example ``"audiomae_base"``.
         num_classes: number of classes of the head.
-        frames: frames of the spectrogram, a multiple of 16 (128, 512 and 1024 in the paper).
+        frames: frames of the spectrogram, at least 16 (128, 512 and 1024 in the paper). Frames after the last whole
+            patch are not used.
+        stride: mel bins and frames from one patch to the next, 1 to 16: one number, or ``(frequency, time)``. Patches
+            are 16 x 16, so there are ``(size - 16) // stride + 1`` along an axis. 16 is the paper's stride; 10 is that
+            of the published AST, with 12 x 101 patches for 1024 frames. AudioMAE supports 16 only.
         keep_rate: fraction of the patches that each pruning block keeps, in (0, 1]: one number, or one per pruning
             block. ``model.set_keep_rate`` changes it at any time.
         prune_blocks: numbers of the blocks that drop patches after their attention, from 0, ascending.
@@ -81,6 +88,7 @@ def create_model(
         name,
         num_classes=num_classes,
         frames=frames,
+        stride=stride,
         keep_rate=keep_rate,
         prune_blocks=prune_blocks,
         score=score,

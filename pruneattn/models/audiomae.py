@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..constants import PATCH
 from ..errors import UserError
+from .patches import check_stride
 from .vit import PrunedViT
 
 
@@ -19,6 +21,11 @@ class AudioMAE(PrunedViT):
     default_score = "column_mean"
 
     def __init__(self, name: str, **arguments: Any) -> None:
+        if check_stride(arguments["stride"]) != (PATCH, PATCH):
+            raise UserError(
+                f"stride: {name} has a patch every {PATCH} mel bins and frames, got {arguments['stride']}; use an AST "
+                "for other strides"
+            )
         super().__init__(name, **arguments)
         self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
         self.head = nn.Linear(self.embed_dim, self.num_classes)

@@ -231,11 +231,11 @@ class PruningBlock(Block):
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of the patches."""
+    """Linear embedding of the patches, which overlap if ``stride`` (vertical, horizontal) is below their size."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, stride: tuple[int, int]) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(1, dim, kernel_size=PATCH, stride=PATCH)
+        self.proj = nn.Conv2d(1, dim, kernel_size=PATCH, stride=stride)
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed the patches of ``image`` ``[B, 1, height, width]`` as ``[B, P, C]``."""

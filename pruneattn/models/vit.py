@@ -14,6 +14,7 @@ from ..data.fbank import FeatureConfig
 from ..errors import UserError
 from .blocks import Block, PatchEmbed, PruningBlock, check_prune_blocks, spread_keep_rate
 from .description import Description, DescriptionField
+from .patches import Stride, check_stride, patch_grid
 from .scores import Score, make_pruning
 
 
@@ -40,13 +41,14 @@ def own_model(model: nn.Module, caller: str) -> PrunedViT:
 
 
 class PrunedViT(nn.Module):
-    """ViT/16 over a log-mel spectrogram with token pruning in some of its blocks.
+    """Vision transformer on the patches of a log-mel spectrogram, with token pruning in some of its blocks.
 
     :func:`pruneattn.create_model` creates one and documents the arguments. A family defines the token order, the extra
     tokens, the default score, the initial position table and the head.
 
     Attributes:
         name: name of the model, for example "ast_base".
+        stride: mel bins and frames from one patch to the next, ``(frequency, time)``.
         keep_rates: keep-rate of each pruning block.
         description: features, labels and further values that belong to the weights. ``features``, ``labels``,
             ``multilabel`` and ``extra`` of the model read and set its fields.
@@ -78,6 +80,7 @@ class PrunedViT(nn.Module):
         num_heads: int,
         num_classes: int,
         frames: int,
+        stride: Stride,
         keep_rate: float | Sequence[float],
         prune_blocks: Iterable[int],
         score: Score | None,
@@ -85,6 +88,7 @@ class PrunedViT(nn.Module):
     ) -> None:
         super().__init__()
         _check_arguments(embed_dim, depth, num_heads, num_classes, frames, drop_path)
+        self.stride = check_stride(stride)
         self.name = name
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.num_classes, self.frames = num_classes, frames
@@ -96,7 +100,7 @@ class PrunedViT(nn.Module):
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_extra_tokens + self.num_patches, embed_dim))
-        self.patch_embed = PatchEmbed(embed_dim)
+        self.patch_embed = PatchEmbed(embed_dim, self.stride[::-1] if self.time_major else self.stride)
         blocks: list[Block] = []
         for i in range(depth):
             rate = drop_path * i / max(1, depth - 1)
@@ -121,8 +125,8 @@ class PrunedViT(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches along time and along mel: ``(frames // 16, 8)``."""
-        return self.frames // PATCH, MEL_BINS // PATCH
+        """Patches along time and along mel: ``(size - 16) // stride + 1`` for each axis."""
+        return patch_grid(self.frames, self.stride)
 
     @property
     def num_patches(self) -> int:
@@ -198,10 +202,13 @@ class PrunedViT(nn.Module):
                 "score: a model with a custom score has no plain configuration to save: use a score by name"
             )
         rates = self.keep_rates
+        # The usual stride is left out: earlier versions read such a configuration, and labels name its digest.
+        stride = {} if self.stride == (PATCH, PATCH) else {"stride": list(self.stride)}
         return {
             "name": self.name,
             "num_classes": self.num_classes,
             "frames": self.frames,
+            **stride,
             "keep_rate": list(rates) if len(set(rates)) > 1 else (*rates, 1.0)[0],
             "prune_blocks": list(self.prune_blocks),
             "score": self.score,
@@ -309,9 +316,9 @@ class PrunedViT(nn.Module):
             statistic: function of the patches' cells, ``[B, P, 256]`` to ``[B, P]``, for example ``mean`` or
                 ``standard_deviation`` of ``pruneattn.models.scores``.
         """
-        columns, rows = self.grid
-        cells = fbank.detach().unflatten(2, (rows, PATCH)).unflatten(1, (columns, PATCH))  # [B, columns, 16, rows, 16]
-        cells = cells.transpose(2, 3) if self.time_major else cells.permute(0, 3, 1, 2, 4)
+        of_frequency, of_time = self.stride
+        cells = fbank.detach().unfold(1, PATCH, of_time).unfold(2, PATCH, of_frequency)  # [B, columns, rows, 16, 16]
+        cells = cells if self.time_major else cells.transpose(1, 2)
         return statistic(cells.reshape(fbank.shape[0], -1, PATCH**2)).float()
 
     def _check_input(self, fbank: Tensor, patches: Tensor | None) -> None:
@@ -343,8 +350,8 @@ def _check_arguments(
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{name}: must be a whole number above 0, got {value!r}")
-    if frames % PATCH:
-        raise UserError(f"frames: must be a multiple of {PATCH}, got {frames}")
+    if frames < PATCH:
+        raise UserError(f"frames: must be at least {PATCH}, the width of a patch, got {frames}")
     if embed_dim % num_heads:
         raise UserError(f"num_heads: {num_heads} does not divide embed_dim {embed_dim}")
     if not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:

@@ -28,16 +28,16 @@ def gelu(x):
     return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
-def cut_patches(fbank, time_major):
+def cut_patches(fbank, time_major, stride):
     """List of ``[B, 16 x 16]`` patches in token order: a patch of AudioMAE is (time, mel), one of AST (mel, time)."""
-    columns, rows = fbank.shape[1] // 16, fbank.shape[2] // 16
+    columns, rows = range(0, fbank.shape[1] - 15, stride[1]), range(0, fbank.shape[2] - 15, stride[0])
 
     def patch(column, row):
-        return fbank[:, 16 * column : 16 * column + 16, 16 * row : 16 * row + 16]
+        return fbank[:, column : column + 16, row : row + 16]
 
     if time_major:
-        return [patch(column, row).flatten(1) for column in range(columns) for row in range(rows)]
-    return [patch(column, row).transpose(1, 2).flatten(1) for row in range(rows) for column in range(columns)]
+        return [patch(column, row).flatten(1) for column in columns for row in rows]
+    return [patch(column, row).transpose(1, 2).flatten(1) for row in rows for column in columns]
 
 
 def best(scores, keep):
@@ -53,14 +53,15 @@ def take(x, index):
     return torch.stack([row[places] for row, places in zip(x, index, strict=True)])
 
 
-def run(state, fbank, kind, *, heads, keep_rates, prune_blocks=(3, 6, 9), score=None, patches=None):
+def run(state, fbank, kind, *, heads, keep_rates, prune_blocks=(3, 6, 9), score=None, patches=None, stride=(16, 16)):
     """Logits, kept patch numbers per pruning block and scores per pruning block.
 
-    ``state``: name to tensor, from ``state_dict()``; ``kind``: AUDIOMAE or AST.
+    ``state``: name to tensor, from ``state_dict()``; ``kind``: AUDIOMAE or AST;
+    ``stride``: mel bins and frames from one patch to the next.
     """
     extra, score = kind["extra"], score or kind["score"]
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    cells = torch.stack(cut_patches(fbank, kind["time_major"]), 1)  # [B, P, 256]
+    cells = torch.stack(cut_patches(fbank, kind["time_major"], stride), 1)  # [B, P, 256]
     values = {"intensity": cells.mean(-1), "variation": cells.std(-1, correction=0)}.get(score)
     x = cells @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
     x = x + state["pos_embed"][:, extra:]

@@ -30,6 +30,7 @@ def compare(eager, model, fbank, patches=None):
             prune_blocks=model.prune_blocks,
             score=model.score,
             patches=patches,
+            stride=model.stride,
         )
         torch.testing.assert_close(model(fbank, patches), logits, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(trace.logits, logits, rtol=1e-9, atol=1e-9)
@@ -55,6 +56,15 @@ def test_same_as_the_paper(eager, make_model, family, score, keep_rate, frames):
     trace = compare(eager, model, torch.randn(2, frames, 128, dtype=torch.float64))
     if keep_rate == 0.5:
         assert [kept.shape[1] for kept in trace.kept] == [frames // 4, frames // 8, frames // 16]
+
+
+# Overlapping patches, different along the two axes, and frames after the last whole patch.
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(("stride", "frames", "patches"), [((10, 10), 128, 144), ((7, 13), 101, 17 * 7)])
+def test_same_as_the_paper_at_other_strides(eager, make_model, score, stride, frames, patches):
+    model = make_model("ast", frames=frames, stride=stride, keep_rate=0.5, score=score)
+    trace = compare(eager, model, torch.randn(2, frames, 128, dtype=torch.float64))
+    assert trace.scores[0].shape[1] == patches
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -40,7 +40,14 @@ def test_names_and_sizes():
     [
         ({"name": "vit_base"}, "model: 'vit_base' is not one of audiomae_tiny"),
         ({"name": "ast_large"}, "model: 'ast_large'"),
-        ({"frames": 100}, "frames: must be a multiple of 16, got 100"),
+        ({"frames": 15}, "frames: must be at least 16, the width of a patch, got 15"),
+        ({"stride": 17}, r"stride: expected a whole number from 1 to 16, or two of them \(frequency, time\), got 17"),
+        ({"stride": 0}, "stride: expected a whole number from 1 to 16"),
+        ({"stride": (10, 10, 10)}, "stride: expected"),
+        ({"stride": 2.0}, "stride: expected"),
+        ({"stride": "10"}, "stride: expected"),
+        ({"stride": True}, "stride: expected"),
+        ({"stride": 10}, "stride: audiomae_tiny has a patch every 16 mel bins and frames, got 10"),
         ({"frames": 0}, "frames: must be a whole number above 0"),
         ({"num_classes": 0}, "num_classes"),
         ({"num_heads": 5}, "num_heads: 5 does not divide embed_dim 192"),
@@ -132,6 +139,16 @@ def test_positions_and_patch_numbers(make_model, family, transposed):
         model.patches_from_grid(mask.transpose(1, 2))
 
 
+def test_positions_at_other_strides(make_model):
+    model = make_model("ast", stride=10)
+    assert model.grid == (12, 12) and model.num_patches == model.pos_embed.shape[1] - 2 == 144
+    assert [place.item() for place in model.patch_position(torch.tensor(25))] == [1, 2]  # row by row
+    published = create_model("ast_tiny", stride=10)
+    assert published.grid == (101, 12)
+    coarse = create_model("ast_tiny")
+    assert pruneattn.count_macs(published).paper > 2 * pruneattn.count_macs(coarse).paper
+
+
 def test_configuration_creates_the_same_model(make_model):
     model = make_model("ast", keep_rate=(0.5, 1.0, 0.7), score="variation", drop_path=0.1)
     again = create_model(**model.config)
@@ -139,6 +156,9 @@ def test_configuration_creates_the_same_model(make_model):
     again.load_state_dict(model.state_dict())
     fbank = torch.randn(2, 128, 128)
     assert torch.equal(again.eval()(fbank), model(fbank))
+    assert "stride" not in model.config  # earlier versions read this configuration
+    strided = create_model(**create_model("ast_tiny", stride=(10, 16)).config)
+    assert strided.stride == (10, 16) and strided.grid == (64, 12)
     assert create_model("audiomae_tiny", keep_rate=0.7).config["keep_rate"] == 0.7
     assert create_model("audiomae_tiny", prune_blocks=()).config["keep_rate"] == 1.0
     with pytest.raises(UserError, match="score"):

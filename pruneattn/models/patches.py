@@ -1,0 +1,43 @@
+"""The grid of patches on a spectrogram."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from ..constants import MEL_BINS, PATCH
+from ..errors import UserError
+
+#: Mel bins and frames from one patch to the next: one number, or ``(frequency, time)``.
+Stride: TypeAlias = int | Sequence[int]
+
+
+def check_stride(stride: Stride) -> tuple[int, int]:
+    """Convert a stride to ``(frequency, time)``.
+
+    Raises:
+        UserError: it is neither one nor two whole numbers from 1 to 16.
+    """
+    given: Any = stride
+    both = (given, given) if isinstance(given, int) else tuple(given) if isinstance(given, (tuple, list)) else ()
+    if len(both) != 2 or not all(type(step) is int and 1 <= step <= PATCH for step in both):
+        raise UserError(
+            f"stride: expected a whole number from 1 to {PATCH}, or two of them (frequency, time), got {stride!r}"
+        )
+    return both
+
+
+def patch_grid(frames: int, stride: tuple[int, int]) -> tuple[int, int]:
+    """Patches along time and along mel of a spectrogram with this number of frames.
+
+    Args:
+        frames: at least 16.
+        stride: mel bins and frames from one patch to the next, ``(frequency, time)``.
+    """
+    of_frequency, of_time = stride
+    return (frames - PATCH) // of_time + 1, (MEL_BINS - PATCH) // of_frequency + 1
+
+
+def stride_text(stride: tuple[int, int]) -> str:
+    """A stride as options and messages write it: ``10``, or ``10,16`` for frequency and time."""
+    return f"{stride[0]}" if stride[0] == stride[1] else f"{stride[0]},{stride[1]}"
