@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 
 import pruneattn
+from bench.harness import engines
 from bench.harness.case import Provider, left_out
-from bench.harness.machine import version
 from bench.harness.subject import Subject, call_at_keep_rate
 
 LEVELS = ("exported",)
 
 #: Provider -> format of the file, and whether it calls our kernels.
 FILES = {
-    "ONNX Runtime": ("onnx", False),
+    **dict.fromkeys(engines.ENGINES, ("onnx", False)),
     "torch.export": ("torch", False),
     "AOTInductor": ("aoti", False),
     "AOTInductor, our kernels": ("aoti", True),
@@ -28,29 +28,23 @@ def providers(case, sizes, folder):
         variant = {"check": subject.check(rate), "keep_rate": rate, "work": subject.work(rate)}
         call = partial(call_at_keep_rate, subject.fast, rate, subject.input)
         yield Provider("ours", call, backend=subject.fast_backend, **variant)
-        model = subject.copy_at(rate)
         for name, (kind, kernels) in FILES.items():
-            if kind == "onnx" and (case.device == "cuda" or version("onnxruntime") is None):
-                yield left_out(
-                    name, "runs on the CPU, with onnxruntime: pip install 'pruneattn[export]'", keep_rate=rate
-                )
+            why_not = engines.why_not(name, case.device, case.torch_dtype) if kind == "onnx" else ""
+            if why_not:
+                yield left_out(name, why_not, keep_rate=rate)
                 continue
-            path = Path(folder, f"{name}-{rate}{'.onnx' if kind == 'onnx' else '.pt2'}")
-            pruneattn.export_model(model, path, kind, kernels=kernels)
-            yield Provider(name, partial(_opened(path, kind), subject.input), **variant)
+            path = Path(folder, f"{kind}-{kernels}-{rate}{'.onnx' if kind == 'onnx' else '.pt2'}")
+            if not path.exists():
+                pruneattn.export_model(subject.copy_at(rate), path, kind, kernels=kernels)
+            yield Provider(name, partial(_opened(name, path, kind, case.torch_dtype), subject.input), **variant)
 
 
-def _opened(path, kind):
+def _opened(name, path, kind, dtype):
     if kind == "torch":
         return torch.export.load(path).module()
     if kind == "aoti":
         return torch._inductor.aoti_load_package(str(path))
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda fbank: torch.from_numpy(session.run(None, {"fbank": fbank.numpy()})[0])
+    return engines.open_onnx(name, path, dtype)
 
 
 def test_exported(measure, case, sizes):
