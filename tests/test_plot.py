@@ -57,7 +57,7 @@ def test_kept_and_dropped_patches_are_drawn_at_their_positions():
     assert [text.get_text() for text in figure.texts] == ["a clip", "below"]
 
 
-GRIDS = [(61, (10, 10)), (52, (7, 16)), (40, (16, 3)), (37, (16, 16)), (48, (16, 16))]
+GRIDS = [(61, (10, 10)), (52, (10, 16)), (40, (16, 3)), (37, (16, 16)), (48, (16, 16))]
 
 
 def covered_by_definition(grid, frames, stride):
