@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,12 +39,31 @@ def pytest_addoption(parser):
     group.addoption("--bench-seconds", type=float, metavar="S", help="skip cases that would start after S seconds")
     group.addoption("--bench-rounds", type=int, metavar="N", help="rounds of timing at all levels")
     group.addoption(
+        "--bench-patches",
+        type=_numbers,
+        metavar="N,..",
+        help="numbers of patches of models and blocks; 1212 for the published AST with stride 10",
+    )
+    group.addoption("--bench-batches", type=_numbers, metavar="N,..", help="clips per call, at all levels")
+    group.addoption("--bench-dtypes", type=_dtypes, metavar="DTYPE,..", help="dtypes, at all levels: float32,bfloat16")
+    group.addoption(
         "--bench-output",
         type=Path,
         default=RESULTS,
         metavar="FOLDER",
         help="folder for the result (default: bench/results)",
     )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not {"float32", "bfloat16", "float16"}.issuperset(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected names of float32, bfloat16, float16, joined by commas")
+    return names
 
 
 def device_of(config: pytest.Config) -> str:
@@ -54,8 +74,12 @@ def device_of(config: pytest.Config) -> str:
 def grid_of(config: pytest.Config) -> dict[str, grid.Sizes]:
     """`grid.Sizes` of each level in this run."""
     levels = grid.GRIDS[device_of(config), config.getoption("bench_full")]
-    rounds = config.getoption("bench_rounds")
-    return {level: sizes._replace(rounds=rounds) for level, sizes in levels.items()} if rounds else levels
+    given = {name: config.getoption(f"bench_{name}") for name in ("rounds", "batches", "dtypes")}
+    changes = {name: value for name, value in given.items() if value}
+    levels = {level: sizes._replace(**changes) for level, sizes in levels.items()}
+    if patches := config.getoption("bench_patches"):
+        levels |= {level: levels[level]._replace(lengths=patches) for level in grid.OF_PATCHES if level in levels}
+    return levels
 
 
 def pytest_generate_tests(metafunc):

@@ -1,4 +1,4 @@
-"""Numbers that several parts of the package share. Each is written here once."""
+"""Numbers and formulas that several parts of the package share. Each is written here once."""
 
 import math
 
@@ -17,6 +17,18 @@ WINDOW = 400
 HOP = 160
 #: Frequency range of the mel filters in Hz.
 LOW_HZ, HIGH_HZ = 20.0, SAMPLE_RATE / 2
+
+
+def patch_grid(frames: int, stride: tuple[int, int]) -> tuple[int, int]:
+    """Patches along time and along mel of a spectrogram with this number of frames.
+
+    Args:
+        frames: at least 16.
+        stride: mel bins and frames from one patch to the next, ``(frequency, time)``.
+    """
+    of_frequency, of_time = stride
+    return (frames - PATCH) // of_time + 1, (MEL_BINS - PATCH) // of_frequency + 1
+
 
 #: Mean and standard deviation of AudioSet's log-mel values, published with AST.
 AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974

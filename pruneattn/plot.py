@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .constants import HIGH_HZ, HOP, LOW_HZ, MEL_BINS, PATCH, SAMPLE_RATE, mel
+from .constants import HIGH_HZ, HOP, LOW_HZ, MEL_BINS, PATCH, SAMPLE_RATE, mel, patch_grid
 from .errors import UserError
 from .files import atomic_write
 
@@ -22,8 +22,11 @@ KeepRate = float | Sequence[float]
 
 HOP_SECONDS = HOP / SAMPLE_RATE  # from frame to frame
 INK, FAINT = "#222222", "#8a8a8a"
+#: RGB of cells without a patch.
+BLANK = np.array([0.945, 0.945, 0.95])
+#: A patch every 16 mel bins and frames: patches do not overlap.
+DISJOINT = (PATCH, PATCH)
 _TICKS_HZ = (125, 500, 1000, 2000, 4000, 8000)
-_DROPPED = np.array([0.945, 0.945, 0.95])
 _ONE_ROW = 256  # up to this many frames the panels are in one row, above it in one column
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -44,17 +47,20 @@ def plot_kept_patches(
     subtitle: str = "",
     sounding: int | None = None,
     start: float = 0.0,
+    stride: tuple[int, int] = DISJOINT,
 ) -> Figure:
     """The spectrogram of the model's input, and the patches that remain after each pruning stage.
 
     Args:
         fbank: ``[frames, 128]`` log-mel array, normalized or not.
-        kept: ``(name, grid)`` of each stage: a boolean array ``[128 // 16, frames // 16]`` that is True where the patch
+        kept: ``(name, grid)`` of each stage: a boolean array ``[mel rows, time columns]`` that is True where the patch
             is kept. Mel row 0 is the lowest band. The input before any pruning is added as the first panel.
         title: first line, in bold.
         subtitle: second line.
         sounding: number of frames that contain sound. The frames after them are padding and are hatched. None: all.
         start: time in seconds of the first frame in the clip.
+        stride: mel bins and frames from one patch to the next, ``(frequency, time)``. Where patches overlap, a cell is
+            shown if any kept patch covers it. Cells that no patch covers are blank in all panels.
 
     Returns:
         matplotlib ``Figure``. It is not part of a window or of global state, so it need not be closed.
@@ -64,8 +70,8 @@ def plot_kept_patches(
 
     fbank = np.asarray(fbank, dtype=np.float64)
     frames, sounding = len(fbank), len(fbank) if sounding is None else min(sounding, len(fbank))
-    grid_shape = (MEL_BINS // PATCH, frames // PATCH)
-    panels = [("input", np.ones(grid_shape, dtype=bool)), *kept]
+    columns, rows = patch_grid(frames, stride)
+    panels = [("input", np.ones((rows, columns), dtype=bool)), *kept]
     colors = log_mel_colors(fbank, sounding)
 
     one_row = frames <= _ONE_ROW
@@ -76,7 +82,7 @@ def plot_kept_patches(
     shape = (1, len(panels)) if one_row else (len(panels), 1)
     axes = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
     for axis, (name, grid) in zip(axes.flat, panels, strict=True):
-        draw_patches(axis, colors, np.asarray(grid, dtype=bool), start, sounding)
+        draw_patches(axis, colors, np.asarray(grid, dtype=bool), start, sounding, stride)
         count = int(np.sum(grid))
         share = f" of {grid.size} ({100 * count / grid.size:.0f} %)" if count < grid.size else " patches"
         axis.set_title(f"{name}: {count}{share}", loc="left", fontsize=9, color=INK, pad=4)
@@ -84,6 +90,8 @@ def plot_kept_patches(
         axis.set_xlabel("time (s)", fontsize=8)
     for axis in axes[:, 0]:
         axis.set_ylabel("mel band (Hz)", fontsize=8)
+    if note := coverage_note(frames, stride):
+        figure.supxlabel(note, fontsize=8)
     left = 0.12 / width
     figure.text(left, 1 - 0.12 / height, title, va="top", fontsize=12, fontweight="bold", color=INK)
     figure.text(left, 1 - 0.36 / height, subtitle, va="top", fontsize=9, color=FAINT)
@@ -175,33 +183,66 @@ def log_mel_colors(fbank: NDArray[np.floating], sounding: int) -> NDArray[np.flo
     return np.asarray(colormaps["magma"](image.T))[..., :3]
 
 
+def covered_cells(grid: NDArray[np.bool_], frames: int, stride: tuple[int, int]) -> NDArray[np.bool_]:
+    """Cells of a spectrogram that at least one of the chosen patches covers.
+
+    Args:
+        grid: bool array ``[mel rows, time columns]``, mel row 0 the lowest: True where the patch is chosen.
+        frames: frames of the spectrogram.
+        stride: mel bins and frames from one patch to the next, ``(frequency, time)``.
+
+    Returns:
+        bool array ``[128, frames]``, mel bin 0 the lowest.
+    """
+    of_frequency, of_time = stride
+    cells = np.zeros((MEL_BINS, frames), dtype=bool)
+    for row, column in np.argwhere(grid) * (of_frequency, of_time):
+        cells[row : row + PATCH, column : column + PATCH] = True
+    return cells
+
+
+def coverage_note(frames: int, stride: tuple[int, int]) -> str:
+    """Sentence for a picture of kept patches whose patches overlap or do not cover all frames; else empty."""
+    if stride == DISJOINT and frames % PATCH == 0:
+        return ""
+    return "shown: cells that at least one kept patch covers"
+
+
 def draw_patches(
-    axis: Axes, colors: NDArray[np.floating], grid: NDArray[np.bool_], start: float, sounding: int
+    axis: Axes,
+    colors: NDArray[np.floating],
+    grid: NDArray[np.bool_],
+    start: float,
+    sounding: int,
+    stride: tuple[int, int] = DISJOINT,
 ) -> None:
-    """Draw the kept patches of a spectrogram, the dropped patches blank, and the padding hatched.
+    """Draw the cells that kept patches cover, all other cells blank, and the padding hatched.
 
     Args:
         axis: matplotlib ``Axes``.
         colors: RGB image ``[128, frames, 3]`` of ``log_mel_colors``.
-        grid: bool array ``[8, frames // 16]``, mel row 0 the lowest: True where the patch is kept.
+        grid: bool array ``[mel rows, time columns]``, mel row 0 the lowest: True where the patch is kept.
         start: time in seconds of the first frame.
         sounding: number of frames that contain sound.
+        stride: mel bins and frames from one patch to the next, ``(frequency, time)``.
     """
     from matplotlib.patches import Rectangle
 
     frames = colors.shape[1]
     end = start + frames * HOP_SECONDS
-    shown = np.kron(grid, np.ones((PATCH, PATCH)))[..., None]
     axis.imshow(
-        colors * shown + _DROPPED * (1 - shown),
+        np.where(covered_cells(grid, frames, stride)[..., None], colors, BLANK),
         origin="lower",
         aspect="auto",
         interpolation="nearest",
         extent=(start, end, 0, MEL_BINS),
     )
-    if not grid.all():  # borders make single patches countable
-        axis.vlines(start + np.arange(PATCH, frames, PATCH) * HOP_SECONDS, 0, MEL_BINS, color="white", lw=0.5)
-        axis.hlines(np.arange(PATCH, MEL_BINS, PATCH), start, end, color="white", lw=0.5)
+    if not grid.all():  # borders make single patches countable, but overlapping patches have none
+        top, right = ((size - 1) * step + PATCH for size, step in zip(grid.shape, stride, strict=True))
+        if stride[1] == PATCH:
+            axis.vlines(start + np.arange(PATCH, frames, PATCH) * HOP_SECONDS, 0, top, color="white", lw=0.5)
+        if stride[0] == PATCH:
+            axis.hlines(np.arange(PATCH, MEL_BINS, PATCH), start, start + right * HOP_SECONDS, color="white", lw=0.5)
     if sounding < frames:
         corner = (start + sounding * HOP_SECONDS, 0)
         size = (end - corner[0], MEL_BINS)

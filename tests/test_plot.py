@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from pruneattn.errors import UserError
-from pruneattn.plot import check_plot_path, keep_rate_text, mel_bin, plot_kept_patches, plot_tradeoff, save_figure
+from pruneattn.plot import (
+    BLANK,
+    check_plot_path,
+    keep_rate_text,
+    log_mel_colors,
+    mel_bin,
+    plot_kept_patches,
+    plot_tradeoff,
+    save_figure,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -46,6 +55,56 @@ def test_kept_and_dropped_patches_are_drawn_at_their_positions():
     titles = [axis.get_title(loc="left") for axis in figure.axes]
     assert titles == ["input: 64 patches", "after block 4: 32 of 64 (50 %)", "after block 7: 2 of 64 (3 %)"]
     assert [text.get_text() for text in figure.texts] == ["a clip", "below"]
+
+
+GRIDS = [(61, (10, 10)), (52, (10, 16)), (40, (16, 3)), (37, (16, 16)), (48, (16, 16))]
+
+
+def covered_by_definition(grid, frames, stride):
+    """Whether a chosen patch covers the cell, cell by cell: bool ``[128, frames]``."""
+    corners = [(stride[0] * row, stride[1] * column) for row, column in np.argwhere(grid)]
+    return np.array(
+        [
+            [any(m <= mel < m + 16 and t <= frame < t + 16 for m, t in corners) for frame in range(frames)]
+            for mel in range(128)
+        ]
+    )
+
+
+@pytest.mark.parametrize("frames, stride", GRIDS)
+def test_the_cells_of_kept_patches_are_shown(frames, stride):
+    """Also where patches overlap, and where the last patch ends before the last frame or mel bin."""
+    rng = np.random.default_rng(0)
+    shape = len(range(0, 113, stride[0])), len(range(0, frames - 15, stride[1]))
+    grid = rng.random(shape) < 0.15
+    fbank = rng.random((frames, 128))
+    figure = plot_kept_patches(fbank, [("after block 4", grid)], title="", stride=stride)
+    colors = log_mel_colors(fbank, frames)
+    for number, chosen in enumerate((np.ones(shape, dtype=bool), grid)):
+        expected = np.where(covered_by_definition(chosen, frames, stride)[..., None], colors, BLANK)
+        assert np.array_equal(panel_pixels(figure, number), expected)
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == [
+        f"input: {grid.size} patches",
+        f"after block 4: {grid.sum()} of {grid.size} ({100 * grid.mean():.0f} %)",
+    ]
+    whole = stride == (16, 16) and frames == 48
+    assert figure.get_supxlabel() == ("" if whole else "shown: cells that at least one kept patch covers")
+    assert all(axis.get_xlim() == pytest.approx((0, frames / 100)) for axis in figure.axes)
+
+
+@pytest.mark.parametrize("frames, stride", GRIDS)
+def test_borders_are_drawn_along_axes_without_overlap(frames, stride):
+    rows, columns = len(range(0, 113, stride[0])), len(range(0, frames - 15, stride[1]))
+    grid = np.zeros((rows, columns), dtype=bool)
+    figure = plot_kept_patches(np.eye(frames, 128), [("after block 4", grid)], title="", start=2.0, stride=stride)
+    lines = [segment for part in figure.axes[1].collections for segment in part.get_segments()]
+    end, top = 2.0 + (stride[1] * (columns - 1) + 16) / 100, stride[0] * (rows - 1) + 16
+    vertical = [(2.0 + frame / 100, 0, top) for frame in range(16, frames, 16)] if stride[1] == 16 else []
+    horizontal = [(mel, 2.0, end) for mel in range(16, 128, 16)] if stride[0] == 16 else []
+    assert [(a[0], a[1], b[1]) for a, b in lines[: len(vertical)]] == [pytest.approx(line) for line in vertical]
+    assert [(a[1], a[0], b[0]) for a, b in lines[len(vertical) :]] == [pytest.approx(line) for line in horizontal]
+    assert not figure.axes[0].collections
 
 
 def test_axes_are_seconds_and_hertz():

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 
 from bench.harness.case import TRAINING, Case
+from pruneattn.constants import MEL_BINS, PATCH
+from pruneattn.errors import UserError
 
 MODELS = ("audiomae_base", "ast_base")
 SMALL_MODELS = ("audiomae_small", "ast_small")
@@ -56,6 +58,9 @@ class Sizes(NamedTuple):
 _FLOATS = ("float32", "bfloat16") if torch.cpu._is_avx512_bf16_supported() else ("float32",)
 _HALVES = ("bfloat16", "float16", "float32")
 _LENGTHS = (64, 256, 512)
+PUBLISHED = 1212  # patches of the published AST, at stride 10
+#: Levels whose number of patches ``--bench-patches`` sets.
+OF_PATCHES = ("block", "model", TRAINING, "wav to label", "exported")
 _POWERS = (64, 128, 256, 512, 1024, 2048, 4096)
 _SCALED = ("column_mean_attention", *MODELS)
 
@@ -76,7 +81,7 @@ GRIDS: dict[tuple[str, bool], dict[str, Sizes]] = {
     ("cpu", True): {
         "op": Sizes(_FLOATS, (1, 4, 16), (65, 257, 513, 514), 15),
         "block": Sizes(_FLOATS, (1, 4), _LENGTHS, 15, MODELS, ALL_RATES, ALL_RATES[1:]),
-        "model": Sizes(_FLOATS, (1, 4, 16), _LENGTHS, 9, MODELS, ALL_RATES, ALL_RATES[1:], True),
+        "model": Sizes(_FLOATS, (1, 4, 16), (*_LENGTHS, PUBLISHED), 9, MODELS, ALL_RATES, ALL_RATES[1:], True),
         "adapters": Sizes(_FLOATS, (1, 4), (196,), 9, IMAGE_MODELS, ALL_RATES),
         TRAINING: Sizes(_FLOATS, (4,), _LENGTHS, 5, MODELS),
         "wav to label": Sizes(_FLOATS, (1, 16), _LENGTHS, 9, MODELS, ALL_RATES, ALL_RATES[1:]),
@@ -98,7 +103,7 @@ GRIDS: dict[tuple[str, bool], dict[str, Sizes]] = {
     ("cuda", True): {
         "op": Sizes(_HALVES, (1, 16, 64, 256), (65, 257, 513, 514), 15),
         "block": Sizes(_HALVES, (1, 16, 64, 256), _LENGTHS, 15, MODELS, ALL_RATES, ALL_RATES[1:]),
-        "model": Sizes(_HALVES, (1, 16, 64, 256), _LENGTHS, 15, MODELS, ALL_RATES, ALL_RATES[1:], True),
+        "model": Sizes(_HALVES, (1, 16, 64, 256), (*_LENGTHS, PUBLISHED), 15, MODELS, ALL_RATES, ALL_RATES[1:], True),
         "adapters": Sizes(_HALVES, (1, 16, 64, 256), (196,), 15, IMAGE_MODELS, ALL_RATES),
         TRAINING: Sizes(_HALVES[:2], (16, 64), _LENGTHS, 9, MODELS),
         "wav to label": Sizes(("bfloat16",), (1, 64), _LENGTHS, 9, MODELS, ALL_RATES, ALL_RATES[1:]),
@@ -110,7 +115,7 @@ GRIDS: dict[tuple[str, bool], dict[str, Sizes]] = {
 
 
 def cases(level: str, device: str, sizes: Sizes, op: str | None = None) -> list[Case]:
-    """List the cases of a level.
+    """List the cases of a level. AudioMAE has no case at a number of patches that needs another stride than 16.
 
     Args:
         level: name of the level.
@@ -124,7 +129,24 @@ def cases(level: str, device: str, sizes: Sizes, op: str | None = None) -> list[
         for subject in ([op] if op else sizes.models)
         for batch in sizes.batches
         for length in sizes.lengths
+        if op or not subject.startswith("audiomae") or input_of(length)[1] == PATCH
     ]
+
+
+def input_of(patches: int) -> tuple[int, int]:
+    """Frames and stride of the input of our models with this number of patches.
+
+    A multiple of 8 has the 8 mel rows of stride 16, as in the paper. Another multiple of 12 has the 12 mel rows of
+    stride 10, as in the published AST, which has 1212 patches for 1024 frames.
+
+    Raises:
+        UserError: it is neither.
+    """
+    for stride, uncovered in ((PATCH, 0), (10, 8)):  # the published AST has 8 frames after the last patch
+        columns, rest = divmod(patches, (MEL_BINS - PATCH) // stride + 1)
+        if not rest:
+            return PATCH + (columns - 1) * stride + uncovered, stride
+    raise UserError(f"{patches} patches: must be a multiple of 8 (stride 16) or of 12 (stride 10)")
 
 
 def extra_tokens(model: str) -> int:

@@ -12,9 +12,9 @@ from torch import nn
 
 import pruneattn
 from bench.harness.case import Case, Work
-from bench.harness.grid import extra_tokens
+from bench.harness.grid import extra_tokens, input_of
 from bench.harness.guards import TOLERANCE, WrongResult, check_close, check_kept
-from pruneattn.constants import MEL_BINS, PATCH
+from pruneattn.constants import MEL_BINS
 from pruneattn.models import PrunedViT
 from pruneattn.models.trace import Trace
 from pruneattn.runtime.inference import AMP_DTYPES, can_optimize
@@ -27,7 +27,7 @@ _AMP = {dtype or torch.float32: name for name, dtype in AMP_DTYPES.items()}
 
 
 def make_model(case: Case, **arguments: Any) -> PrunedViT:
-    """Make the float32 model of a case on its device, with fixed random weights.
+    """Make the float32 model of a case on its device, with fixed random weights. Its stride is that of `grid.input_of`.
 
     The weights of queries and keys are doubled. The attention of a newly initialized model is almost uniform, so that
     the choice of the kept patches would hardly change the result, and no check could find a wrong choice.
@@ -37,9 +37,8 @@ def make_model(case: Case, **arguments: Any) -> PrunedViT:
         **arguments: further arguments of ``pruneattn.create_model``.
     """
     torch.manual_seed(0)
-    patches = case.tokens - extra_tokens(case.subject)
-    frames = patches * PATCH**2 // MEL_BINS
-    model = pruneattn.create_model(case.subject, frames=frames, **arguments).eval()
+    frames, stride = input_of(case.tokens - extra_tokens(case.subject))
+    model = pruneattn.create_model(case.subject, frames=frames, stride=stride, **arguments).eval()
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.weight[: 2 * model.embed_dim] *= 2

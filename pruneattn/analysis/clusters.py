@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..files import write_json
 from ..models.scores import mean, standard_deviation
 from ..models.vit import PrunedViT
-from ..plot import INK, log_mel_colors, matplotlib_figure, spectrogram_axis
+from ..plot import BLANK, INK, covered_cells, log_mel_colors, matplotlib_figure, spectrogram_axis
 from ..report import Row
 from .clips import Analysis, describe_data, example_indices, features_of, iterate_clips
 
@@ -229,8 +229,11 @@ def plot_clusters(
 ) -> Figure:
     """Draw the distribution of the statistic with its clusters, and example clips with each patch in its color.
 
+    Where patches overlap, a cell has the color of the patch whose center is nearest; of two, that of the lower one in
+    time or mel. Cells that no patch covers are blank.
+
     Args:
-        model: model of the token order.
+        model: model of the token order and the stride.
         dataset: dataset of the examples, for their names.
         clusters: the clusters.
         counts: distribution of the statistic.
@@ -257,6 +260,8 @@ def plot_clusters(
         axes[1, column].set_xlabel("time (s)", fontsize=8)
     for row in range(2):
         axes[row, 0].set_ylabel("mel band (Hz)", fontsize=8)
+    if min(model.stride) < PATCH:
+        bottom.supxlabel("patches overlap: each cell has the color of the patch with the nearest center", fontsize=8)
     figure.suptitle(
         f"Patches by {clusters.statistic}: {clusters.data} ({clusters.patches} patches)",
         fontsize=11,
@@ -293,13 +298,31 @@ def _draw_distribution(axis: Axes, clusters: Clusters, counts: ValueCounts) -> N
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def nearest_patches(size: int, step: int, patches: int) -> NDArray[np.int64]:
+    """Number of the patch with the nearest center for each cell along one axis; of two, the lower number.
+
+    Args:
+        size: number of cells.
+        step: cells from one patch to the next.
+        patches: number of patches.
+
+    Returns:
+        int64 array ``[size]``.
+    """
+    centers = PATCH / 2 + step * np.arange(patches)
+    return np.abs(np.arange(size)[:, None] + 0.5 - centers).argmin(1)
+
+
 def _cluster_image(model: PrunedViT, clusters: Clusters, fbank: torch.Tensor) -> NDArray[np.float64]:
-    """RGB ``[128, frames, 3]``: each patch in its cluster's color."""
+    """RGB ``[128, frames, 3]``: each cell in the cluster's color of the patch with the nearest center."""
     from matplotlib.colors import to_rgb
 
     number = clusters.assign(clusters.values(model, fbank[None].to(next(model.parameters()).device)))[0].cpu()
     time, mel = model.patch_position(torch.arange(model.num_patches))
     grid = np.empty(model.grid[::-1], dtype=int)
     grid[mel, time] = number
-    colors = np.array([to_rgb(color) for color in COLORS])[grid]  # [8, columns, 3]
-    return colors.repeat(PATCH, 0).repeat(PATCH, 1)
+    frames, (columns, rows), (of_frequency, of_time) = len(fbank), model.grid, model.stride
+    place = np.ix_(nearest_patches(MEL_BINS, of_frequency, rows), nearest_patches(frames, of_time, columns))
+    colors = np.array([to_rgb(color) for color in COLORS])[grid[place]]  # [128, frames, 3]
+    covered = covered_cells(np.ones_like(grid, dtype=bool), frames, model.stride)
+    return np.where(covered[..., None], colors, BLANK)

@@ -16,6 +16,7 @@ from ..checkpoints.opening import open_checkpoint
 from ..data import FeatureConfig
 from ..data.fbank import LOG_FLOOR
 from ..errors import UserError
+from ..models.patches import stride_text
 from ..models.trace import trace
 from ..models.vit import PrunedViT
 from ..plot import INK, matplotlib_figure
@@ -59,7 +60,7 @@ def open_second(
         score: ranks its patches; None: its own.
 
     Raises:
-        UserError: the models have different input (frames, normalization or padding).
+        UserError: the models have different input (frames, normalization or padding) or different strides.
     """
     path, features, dataset = os.fspath(checkpoint), features_of(analysis.model), analysis.dataset.name
     if model is None:
@@ -82,6 +83,12 @@ def open_second(
         raise UserError(
             f"--against {checkpoint}: the two checkpoints have different input ({', '.join(different)}): use models "
             "that were trained on the same features"
+        )
+    if second.stride != analysis.model.stride:
+        strides = f"{stride_text(analysis.model.stride)} and {stride_text(second.stride)}"
+        raise UserError(
+            f"--against {checkpoint}: the patches of the two checkpoints have different strides ({strides}), so their "
+            "numbers cannot be compared: use models with the same stride"
         )
     return second.to(analysis.device)
 

@@ -15,7 +15,7 @@ from ..data.clips import ClipDataset
 from ..errors import UserError
 from ..models.trace import trace
 from ..models.vit import PrunedViT
-from ..plot import INK, draw_patches, log_mel_colors, mark_pauses, matplotlib_figure
+from ..plot import INK, coverage_note, draw_patches, log_mel_colors, mark_pauses, matplotlib_figure
 from ..report import Row
 from .clips import Analysis, example_indices, features_of, iterate_clips
 from .means import Means
@@ -37,7 +37,7 @@ class Example:
     fbank: torch.Tensor  # float32 [frames, 128]
     sounding: int  # number of frames that contain sound
     pauses: torch.Tensor  # bool [frames]
-    grids: list[torch.Tensor]  # per pruning stage bool [8, frames // 16]: the kept patches, mel row 0 the lowest
+    grids: list[torch.Tensor]  # per pruning stage bool [mel rows, time columns]: the kept patches, row 0 the lowest
     predicted: int  # class number
 
 
@@ -65,8 +65,10 @@ def find_pauses(fbank: torch.Tensor, sounding: torch.Tensor, std: float) -> torc
 def patch_kinds(model: PrunedViT, pauses: torch.Tensor, sounding: torch.Tensor) -> torch.Tensor:
     """Number in ``KINDS`` of the content of most of each patch's frames.
 
+    A frame that several patches cover counts in each of them.
+
     Args:
-        model: model of the token order.
+        model: model of the token order and the stride.
         pauses: bool ``[B, frames]``.
         sounding: int64 ``[B]``, number of frames that contain sound.
 
@@ -75,7 +77,8 @@ def patch_kinds(model: PrunedViT, pauses: torch.Tensor, sounding: torch.Tensor) 
     """
     frames = torch.arange(pauses.shape[1], device=pauses.device)
     padding = frames >= sounding.to(pauses.device).unsqueeze(1)  # [B, frames]
-    in_column = [x.unflatten(1, (-1, PATCH)).float().mean(2) >= 0.5 for x in (pauses, padding)]  # [B, columns] each
+    step = model.stride[1]
+    in_column = [x.unfold(1, PATCH, step).float().mean(2) >= 0.5 for x in (pauses, padding)]  # [B, columns] each
     columns = torch.where(in_column[1], 2, in_column[0].long())
     time, _ = model.patch_position(torch.arange(model.num_patches, device=pauses.device))
     return columns[:, time]
@@ -177,7 +180,7 @@ def plot_page(model: PrunedViT, dataset: ClipDataset, examples: Sequence[Example
         colors = log_mel_colors(example.fbank.numpy(), example.sounding)
         everything = torch.ones(model.grid[::-1], dtype=torch.bool)
         for axis, name, grid in zip(line, names, [everything, *example.grids], strict=True):
-            draw_patches(axis, colors, grid.numpy(), 0.0, example.sounding)
+            draw_patches(axis, colors, grid.numpy(), 0.0, example.sounding, model.stride)
             mark_pauses(axis, example.pauses.numpy())
             kept = int(grid.sum())
             axis.set_title(f"{name}: {kept} of {grid.numel()}", fontsize=8, loc="left", color=INK, pad=3)
@@ -191,5 +194,6 @@ def plot_page(model: PrunedViT, dataset: ClipDataset, examples: Sequence[Example
     figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
     shortest = _PAUSE_FRAMES * HOP / SAMPLE_RATE
     rule = f"at least {shortest:g} s that is {_PAUSE_DB:g} dB below the loud frames"
-    figure.supxlabel(f"hatched: padding; orange bar below: pause ({rule})", fontsize=8)
+    notes = ["hatched: padding", f"orange bar below: pause ({rule})", coverage_note(model.frames, model.stride)]
+    figure.supxlabel("; ".join(filter(None, notes)), fontsize=8)
     return figure

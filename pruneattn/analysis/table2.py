@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..constants import VERSION
+from ..constants import PATCH, VERSION
 from ..errors import UserError
 from ..files import write_json
 from ..models import create_model
 from ..models.macs import count_macs
+from ..models.patches import Stride, check_stride, stride_text
 from ..ops.backend import ENVIRONMENT, ISA_ENVIRONMENT
 from ..plot import FAINT, INK, KeepRate, matplotlib_figure, plain_axis
 from ..report import Column, Row, gmacs_text, markdown_lines
@@ -41,27 +42,30 @@ _STYLES = (  # Okabe-Ito colors, each with its own marker
 )
 
 
-def count_rows(name: str, frames: int, keep_rates: Iterable[float]) -> list[Row]:
+def count_rows(name: str, frames: int, keep_rates: Iterable[float], stride: Stride = PATCH) -> list[Row]:
     """Count the multiply-accumulates of a model.
 
     Args:
         name: name of a model, see ``list_models``.
         frames: frames of its input.
         keep_rates: numbers in (0, 1], the same in all pruning blocks.
+        stride: mel bins and frames from one patch to the next: one number, or ``(frequency, time)``.
 
     Returns:
-        One dict per keep-rate: ``gmacs_printed`` (the paper's Table II; None if the table does not have this cell),
+        One dict per keep-rate: ``stride`` as text (only if it is not 16), ``gmacs_printed`` (the paper's Table II; None
+        if the table does not have this cell),
         ``gmacs_paper`` (the paper's count), ``difference`` of the two, ``gmacs_computed`` (the computed matrix
         products, with a head of 527 classes), ``theory`` (fraction of the unpruned work that is saved, by the paper's
         count).
 
     Raises:
-        UserError: there is no such model, or frames or keep-rates are invalid.
+        UserError: there is no such model, or frames, keep-rates or stride are invalid.
     """
     with torch.device("meta"):  # without memory for weights
-        model = create_model(name, frames=frames)
+        model = create_model(name, frames=frames, stride=stride)
     dense = count_macs(model, 1.0).paper
-    printed = PRINTED_GMACS.get(frames, {}) if name in _PRINTED_MODELS else {}
+    usual = model.stride == (PATCH, PATCH)
+    printed = PRINTED_GMACS.get(frames, {}) if name in _PRINTED_MODELS and usual else {}
     rows = []
     for keep_rate in keep_rates:
         macs = count_macs(model, keep_rate)
@@ -70,6 +74,7 @@ def count_rows(name: str, frames: int, keep_rates: Iterable[float]) -> list[Row]
             {
                 "model": name,
                 "frames": frames,
+                **({} if usual else {"stride": stride_text(model.stride)}),
                 "patches": model.num_patches,
                 "keep_rate": keep_rate,
                 "gmacs_printed": cell,
@@ -84,7 +89,7 @@ def count_rows(name: str, frames: int, keep_rates: Iterable[float]) -> list[Row]
 
 def speed_rows(rows: Iterable[Row], speed: Speed, options: Mapping[str, Any]) -> list[Row]:
     """Add the measured speed and the ``cell_options`` of its measurement to the rows of ``count_rows``."""
-    how = {name: value for name, value in options.items() if name not in ("model", "frames", "keep_rates")}
+    how = {name: value for name, value in options.items() if name not in ("model", "frames", "stride", "keep_rates")}
     return [
         {
             **row,
@@ -107,11 +112,15 @@ def cell_options(
     amp: str,
     rounds: int,
     compiled: bool,
+    stride: Stride = PATCH,
 ) -> dict[str, Any]:
     """Everything that the time of a model depends on, as plain values."""
+    both = check_stride(stride)
     return {
         "model": name,
         "frames": frames,
+        # The usual stride is left out: timings of earlier versions do not have it.
+        **({} if both == (PATCH, PATCH) else {"stride": list(both)}),
         "keep_rates": list(keep_rates),
         "batch_size": batch_size,
         "amp": amp,
@@ -127,7 +136,8 @@ def cell_options(
 
 def time_cell(options: Mapping[str, Any], device: torch.device) -> Speed:
     """Measure the model of ``cell_options``, with random weights and random clips."""
-    model = create_model(options["model"], frames=options["frames"]).to(device).eval()
+    stride = options.get("stride", PATCH)
+    model = create_model(options["model"], frames=options["frames"], stride=stride).to(device).eval()
     how = {name: options[name] for name in ("batch_size", "amp", "rounds", "compiled")}
     return measure_speed(model, options["keep_rates"], device, **how)
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..constants import MEL_BINS, SAMPLE_RATE
+from ..constants import MEL_BINS, PATCH, SAMPLE_RATE
 from ..data.fbank import LOG_FLOOR, FeatureConfig
 from ..files import atomic_write
 from ..models.description import Description
 from ..models.macs import count_macs
+from ..models.patches import stride_text
 from ..models.scores import ADAPTED_SCORES
 from ..models.vit import PrunedViT
 
@@ -151,10 +152,12 @@ def may_replace(path: Path) -> bool:
 
 def _input(model: PrunedViT, features: FeatureConfig) -> str:
     padding = {"zero": "0", "min": f"the smallest log-mel value ({LOG_FLOOR:.2f})"}[features.padding]
+    usual = model.stride == (PATCH, PATCH)
+    stride = "" if usual else f" of {PATCH} x {PATCH} with stride {stride_text(model.stride)}"
     return (
         f"{SAMPLE_RATE // 1000} kHz mono; log-mel, {MEL_BINS} bins, {features.frames} frames of 10 ms "
-        f"({model.num_patches} patches); short clips padded with {padding}; normalized as (x - mean) / (2 * std) with "
-        f"mean {features.mean:g} and std {features.std:g}"
+        f"({model.num_patches} patches{stride}); short clips padded with {padding}; "
+        f"normalized as (x - mean) / (2 * std) with mean {features.mean:g} and std {features.std:g}"
     )
 
 

@@ -101,7 +101,8 @@ def patch_mask_2d(batch: int, grid: tuple[int, int], time_ratio: float, freq_rat
     """Whole time columns and whole mel rows of patches to keep, drawn for each clip.
 
     Of the ``grid = (columns, rows)`` of patches, ``int(columns * (1 - time_ratio))`` columns and
-    ``int(rows * (1 - freq_ratio))`` rows are kept. A patch is kept if its column and its row are.
+    ``int(rows * (1 - freq_ratio))`` rows are kept. A patch is kept if its column and its row are. Where patches
+    overlap, kept neighbors still contain some of the cells of a masked patch.
 
     Returns:
         bool ``[batch, columns, rows]``, True for kept patches, on the CPU.

@@ -59,6 +59,7 @@ def draw_clip(model: PrunedViT, clip: Clip, device: torch.device | str, amp: str
         subtitle=f"{model.name}, {pruning}{part}",
         sounding=1 + (len(wave) - WINDOW) // HOP,
         start=start / SAMPLE_RATE,
+        stride=model.stride,
     )
 
 

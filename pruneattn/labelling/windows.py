@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constants import SAMPLE_RATE
+from ..constants import PATCH, SAMPLE_RATE
 from ..data import FeatureExtractor
 from ..data.fbank import samples_for
 from ..models import PrunedViT
@@ -33,15 +33,24 @@ class Clip:
         return torch.stack(self.scores).mean(0)  # [K]
 
 
-def window_starts(samples: int, window: int, overlap: float) -> list[int]:
+def window_starts(samples: int, window: int, overlap: float, covered: int | None = None) -> list[int]:
     """First samples of the windows that cover a clip. Adjacent windows share at least the fraction ``overlap``.
 
-    The last window ends with the clip, so that no window of a long clip is padded.
+    A clip that fits into a window has one window. The last window of a longer clip ends with the clip, so that no patch
+    is padded.
+
+    Args:
+        samples: length of the clip.
+        window: samples of a window.
+        overlap: fraction in [0, 1).
+        covered: samples at the start of a window that patches cover: the windows of a longer clip overlap and end by
+            these. None: the whole window.
     """
     if samples <= window:
         return [0]
-    step = max(1, round(window * (1 - overlap)))
-    return [*range(0, samples - window, step), samples - window]
+    covered = window if covered is None else covered
+    step = max(1, round(covered * (1 - overlap)))
+    return [*range(0, samples - covered, step), samples - covered]
 
 
 class Labeler:
@@ -72,6 +81,7 @@ class Labeler:
         self.overlap, self.top_k, self.windows = overlap, min(top_k, model.num_classes), windows
         self.features = FeatureExtractor(model.features).to(device)
         self.window = samples_for(model.frames)  # samples
+        self.covered = samples_for(PATCH + (model.grid[0] - 1) * model.stride[1])  # samples before the last patch's end
 
     @torch.inference_mode()
     def clips(self, decoded: Iterable[tuple[str, Any, str | None]]) -> Iterator[Clip]:
@@ -91,7 +101,7 @@ class Labeler:
             waiting.append(clip)
             if error is None:
                 clip.wave = torch.as_tensor(wave)
-                clip.starts = window_starts(len(wave), self.window, self.overlap)
+                clip.starts = window_starts(len(wave), self.window, self.overlap, self.covered)
                 pending.extend((clip, start) for start in clip.starts)
             while len(pending) >= self.batch_size:
                 self._run(pending)

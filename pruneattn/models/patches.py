@@ -1,11 +1,11 @@
-"""The grid of patches on a spectrogram."""
+"""The stride of the patches on a spectrogram."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from ..constants import MEL_BINS, PATCH
+from ..constants import PATCH
 from ..errors import UserError
 
 #: Mel bins and frames from one patch to the next: one number, or ``(frequency, time)``.
@@ -25,17 +25,6 @@ def check_stride(stride: Stride) -> tuple[int, int]:
             f"stride: expected a whole number from 1 to {PATCH}, or two of them (frequency, time), got {stride!r}"
         )
     return both
-
-
-def patch_grid(frames: int, stride: tuple[int, int]) -> tuple[int, int]:
-    """Patches along time and along mel of a spectrogram with this number of frames.
-
-    Args:
-        frames: at least 16.
-        stride: mel bins and frames from one patch to the next, ``(frequency, time)``.
-    """
-    of_frequency, of_time = stride
-    return (frames - PATCH) // of_time + 1, (MEL_BINS - PATCH) // of_frequency + 1
 
 
 def stride_text(stride: tuple[int, int]) -> str:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..constants import MEL_BINS, PATCH
+from ..constants import MEL_BINS, PATCH, patch_grid
 from ..data.fbank import FeatureConfig
 from ..errors import UserError
 from .blocks import Block, PatchEmbed, PruningBlock, check_prune_blocks, spread_keep_rate
 from .description import Description, DescriptionField
-from .patches import Stride, check_stride, patch_grid
+from .patches import Stride, check_stride
 from .scores import Score, make_pruning
 
 

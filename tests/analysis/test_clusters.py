@@ -5,9 +5,21 @@ import numpy as np
 import pytest
 import torch
 
-from pruneattn.analysis.clusters import Clusters, ValueCounts, cluster_rows, fit_clusters, load_clusters
+from pruneattn.analysis.clusters import (
+    COLORS,
+    Clusters,
+    Example,
+    ValueCounts,
+    cluster_rows,
+    find_clusters,
+    fit_clusters,
+    load_clusters,
+    nearest_patches,
+    plot_clusters,
+)
 from pruneattn.data import FeatureConfig
 from pruneattn.errors import UserError
+from pruneattn.plot import BLANK
 
 FEATURES = FeatureConfig(frames=128, mean=-9.0, std=4.0)
 
@@ -123,6 +135,56 @@ def test_the_command_clusters_every_patch(analysis_run, analyze, tmp_path):
     assert float(rows[0]["up_to"]) == float(rows[1]["above"]) == saved.boundaries[0]
     for suffix in ("png", "pdf"):
         assert (tmp_path / "out" / f"clusters.{suffix}").stat().st_size > 10000
+
+
+@pytest.mark.parametrize("frames, stride", [(121, (10, 10)), (100, (10, 16)), (100, 16)])
+def test_every_patch_counts_at_any_stride(analysis_run, frames, stride):
+    """Overlapping patches all count, each with its own cells; frames that no patch covers do not."""
+    pytest.importorskip("sklearn")
+    run = analysis_run("ast", frames=frames, stride=stride)
+    found, counts, _ = find_clusters(run.analysis(), "variation", examples=1)
+    values = [
+        fbank[frame : frame + 16, mel : mel + 16].double().std(correction=0).item()
+        for fbank in run.fbanks()
+        for frame, mel in run.corners()
+    ]
+    assert found.patches == len(values) == 7 * run.model.num_patches
+    spread = np.repeat(counts.values, counts.counts)
+    assert np.abs(spread - np.sort(values)).max() < 2e-4
+
+
+@pytest.mark.parametrize("frames, stride", [(61, (10, 10)), (52, (7, 16)), (40, (16, 3)), (48, 16)])
+def test_a_cell_has_the_color_of_the_patch_with_the_nearest_center(analysis_run, frames, stride):
+    run = analysis_run("ast", frames=frames, stride=stride)
+    model, corners = run.model, run.corners()
+    fbank = torch.randn(frames, 128, generator=torch.Generator().manual_seed(0))
+    clusters = by_definition(boundaries=(-0.08, -0.03, 0.03, 0.08))
+    numbers = [
+        sum(fbank[frame : frame + 16, mel : mel + 16].mean().item() > edge for edge in clusters.boundaries)
+        for frame, mel in corners
+    ]
+    counts = ValueCounts()
+    counts.add(torch.linspace(-1, 1, 50))
+    dataset = run.analysis().dataset
+    figure = plot_clusters(model, dataset, clusters, counts, [Example(0, fbank, frames)])
+    lower = figure.subfigs[1]
+    image = np.asarray(lower.axes[1].images[0].get_array())
+    colors = pytest.importorskip("matplotlib.colors")
+    expected = np.full((128, frames, 3), BLANK)
+    for mel in range(128):
+        for frame in range(frames):
+            if any(t <= frame < t + 16 and m <= mel < m + 16 for t, m in corners):
+                distances = [((t + 7.5 - frame) ** 2 + (m + 7.5 - mel) ** 2, t, m) for t, m in corners]
+                number = numbers[distances.index(min(distances))]
+                expected[mel, frame] = colors.to_rgb(COLORS[number])
+    assert np.array_equal(image, expected) and len(set(numbers)) == 5
+    assert ("nearest center" in lower.get_supxlabel()) == (min(model.stride) < 16)
+
+
+def test_of_two_nearest_patches_the_lower_one_is_taken():
+    assert nearest_patches(64, 16, 4).tolist() == [cell // 16 for cell in range(64)]
+    assert nearest_patches(20, 3, 2).tolist() == [0] * 10 + [1] * 10  # cell 9 is 1.5 from both centers
+    assert nearest_patches(19, 10, 1).tolist() == [0] * 19
 
 
 def test_the_outer_clusters_have_no_outer_edge():

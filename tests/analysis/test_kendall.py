@@ -7,7 +7,8 @@ import torch
 import pruneattn
 from pruneattn.analysis import kendall as module
 from pruneattn.analysis.clusters import STATISTICS, Clusters, load_clusters
-from pruneattn.analysis.kendall import kendall, scoring_twin
+from pruneattn.analysis.kendall import kendall, measure_kendall, scoring_twin
+from pruneattn.data.loader import eval_batches
 from pruneattn.errors import UserError
 
 
@@ -88,6 +89,29 @@ def test_the_twin_scores_every_block_and_computes_the_same(family):
     rows = weights[:, 0, extra:] if family == "ast" else weights[:, extra:, extra:].mean(1)
     assert len(found.scores) == 4
     torch.testing.assert_close(found.scores[2], rows)
+
+
+@pytest.mark.parametrize("frames, stride", [(121, (10, 10)), (100, (10, 16))])
+def test_every_patch_is_ranked_at_any_stride(analysis_run, frames, stride):
+    run = analysis_run("ast", frames=frames, stride=stride)
+    clusters = Clusters("intensity", (-0.9, -0.5, 0.0, 0.4), (0.0,) * 5, (0.2,) * 5, -11.0, 3.0, 7, 7, "")
+    rows = measure_kendall(run.analysis(limit=2), [clusters])
+    twin, expected = scoring_twin(run.model), []
+    assert twin.stride == run.model.stride
+    for index in eval_order(run, 2):
+        fbank = run.fbanks()[index]
+        with torch.no_grad():
+            scores = pruneattn.trace(twin, fbank[None]).scores[1][0]
+        values = [fbank[frame : frame + 16, mel : mel + 16].mean().item() for frame, mel in run.corners()]
+        numbers = [sum(value > edge for edge in clusters.boundaries) for value in values]
+        expected.append(by_definition(scores.tolist(), numbers))
+    for position, variant in enumerate(("paper", "tau_b")):
+        (row,) = [row for row in rows if (row["block"], row["variant"]) == (2, variant)]
+        assert row["coefficient"] == pytest.approx(sum(pair[position] for pair in expected) / 2, abs=1e-6)
+
+
+def eval_order(run, limit):
+    return [index for batch in eval_batches(len(run.paths), 3, limit=limit) for index in batch]
 
 
 def test_the_command_averages_over_clips(analysis_run, analyze, tmp_path):

@@ -91,20 +91,26 @@ def test_the_command_compares_two_models(analysis_run, analyze, tmp_path, capsys
     assert (tmp_path / "out" / "kept_histogram.png").stat().st_size > 10000
 
 
-def test_histograms_count_every_patch_once(analysis_run):
-    run = analysis_run("ast")
+@pytest.mark.parametrize("frames, stride", [(128, 16), (121, (10, 10)), (100, (10, 16))])
+def test_histograms_count_every_patch_once(analysis_run, frames, stride):
+    run = analysis_run("ast", frames=frames, stride=stride)
+    corners = run.corners()
     analysis = run.analysis()
     analysis.model.set_keep_rate(0.5)
     histograms, _, ratio = measure_histograms(analysis, [analysis.model], make_clusters(run.model.features))
-    assert histograms.sum((1, 2)).tolist() == [7 * 64, 7 * 8] and ratio is None
+    kept = len(corners)
+    for _ in range(3):
+        kept = math.ceil(kept / 2)
+    assert histograms.sum((1, 2)).tolist() == [7 * len(corners), 7 * kept] and ratio is None
     assert (histograms[1] <= histograms[0]).all()
     run.model.set_keep_rate(0.5)
     for histogram, pruned in zip(histograms, (False, True)):
         means, deviations = [], []
         for fbank in run.fbanks():
-            kept = pruneattn.trace(run.model, fbank[None]).kept[-1][0] if pruned else torch.arange(64)
+            kept = pruneattn.trace(run.model, fbank[None]).kept[-1][0] if pruned else torch.arange(len(corners))
             for patch in kept.tolist():  # row by row of mel bands
-                cells = fbank.double()[16 * (patch % 8) :, 16 * (patch // 8) :][:16, :16]
+                frame, mel = corners[patch]
+                cells = fbank.double()[frame : frame + 16, mel : mel + 16]
                 means.append(cells.mean().item())
                 deviations.append(cells.std(correction=0).item())
         for axis, values, edges in ((1, means, bin_edges(FEATURES)[0]), (0, deviations, bin_edges(FEATURES)[1])):
@@ -192,6 +198,15 @@ def test_models_with_another_input_are_rejected(analysis_run, analyze, tmp_path)
     pruneattn.save_pretrained(other.model, path, features=features, labels=LABELS, multilabel=False)
     command = [*run.options(tmp_path / "out"), "--clusters", str(tmp_path / "clusters.json")]
     with pytest.raises(UserError, match="--against .*different input .mean -11.0 and -4.0"):
+        analyze("kept_histogram", *command, "--against", other.folder)
+
+
+def test_models_with_another_stride_are_rejected(analysis_run, analyze, tmp_path):
+    """The numbers of patches that the two models keep could not be compared."""
+    run, other = analysis_run("audiomae"), analysis_run("ast", stride=(10, 16))
+    make_clusters(run.model.features).save(tmp_path / "clusters.json")
+    command = [*run.options(tmp_path / "out"), "--clusters", str(tmp_path / "clusters.json")]
+    with pytest.raises(UserError, match=r"--against .*different strides \(16 and 10,16\).*: use models with the same"):
         analyze("kept_histogram", *command, "--against", other.folder)
 
 

@@ -53,6 +53,51 @@ def test_most_frames_decide_the_kind_of_a_patch(family):
     assert [set(kinds[time == column].tolist()) for column in range(4)] == [{0}, {1}, {0}, {2}]
 
 
+@pytest.mark.parametrize("frames, stride", [(121, (10, 10)), (100, (10, 16)), (100, 16), (47, (3, 7))])
+def test_the_kind_of_a_patch_at_any_stride_is_that_of_its_own_frames(frames, stride):
+    options = dict(embed_dim=24, depth=1, num_heads=1, prune_blocks=(0,), frames=frames, stride=stride)
+    model = create_model("ast_tiny", **options)
+    pauses = torch.rand(3, frames, generator=torch.Generator().manual_seed(0)).lt(0.5)
+    sounding = torch.tensor([frames, frames - 9, 11])
+    pauses &= torch.arange(frames) < sounding[:, None]
+    found = patch_kinds(model, pauses, sounding)
+    assert found.shape == (3, model.num_patches)
+    columns = range(0, frames - 15, model.stride[1])
+    for clip in range(3):
+        expected = []
+        for start in columns:
+            padding = sum(frame >= sounding[clip] for frame in range(start, start + 16))
+            pause = sum(bool(pauses[clip, frame]) for frame in range(start, start + 16))
+            expected.append(2 if padding >= 8 else 1 if pause >= 8 else 0)
+        assert found[clip].tolist() == expected * len(range(0, 113, model.stride[0]))  # mel row by mel row
+    assert {0, 1, 2} == set(found.flatten().tolist())
+
+
+def test_the_page_shows_the_cells_of_overlapping_patches():
+    pytest.importorskip("matplotlib")
+    options = dict(embed_dim=24, depth=1, num_heads=1, prune_blocks=(0,), frames=61, stride=(10, 7))
+    model = create_model("ast_tiny", **options)
+    places = [(0, 11), (1, 11), (5, 0), (6, 4)]  # time column of 7, mel row of 12
+    grid = model.kept_grid(torch.tensor([7 * mel + time for time, mel in places]))
+    clip = SimpleNamespace(path=SimpleNamespace(stem="x"), labels=(1,))
+    dataset = SimpleNamespace(clips=[clip], labels=["dog", "cat"])
+    pauses = torch.zeros(61, dtype=torch.bool)
+    fbank = torch.randn(61, 128, generator=torch.Generator().manual_seed(0))
+    examples = [Example(0, fbank, 61, pauses, [grid], predicted=1)]
+    figure = plot_page(model, dataset, examples, "t")
+    whole, last = (np.asarray(axis.images[0].get_array()) for axis in figure.axes)
+    shown, input_shown = ((image != whole[127, 60]).any(-1) for image in (last, whole))  # this cell has no patch
+    expected = np.zeros((128, 61), dtype=bool)
+    for time, mel in places:
+        expected[10 * mel : 10 * mel + 16, 7 * time : 7 * time + 16] = True
+    assert np.array_equal(shown, expected) and np.array_equal(last[expected], whole[expected])
+    assert input_shown[:126, :58].all() and not input_shown[126:].any() and not input_shown[:, 58:].any()
+    assert figure.axes[1].get_title("left") == "after block 1: 4 of 84"
+    assert figure.get_supxlabel().endswith("; shown: cells that at least one kept patch covers")
+    rows = example_rows(model, dataset, examples)
+    assert [row["patches"] for row in rows] == [84, 4] and rows[1]["sound"] == 1
+
+
 @pytest.mark.parametrize("family", ["audiomae", "ast"])
 def test_patches_are_drawn_at_their_positions(family):
     """Patches are drawn at their positions in the spectrogram, with the token order of either family."""

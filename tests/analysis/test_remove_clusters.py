@@ -9,17 +9,18 @@ from pruneattn.errors import UserError
 from pruneattn.models import create_model
 
 
-def make_model(family):
+def make_model(family, frames=128, **options):
     torch.manual_seed(3)
     model = create_model(
         f"{family}_tiny",
         embed_dim=32,
         depth=4,
         num_heads=2,
-        frames=128,
+        frames=frames,
         num_classes=6,
         keep_rate=0.5,
         prune_blocks=(1, 2),
+        **options,
     ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -90,6 +91,21 @@ def test_low_and_high_clusters_are_removed_at_every_depth(family):
             for after in (0, 2):
                 expected = one_by_one(model, fbank, removed, after)
                 torch.testing.assert_close(logits[after, name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames, stride", [(121, (10, 10)), (100, (10, 16)), (100, 16)])
+def test_overlapping_patches_are_removed_by_their_own_cells(frames, stride):
+    model = make_model("ast", frames, stride=stride)
+    fbank = torch.randn(3, frames, 128) + torch.randn(3, frames, 128).cumsum(1) / 20
+    clusters = Clusters("intensity", (-0.4, -0.1, 0.1, 0.4), (0.0,) * 5, (0.2,) * 5, 0.0, 0.5, 3, 192, "")
+    _, logits, shares = logits_without(model, fbank, clusters, [2])
+    of_frequency, of_time = model.stride
+    corners = [(time, mel) for mel in range(0, 113, of_frequency) for time in range(0, frames - 15, of_time)]
+    removed = torch.stack([fbank[:, time : time + 16, mel : mel + 16].mean((1, 2)) > 0.1 for time, mel in corners], 1)
+    torch.testing.assert_close(shares["high"], removed.float().mean(1))
+    with torch.inference_mode():
+        expected = one_by_one(model, fbank, removed, 2)
+    torch.testing.assert_close(logits[2, "high"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_depths_are_spread_and_checked():

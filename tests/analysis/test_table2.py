@@ -3,10 +3,20 @@ import json
 import math
 
 import pytest
+import torch
 
 from pruneattn.analysis import table2
 from pruneattn.analysis.commands import table2 as command
-from pruneattn.analysis.table2 import PRINTED_GMACS, Timings, count_rows, plot_table2, speed_rows, table_lines
+from pruneattn.analysis.table2 import (
+    PRINTED_GMACS,
+    Timings,
+    cell_options,
+    count_rows,
+    plot_table2,
+    speed_rows,
+    table_lines,
+    time_cell,
+)
 from pruneattn.errors import UserError
 from pruneattn.runtime.timing import Speed
 
@@ -55,6 +65,34 @@ def test_cells_that_the_paper_does_not_print_have_no_difference():
     for name, frames, rate in (("audiomae_tiny", 128, 0.5), ("ast_base", 256, 0.5), ("ast_base", 128, 0.55)):
         (row,) = count_rows(name, frames, [rate])
         assert row["gmacs_printed"] is None and row["difference"] is None and row["gmacs_paper"] > 0
+
+
+@pytest.mark.parametrize("frames, stride, patches", [(1024, 10, 12 * 101), (1031, (10, 16), 12 * 64), (100, 16, 48)])
+def test_counts_of_other_grids(frames, stride, patches):
+    """The published AST has 1212 patches. The paper prints no cell of these."""
+    rows = count_rows("ast_base", frames, [1.0, 0.5], stride)
+    for row in rows:
+        assert row["patches"] == patches and row["gmacs_printed"] is None
+        assert row["gmacs_paper"] == pytest.approx(count_by_definition(patches, 2, row["keep_rate"]))
+    assert [row.get("stride") for row in rows] == [{10: "10", (10, 16): "10,16", 16: None}[stride]] * 2
+    with pytest.raises(UserError, match="stride: audiomae_base has a patch every 16"):
+        count_rows("audiomae_base", frames, [1.0], (10, 10))
+
+
+def test_the_stride_belongs_to_the_options_of_a_time(monkeypatch, tmp_path):
+    how = {"batch_size": 1, "amp": "fp32", "rounds": 1, "compiled": False}
+    usual, strided = (cell_options("ast_tiny", 64, [0.5], "here", **how, stride=stride) for stride in (16, 10))
+    assert usual == cell_options("ast_tiny", 64, [0.5], "here", **how, stride=(16, 16)) and "stride" not in usual
+    models = []
+    monkeypatch.setattr(table2, "measure_speed", lambda model, *arguments, **how: models.append(model))
+    for options in (usual, strided):
+        Timings(tmp_path / "timings.json").add(options, Speed({0.5: {"eager": [1.0]}}))
+        time_cell(json.loads(json.dumps(options)), torch.device("cpu"))
+    assert [model.num_patches for model in models] == [32, 12 * 5]
+    assert Timings(tmp_path / "timings.json").find(strided) is not None
+    row = count_rows("ast_tiny", 64, [0.5], 10)[0]
+    speed = Speed({rate: {"eager": [0.01]} for rate in (1.0, 0.5)})
+    assert speed_rows([row], speed, strided)[0]["stride"] == "10"
 
 
 def test_measured_time_is_added_to_the_counts():
@@ -241,7 +279,7 @@ def test_one_value_of_keep_rate_is_the_only_row(tmp_path, capsys):
     "options, message",
     [
         (["--model", "audiomae_huge"], "audiomae_huge"),
-        (["--frames", "100"], "frames: must be a multiple of 16"),
+        (["--frames", "12"], "frames: must be at least 16"),
         (["--keep-rates", "0.5", "1.5"], "keep_rate: .* got 1.5"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--rounds", "-1"], "--rounds -1: must be at least 0"),

@@ -253,20 +253,22 @@ def test_a_wrong_gradient_is_found(peaks, monkeypatch):
     assert status["ours", 1.0] == "ok"
 
 
-def test_cases():
-    sizes = grid.Sizes(("float32", "bfloat16"), (1, 4), (64,), 3, models=("ast_base", "audiomae_base"))
-    cases = grid.cases("model", "cpu", sizes)
-    assert len(cases) == len({str(case) for case in cases}) == 8
-    assert {(case.subject, case.tokens) for case in cases} == {("ast_base", 66), ("audiomae_base", 65)}
-    assert {case.tokens for case in grid.cases("op", "cpu", sizes, "attention")} == {64}
-
-
-@pytest.mark.parametrize("key", grid.GRIDS)
-def test_grids(key):
-    levels = grid.GRIDS[key]
-    assert {"op", "block", "model", TRAINING, "wav to label", "scaling by tokens", "scaling by batch"} <= levels.keys()
-    assert all(1.0 in sizes.keep_rates and set(sizes.peer_rates) <= set(sizes.keep_rates) for sizes in levels.values())
-    assert levels["scaling by tokens"].lengths == (64, 128, 256, 512, 1024, 2048, 4096)
+def test_models_and_blocks_at_stride_10(peaks, not_compiled, monkeypatch):
+    """36 patches, 12 x 3; see `grid.input_of`."""
+    case = model_case("model", "ast_tiny")._replace(tokens=38)
+    subject = Subject(case)
+    assert subject.model.stride == (10, 10) and subject.fbank.shape == (2, 44, 128)
+    parts = (bench_model.ours, bench_model.dense, bench_model.token_merging, bench_model.token_drops)
+    rows = right(case, [provider for part in parts for provider in part(subject, SIZES)], peaks)
+    assert {name for name, _, _ in rows} == {"ours", "SDPA", "token merging", "random drop", "stride drop"}
+    dim, tokens = 192, 38
+    blocks = 12 * (12 * tokens * dim**2 + 2 * tokens**2 * dim)
+    assert rows["SDPA", "eager", 1.0]["macs_paper"] == 2 * (36 * 256 * dim + blocks)
+    merged = rows["token merging", subject.fast_backend, 0.5]
+    assert merged["macs_paper"] == pytest.approx(rows["ours", subject.fast_backend, 0.5]["macs_paper"], rel=0.1)
+    case = case._replace(level="block")
+    rows = right(case, bench_block.providers(case, SIZES), peaks)
+    assert ("token merging", subject.fast_backend, 0.5) in rows and ("the paper's way", "eager", 0.5) in rows
 
 
 @each_model

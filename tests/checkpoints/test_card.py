@@ -69,6 +69,21 @@ def test_table():
     assert "none" in row(card(make(prune_blocks=(), keep_rate=1.0)), "pruning")
 
 
+@pytest.mark.parametrize(
+    "frames, stride, patches",
+    [
+        (1024, 10, "1212 patches of 16 x 16 with stride 10"),
+        (1024, (10, 16), "768 patches of 16 x 16 with stride 10,16"),
+        (1000, 16, "496 patches"),
+    ],
+)
+def test_the_input_names_the_stride(frames, stride, patches):
+    model = make("ast_tiny", frames=frames, stride=stride)
+    features = FeatureConfig(frames=frames, mean=-4.25, std=4.5)
+    text = make_card(model, Description(features, LABELS, True), "transformers")
+    assert f"{frames} frames of 10 ms ({patches}); short clips" in row(text, "input")
+
+
 def code_of(text):
     return [part.partition("```")[0] for part in text.split("```python\n")[1:]]
 

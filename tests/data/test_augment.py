@@ -8,6 +8,7 @@ from torch import nn
 from pruneattn.data import augment
 from pruneattn.data.augment import Augment
 from pruneattn.errors import UserError
+from pruneattn.models import create_model
 
 
 def seeded(function, *arguments):
@@ -167,6 +168,20 @@ def test_patches_follow_the_models_token_order(time_major):
     same_mask = seeded(augment.patch_mask_2d, 6, (16, 8), 0.5, 0.25)
     assert (patches == model.patches_from_grid(same_mask)).all()
     assert Augment(mask_1d=0.5).patches(model, 6, False).shape == (6, 64)
+
+
+@pytest.mark.parametrize("frames, stride", [(121, 10), (100, (10, 16)), (100, 16)])
+def test_masks_of_a_model_with_any_stride(frames, stride):
+    model = create_model("ast_tiny", embed_dim=24, depth=1, num_heads=1, prune_blocks=(), frames=frames, stride=stride)
+    columns, rows = model.grid
+    patches = seeded(Augment(mask_time=0.5, mask_freq=0.25).patches, model, 4, False)
+    assert patches.shape == (4, int(columns * 0.5) * int(rows * 0.75)) and (patches.diff(dim=1) > 0).all()
+    for clip in patches.tolist():
+        kept = {(patch % columns, patch // columns) for patch in clip}  # mel row by mel row
+        times, mels = ({place[axis] for place in kept} for axis in (0, 1))
+        assert kept == {(time, mel) for time in times for mel in mels} and max(times) < columns and max(mels) < rows
+    assert model(torch.randn(4, frames, 128), patches).shape == (4, 527)
+    assert Augment(mask_1d=0.5).patches(model, 4, False).shape == (4, columns * rows // 2)
 
 
 FULL = dict(gain=True, mixup=0.5, specaug_freq=48, specaug_time=24, noise=True, mask_time=0.3, mask_freq=0.3)
