@@ -1,11 +1,13 @@
 """Whole models for inference: our models, pruned and unpruned, compared with the alternatives."""
 
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import torch
 
 import pruneattn
-from bench.harness import peers
+from bench.harness import engines, peers
 from bench.harness.case import Provider, left_out
 from bench.harness.cuda_clock import captured
 from bench.harness.guards import WrongResult
@@ -17,12 +19,13 @@ from pruneattn.runtime.timing import attention_kernels, with_sdpa
 LEVELS = ("model",)
 
 
-def providers(case, sizes):
+def providers(case, sizes, folder):
     torch.compiler.reset()
     subject = Subject(case)
     return [
         *ours(subject, sizes),
         *dense(subject, sizes),
+        *inference_engines(subject, folder),
         *published_attention(subject, sizes),
         *library_models(subject, sizes),
         *token_merging(subject, sizes),
@@ -80,6 +83,20 @@ def dense(subject, sizes):
         yield Provider(call=partial(peers.compiled(model, fbank), fbank), backend="compiled", **variant)
     else:
         yield left_out("SDPA", "not compiled at this batch without --bench-full", backend="compiled", keep_rate=1.0)
+
+
+def inference_engines(subject, folder):
+    """The unpruned model, exported as ONNX, in other engines."""
+    path = Path(folder, "dense.onnx")
+    for engine in engines.ENGINES:
+        why_not = engines.why_not(engine, subject.case.device, subject.case.torch_dtype)
+        if why_not:
+            yield left_out(engine, why_not, keep_rate=1.0)
+            continue
+        if not path.exists():
+            pruneattn.export_model(subject.model, path, "onnx")
+        call = partial(engines.open_onnx(engine, path, subject.case.torch_dtype), subject.fbank)
+        yield Provider(engine, call, subject.check(), "ONNX", 1.0, subject.work())
 
 
 def published_attention(subject, sizes):
@@ -155,4 +172,5 @@ def _check_drop(subject, model, rate, logits):
 
 
 def test_model(measure, case, sizes):
-    measure(case, providers(case, sizes))
+    with tempfile.TemporaryDirectory() as folder:
+        measure(case, providers(case, sizes, folder))

@@ -12,6 +12,7 @@ from pruneattn.errors import UserError
 
 MODELS = ("audiomae_base", "ast_base")
 SMALL_MODELS = ("audiomae_small", "ast_small")
+WHISPER = ("whisper-tiny.en",)
 IMAGE_MODELS = ("vit_base_patch16_224", "deit_base_distilled_patch16_224")  # of timm
 ALL_RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 FEW_RATES = (1.0, 0.7, 0.5)
@@ -71,6 +72,7 @@ GRIDS: dict[tuple[str, bool], dict[str, Sizes]] = {
         "block": Sizes(("float32",), (1,), (512,), 9, MODELS),
         "model": Sizes(("float32",), (1,), (512,), 5, MODELS),
         "adapters": Sizes(("float32",), (1,), (196,), 5, IMAGE_MODELS[:1], (1.0, 0.5)),
+        "whisper": Sizes(("float32",), (1,), (1500,), 5, WHISPER, (1.0, 0.5)),
         TRAINING: Sizes(("float32",), (1,), (128,), 7, SMALL_MODELS[:1]),
         "wav to label": Sizes(("float32",), (1,), (512,), 7, SMALL_MODELS[:1]),
         "scaling by tokens": Sizes(("float32",), (1,), _POWERS, 3, ("column_mean_attention", "audiomae_small")),
@@ -83,6 +85,7 @@ GRIDS: dict[tuple[str, bool], dict[str, Sizes]] = {
         "block": Sizes(_FLOATS, (1, 4), _LENGTHS, 15, MODELS, ALL_RATES, ALL_RATES[1:]),
         "model": Sizes(_FLOATS, (1, 4, 16), (*_LENGTHS, PUBLISHED), 9, MODELS, ALL_RATES, ALL_RATES[1:], True),
         "adapters": Sizes(_FLOATS, (1, 4), (196,), 9, IMAGE_MODELS, ALL_RATES),
+        "whisper": Sizes(_FLOATS, (1, 4), (1500,), 9, WHISPER, ALL_RATES),
         TRAINING: Sizes(_FLOATS, (4,), _LENGTHS, 5, MODELS),
         "wav to label": Sizes(_FLOATS, (1, 16), _LENGTHS, 9, MODELS, ALL_RATES, ALL_RATES[1:]),
         "exported": Sizes(("float32",), (1, 4), (512,), 5, MODELS),
@@ -151,4 +154,6 @@ def input_of(patches: int) -> tuple[int, int]:
 
 def extra_tokens(model: str) -> int:
     """Number of tokens of a model that are not patches, by its name."""
+    if model in WHISPER:
+        return 0
     return 2 if model.startswith("ast") or "distilled" in model else 1

@@ -115,7 +115,7 @@ class PapersViT(nn.Module):
         self.extra, self.time_major = extra, model.time_major
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty_like(model.pos_embed))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, dim, PATCH, PATCH)})
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(1, dim, PATCH, model.patch_embed.proj.stride)})
         self.blocks = nn.ModuleList(
             PapersBlock(
                 dim, model.num_heads, extra, model.score, keep_rate if i in model.prune_blocks else 1.0, attention
@@ -190,8 +190,8 @@ def huggingface_ast(model: PrunedViT) -> Adapter:
             intermediate_size=MLP_RATIO * model.embed_dim,
             max_length=model.frames,
             num_labels=model.num_classes,
-            frequency_stride=PATCH,
-            time_stride=PATCH,
+            frequency_stride=model.stride[0],
+            time_stride=model.stride[1],
             layer_norm_eps=1e-6,
             attn_implementation="sdpa",
         )

@@ -16,7 +16,7 @@ from bench.cases import (
     bench_training_step,
     bench_wav_to_label,
 )
-from bench.harness import grid, peers
+from bench.harness import engines, grid, peers
 from bench.harness.block_parts import PARTS, part_rows
 from bench.harness.case import TRAINING, Case
 from bench.harness.guards import WrongResult
@@ -44,6 +44,13 @@ OPS = (
 )
 
 each_model = pytest.mark.parametrize("model", MODELS)
+
+
+@pytest.fixture
+def model_providers(monkeypatch, not_compiled, tmp_path):
+    """``bench_model.providers`` without the engines that need an exported file, which takes half a minute."""
+    monkeypatch.setattr(engines, "ENGINES", ())
+    return partial(bench_model.providers, folder=tmp_path)
 
 
 def model_case(level, model):
@@ -111,9 +118,9 @@ def test_bytes_are_those_of_the_kept_rows(peaks):
 
 
 @each_model
-def test_model(model, peaks, not_compiled):
+def test_model(model, peaks, model_providers):
     case = model_case("model", model)
-    rows = right(case, bench_model.providers(case, SIZES), peaks)
+    rows = right(case, model_providers(case, SIZES), peaks)
     assert {name for name, _, _ in rows} == {
         "ours",
         "SDPA",
@@ -130,30 +137,30 @@ def test_model(model, peaks, not_compiled):
     assert ours["bytes"] > 4 * sum(p.numel() for p in Subject(case).model.parameters())
 
 
-def test_the_whole_grid_has_all_variants(not_compiled):
-    providers = bench_model.providers(model_case("model", "audiomae_tiny"), SIZES._replace(all_ways=True))
+def test_the_whole_grid_has_all_variants(model_providers):
+    providers = model_providers(model_case("model", "audiomae_tiny"), SIZES._replace(all_ways=True))
     ways = {(provider.name, provider.backend, provider.keep_rate) for provider in providers}
     assert {("ours", way, rate) for way in ("optimized", "eager", "compiled") for rate in (1.0, 0.5)} <= ways
     assert ("SDPA", "compiled", 1.0) in ways
 
 
 @pytest.mark.parametrize("batches, expected", [(None, [("ours", 0.5), ("SDPA", 1.0)]), ((), [])])
-def test_our_model_is_compiled_at_some_rates_where_the_dense_model_is(not_compiled, batches, expected):
+def test_our_model_is_compiled_at_some_rates_where_the_dense_model_is(model_providers, batches, expected):
     sizes = SIZES._replace(compiled_batches=batches, compiled_rates=(0.5,))
-    providers = bench_model.providers(model_case("model", "audiomae_tiny"), sizes)
+    providers = model_providers(model_case("model", "audiomae_tiny"), sizes)
     assert [(p.name, p.keep_rate) for p in providers if p.backend == "compiled" and p.call] == expected
 
 
-def test_missing_libraries_are_left_out(monkeypatch, not_compiled, peaks):
+def test_missing_libraries_are_left_out(monkeypatch, model_providers, peaks):
     monkeypatch.setattr(peers, "version", lambda package: None)
-    for level, module in (("model", bench_model), (TRAINING, bench_training_step)):
+    for level, providers in (("model", model_providers), (TRAINING, bench_training_step.providers)):
         case = model_case(level, "audiomae_tiny")
-        rows = measure_case(case, module.providers(case, SIZES), peaks, 1)
+        rows = measure_case(case, providers(case, SIZES), peaks, 1)
         assert [row["status"] for row in rows if row["provider"] == "timm ViT"] == ["left out: timm is not installed"]
     assert peers.why_not(peers.HUGGINGFACE) == "needs transformers 5, installed: None"
 
 
-def test_wrong_models_are_found(monkeypatch, not_compiled, peaks):
+def test_wrong_models_are_found(monkeypatch, model_providers, peaks):
     """Slightly different logits, other patches, token merging that returns NaN, token drop that drops nothing."""
 
     def unpruned(model, keep_rate, fbank):
@@ -166,7 +173,7 @@ def test_wrong_models_are_found(monkeypatch, not_compiled, peaks):
     monkeypatch.setattr(bench_model.MergingViT, "forward", lambda self, fbank: self.model(fbank) * float("nan"))
     monkeypatch.setattr(bench_model, "call_at_keep_rate", unpruned)
     case = model_case("model", "audiomae_tiny")
-    status = statuses(case, bench_model.providers(case, SIZES), peaks)
+    status = statuses(case, model_providers(case, SIZES), peaks)
     assert "logits differ" in status["the paper's way", 1.0] and status["ours", 1.0] == "ok"
     assert "logits differ" in status["SDPA, separate score", 0.5]
     assert "finite numbers" in status["token merging", 0.5]
@@ -335,6 +342,24 @@ def test_a_wrong_adapter_is_found(peaks, not_compiled, monkeypatch):
     (case,) = grid.cases("adapters", "cpu", SIZES._replace(models=("vit_tiny_patch16_224",), batches=(1,)))
     status = [row["status"] for row in measure_case(case, list(bench_adapters.providers(case, SIZES)), peaks, 1)]
     assert status[0] == "ok" and status[1].startswith("wrong: logits at keep-rate 1 are not the reference's")
+
+
+def test_engines(peaks, monkeypatch, tmp_path):
+    """The engines that are installed compute the logits of the unpruned model, and a wrong file is found."""
+    case = model_case("model", "ast_tiny")
+    subject = Subject(case, depth=3, prune_blocks=(1,))
+    rows = measure_case(case, list(bench_model.inference_engines(subject, tmp_path)), peaks, 1)
+    status = {row["provider"]: row["status"] for row in rows}
+    assert set(status) == set(engines.ENGINES) and status["ONNX Runtime"] == "ok"
+    assert status["OpenVINO"] in ("ok", "left out: openvino is not installed")
+    subject.model.head.bias.data += 1
+    subject.use_input(subject.fbank)  # the expected logits are those of the changed model
+    rows = measure_case(case, list(bench_model.inference_engines(subject, tmp_path)), peaks, 1)
+    assert rows[0]["status"].startswith("wrong: logits differ")
+    assert engines.why_not("ONNX Runtime", "cpu", torch.bfloat16) == "has no bfloat16 on a CPU"
+    assert engines.why_not("OpenVINO", "cuda", torch.float32) == "measured on the CPU only"
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    assert engines.why_not("CTranslate2", "cpu", torch.float32) == "ctranslate2 is not installed"
 
 
 def test_exported(peaks, monkeypatch, tmp_path):
