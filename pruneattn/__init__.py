@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # Type checkers and editors read these imports; at run time t
     from . import models as models
     from . import ops as ops
     from .adapters import at_keep_rate as at_keep_rate
+    from .adapters import optimize_for_inference as optimize_for_inference
     from .adapters import prune as prune
     from .adapters import set_keep_rate as set_keep_rate
     from .adapters import unprune as unprune
@@ -26,7 +27,6 @@ if TYPE_CHECKING:  # Type checkers and editors read these imports; at run time t
     from .models import list_models as list_models
     from .models.export import export_model as export_model
     from .models.macs import count_macs as count_macs
-    from .models.optimize import optimize_for_inference as optimize_for_inference
     from .models.scores import Pruning as Pruning
     from .models.trace import trace as trace
     from .ops.backend import backends as backends
@@ -38,7 +38,7 @@ else:
         "list_models": "models",
         "Pruning": "models.scores",
         "trace": "models.trace",
-        "optimize_for_inference": "models.optimize",
+        "optimize_for_inference": "adapters",
         "export_model": "models.export",
         "count_macs": "models.macs",
         "load_checkpoint": "checkpoints.load_checkpoint",

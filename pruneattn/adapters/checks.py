@@ -1,4 +1,4 @@
-"""Checks that a block has the parts that pruning supports, and that it combines them as a ViT's block does."""
+"""Checks that a block has the parts that pruning supports, and that it combines them as its view does."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.scores import make_pruning
-from .block import BlockPruning, BlockView, start_pruning
+from .block import AdaptedBlock, BlockSettings, BlockView, adapt, restore
+from .packing import pack
 
 
-def check_block(block: nn.Module, path: str, view: type[BlockView], extra_tokens: int) -> None:
-    """Check that pruning supports a block. The block is not changed.
+def check_block(block: nn.Module, path: str, view: type[BlockView], extra_tokens: int, packed: bool = False) -> None:
+    """Check that pruning supports a block, and optionally that packing does. The block is not changed.
 
     Names and shapes of the parts are checked first, for a message that names the problem. Then a copy of the block with
     random weights is compared with its pruning form that keeps every patch.
@@ -27,17 +28,20 @@ def check_block(block: nn.Module, path: str, view: type[BlockView], extra_tokens
         path: its name in the model, for messages.
         view: class of the view.
         extra_tokens: number of tokens at the front that are not patches.
+        packed: compare the block with its packed form as well.
 
     Raises:
         UserError: pruning does not support the block.
     """
     view.check(block, path)
-    names = list(inspect.signature(type(block).forward).parameters.values())[2:]  # after the block and its tokens
+    own: type[nn.Module] = block.own_class if isinstance(block, AdaptedBlock) else type(block)
+    names = list(inspect.signature(own.forward).parameters.values())[2:]  # after the block and its tokens
     unknown = [p.name for p in names if p.kind is not p.VAR_KEYWORD and p.name not in view.arguments]
     if unknown:
         raise UserError(f"{path} takes {', '.join(unknown)} in addition to its tokens, which pruning does not support")
     try:
-        error = _difference(block, path, view, extra_tokens)
+        required = {p.name: None for p in names if p.kind is not p.VAR_KEYWORD and p.default is p.empty}
+        error = _difference(block, BlockSettings(path, 0, view, extra_tokens), required, packed)
     except UserError:
         raise
     except Exception as failure:  # a block of another library may raise anything
@@ -51,9 +55,20 @@ def check_block(block: nn.Module, path: str, view: type[BlockView], extra_tokens
 
 
 @torch.no_grad()
-def _difference(block: nn.Module, path: str, view: type[BlockView], extra_tokens: int) -> float:
-    """Relative difference between the block and its pruning form, in the part that they add to their input."""
+def _difference(block: nn.Module, settings: BlockSettings, arguments: dict[str, None], packed: bool) -> float:
+    """Relative difference between a block and its adapted form, in the part that they add to their input.
+
+    Args:
+        block: the block.
+        settings: settings of the adapted form.
+        arguments: arguments that the block's forward needs in addition to the tokens.
+        packed: whether to compare the packed form as well.
+    """
     block = copy.deepcopy(block).eval()
+    if isinstance(block, AdaptedBlock):
+        restore(block)
+    if packed:
+        block.float()
     for module in block.modules():  # hooks expect the user's tokens, not random tokens
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
@@ -69,14 +84,21 @@ def _difference(block: nn.Module, path: str, view: type[BlockView], extra_tokens
         parameter.copy_(random(*parameter.shape) / fan_in**0.5)
     like = next(filter(torch.is_floating_point, block.parameters()))
     patches = 6
-    x = random(2, extra_tokens + patches, view(block).dim).to(like)  # [B, N, C]
-    expected = _tokens(block(x)) - x
-    pruned = start_pruning(block, BlockPruning(path, view, extra_tokens, make_pruning("cls"), 1.0))
-    errors = []
-    for score in ("column_mean", "cls"):  # column_mean projects queries, keys and values together, cls separately
-        pruned._pruneattn.pruning = make_pruning(score)
-        given = _tokens(pruned.forward_pruned(x, patches)) - x
-        errors.append(((given - expected).float().norm() / expected.float().norm()).item())
+    x = random(2, settings.extra_tokens + patches, settings.view(block).dim).to(like)  # [B, N, C]
+    expected = _tokens(block(x, **arguments)) - x
+
+    def error(output: Any) -> float:
+        return ((_tokens(output) - x - expected).float().norm() / expected.float().norm()).item()
+
+    adapted, errors = adapt(block, settings), []
+    for optimized in (False, True)[: 1 + packed]:
+        if optimized:
+            pack(block, settings.view.joint_projection, ("qkv",))
+            settings.optimized = True
+            errors.append(error(adapted.forward_packed(x)))
+        for score in ("column_mean", "cls"):  # column_mean projects queries, keys and values together, cls separately
+            settings.pruning = make_pruning(score)
+            errors.append(error(adapted.forward_pruned(x, patches)))
     return max(errors)
 
 

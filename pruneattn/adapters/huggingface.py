@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .block import BlockView
 from .checks import expect_heads, expect_linear, expect_parts
+from .packing import activate, add, has_parts
 from .trunk import Trunk
 
 _MASKS = ("attention_mask", "head_mask")
@@ -38,6 +39,7 @@ def find(model: Any) -> Trunk | None:
     extra_tokens = sum(getattr(embeddings, name, None) is not None for name in tokens)
 
     def guard() -> None:
+        unguard()
         names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         hooks = [model.register_forward_pre_hook(functools.partial(_reject_arguments, names), with_kwargs=True)]
         hooks += [block.register_forward_pre_hook(_without_mask, with_kwargs=True) for block in blocks]
@@ -47,7 +49,7 @@ def find(model: Any) -> Trunk | None:
         for hook in vars(model).pop("_pruneattn_hooks", []):
             hook.remove()
 
-    return Trunk(blocks, path, view, extra_tokens, True, guard, unguard)
+    return Trunk(blocks, path, view, extra_tokens, True, guard, unguard, guard_optimized=guard)
 
 
 def _find_blocks(model: Any) -> tuple[str, type[Block], nn.ModuleList] | None:
@@ -69,8 +71,8 @@ def _reject_arguments(names: tuple[str, ...], model: Any, args: tuple[Any, ...],
     for name in (*_MASKS, "output_attentions"):
         if given.get(name) is not None and given[name] is not False:
             raise UserError(
-                f"{name}: a pruned model takes no masks and returns no attentions: leave it out, or call "
-                "pruneattn.unprune first"
+                f"{name}: a pruned or optimized model takes no masks and returns no attentions: leave it out, call "
+                "pruneattn.unprune, or load the model again"
             )
 
 
@@ -168,6 +170,13 @@ class LayersBlock(Block):
         x = block.dropout(self.projection(attended)) + x
         return block.dropout(block.mlp(block.layernorm_after(x))) + x
 
+    def finish_packed(self, x: Tensor, attended: Tensor) -> Tensor:
+        block, mlp = self.block, self.block.mlp
+        if not has_parts(mlp, {"fc1", "activation_fn", "fc2"}, set()):
+            return self.finish(x, attended)
+        x = add(x, self.projection, attended)
+        return add(x, mlp.fc2, activate(mlp.fc1, mlp.activation_fn, block.layernorm_after(x)))
+
 
 class EncoderBlock(Block):
     """ASTLayer in ``encoder.layer``, of transformers 4 and 5.0. Earlier versions return the tokens in a tuple."""
@@ -203,5 +212,16 @@ class EncoderBlock(Block):
     def finish(self, x: Tensor, attended: Tensor) -> Any:
         block = self.block
         x = block.attention.output(attended, x) + x  # projection and dropout; the block adds the residual
-        out = block.output(block.intermediate(block.layernorm_after(x)), x)
-        return (out,) if "output_attentions" in block.unpruned_arguments else out
+        return self._returned(block.output(block.intermediate(block.layernorm_after(x)), x))
+
+    def finish_packed(self, x: Tensor, attended: Tensor) -> Any:
+        first, second = self.block.intermediate, self.block.output
+        parts = has_parts(first, {"dense"}, {"intermediate_act_fn"}) and has_parts(second, {"dense"}, {"dropout"})
+        if not parts:
+            return self.finish(x, attended)
+        x = add(x, self.projection, attended)
+        y = activate(first.dense, first.intermediate_act_fn, self.block.layernorm_after(x))
+        return self._returned(add(x, second.dense, y))
+
+    def _returned(self, x: Tensor) -> Any:
+        return (x,) if "output_attentions" in self.block.own_arguments else x

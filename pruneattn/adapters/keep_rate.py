@@ -11,13 +11,16 @@ from torch import nn
 from ..errors import UserError
 from ..models.blocks import spread_keep_rate
 from ..models.vit import PrunedViT, unwrapped
-from .block import BlockPruning, PrunedBlock
+from .block import BlockSettings, pruned_blocks
+from .record import record
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
     """Set the keep-rate of a model of ``create_model``, or of a model that :func:`prune` changed.
+
+    The record of the pruning in the configuration of a Hugging Face model follows.
 
     Args:
         model: the model; it can be wrapped by ``torch.compile``.
@@ -31,7 +34,7 @@ def set_keep_rate(model: nn.Module, keep_rate: float | Sequence[float]) -> None:
     if isinstance(own, PrunedViT):
         own.set_keep_rate(keep_rate)
     else:
-        _set_rates(_prunings("set_keep_rate", model), keep_rate)
+        _set_rates(model, _settings("set_keep_rate", model), keep_rate)
 
 
 @contextmanager
@@ -64,28 +67,24 @@ def at_keep_rate(model: _Model, keep_rate: float | Sequence[float]) -> Iterator[
         finally:
             own.keep_rates = previous
         return
-    prunings = _prunings("at_keep_rate", model)
-    rates = [pruning.keep_rate for pruning in prunings]
-    _set_rates(prunings, keep_rate)
+    settings = _settings("at_keep_rate", model)
+    rates = [own.keep_rate for own in settings]
+    _set_rates(model, settings, keep_rate)
     try:
         yield model
     finally:
         # If prune was called inside the block, these settings no longer belong to the model, and its new rates remain.
-        _set_rates(prunings, rates)
+        _set_rates(model, settings, rates)
 
 
-def pruned_blocks(model: nn.Module) -> list[PrunedBlock]:
-    """The blocks that :func:`prune` changed, in the order of the model's modules."""
-    return [module for module in model.modules() if isinstance(module, PrunedBlock)]
-
-
-def _prunings(caller: str, model: nn.Module) -> list[BlockPruning]:
-    prunings = [block._pruneattn for block in pruned_blocks(model)]
-    if not prunings:
+def _settings(caller: str, model: nn.Module) -> list[BlockSettings]:
+    settings = [block._pruneattn for block in pruned_blocks(model)]
+    if not settings:
         raise UserError(f"{caller}: no block of this {type(model).__name__} prunes: call pruneattn.prune first")
-    return prunings
+    return settings
 
 
-def _set_rates(prunings: list[BlockPruning], keep_rate: float | Sequence[float]) -> None:
-    for pruning, rate in zip(prunings, spread_keep_rate(keep_rate, len(prunings)), strict=True):
-        pruning.keep_rate = rate
+def _set_rates(model: nn.Module, settings: list[BlockSettings], keep_rate: float | Sequence[float]) -> None:
+    for own, rate in zip(settings, spread_keep_rate(keep_rate, len(settings)), strict=True):
+        own.keep_rate = rate
+    record(model)

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.optimize import PackedQKV
 from .block import BlockView
 from .checks import expect_heads, expect_linear, expect_parts
+from .packing import activate, add, has_parts
 from .trunk import Trunk
 
 _GRID_METHODS = ("forward_intermediates", "get_intermediate_layers")
@@ -55,6 +57,7 @@ class TimmBlock(BlockView):
     """Pre-norm block with packed queries, keys and values, and optional layer scale and norms within attention."""
 
     arguments = ("attn_mask", "is_causal")
+    joint_projection = "attn.qkv"
 
     @classmethod
     def check(cls, block: Any, path: str) -> None:
@@ -95,12 +98,15 @@ class TimmBlock(BlockView):
         start = "qkv".index(parts) * inner
         rows = slice(start, start + len(parts) * inner)
         plain = type(qkv) is nn.Linear and not qkv._forward_pre_hooks and not qkv._forward_hooks
-        if plain and parts != "qkv":
-            packed = F.linear(x, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
+        if isinstance(qkv, PackedQKV):
+            projected = qkv.project(x, parts)
+        elif plain and parts != "qkv":
+            projected = [F.linear(x, qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])]
         else:  # a wrapped (LoRA) or hooked layer computes more than its weight does
-            packed = qkv(x)[..., rows]
+            projected = [qkv(x)[..., rows]]
+        views = [view for packed in projected for view in self.split_heads(packed)]
         norms = {"q": "q_norm", "k": "k_norm"}
-        return [_apply(attn, norms.get(part), view) for part, view in zip(parts, self.split_heads(packed), strict=True)]
+        return [_apply(attn, norms.get(part), view) for part, view in zip(parts, views, strict=True)]
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         block, attn = self.block, self.block.attn
@@ -108,6 +114,15 @@ class TimmBlock(BlockView):
         x = x + _apply(block, "drop_path1", _apply(block, "ls1", y))
         y = block.mlp(block.norm2(x))
         return x + _apply(block, "drop_path2", _apply(block, "ls2", y))
+
+    def finish_packed(self, x: Tensor, attended: Tensor) -> Tensor:
+        block, attn, mlp = self.block, self.block.attn, self.block.mlp
+        x = add(x, attn.proj, _apply(attn, "norm", attended), getattr(block, "ls1", None))
+        y, scale = block.norm2(x), getattr(block, "ls2", None)
+        two_layers = has_parts(mlp, {"fc1", "act", "fc2"}, {"drop1", "norm", "drop2"})
+        if not two_layers or mlp.fc1.out_features != mlp.fc2.in_features:  # a gated MLP has the same parts
+            return add(x, mlp, y, scale)
+        return add(x, mlp.fc2, _apply(mlp, "norm", activate(mlp.fc1, mlp.act, y)), scale)
 
 
 def _apply(module: nn.Module, name: str | None, x: Tensor) -> Tensor:

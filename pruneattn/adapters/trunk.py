@@ -22,8 +22,11 @@ class Trunk:
         extra_tokens: number of tokens at the front that are not patches.
         class_token: whether the first extra token is a class token.
         guard: function that rejects the calls that a pruned model does not support.
-        unguard: function that undoes ``guard``.
+        unguard: function that undoes ``guard`` and ``guard_optimized``.
         prune_blocks: blocks that prune by default, from 0.
+        guard_optimized: function that rejects the calls that an optimized model does not support. Masks that the blocks
+            receive as arguments are supported.
+        module: the part of the model that runs the blocks; None for the module in which the family found them.
     """
 
     blocks: Sequence[nn.Module] | nn.ModuleList | nn.Sequential
@@ -34,3 +37,5 @@ class Trunk:
     guard: Callable[[], None] = lambda: None
     unguard: Callable[[], None] = lambda: None
     prune_blocks: Sequence[int] = PRUNE_BLOCKS
+    guard_optimized: Callable[[], None] = lambda: None
+    module: nn.Module | None = None

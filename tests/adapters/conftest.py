@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from pruneattn import ops
+from pruneattn.adapters import families
+from pruneattn.models.optimize import PackedLinear
 
 
 @pytest.fixture(scope="session")
@@ -135,3 +137,29 @@ def gradients():
         return {name: copy.copy(p.grad) for name, p in model.named_parameters()}
 
     return compute
+
+
+@pytest.fixture
+def make_subject(load_file, plain):
+    """``make_subject(kind, ...)``: a small model of a family, with its inputs; see ``subjects.py``."""
+    known = list(families._families)
+    subjects = load_file(Path(__file__).with_name("subjects.py"))
+    yield lambda kind, **arguments: subjects.make_subject(kind, randomize, load_file, plain, **arguments)
+    families._families[:] = known
+
+
+@pytest.fixture
+def packed():
+    """``packed(model)``: names of the packed layers."""
+    return lambda model: [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+
+
+@pytest.fixture
+def assert_close():
+    """``assert_close(given, expected)``: equal up to the rounding of float32."""
+
+    def check(given, expected):
+        assert given.shape == expected.shape and given.dtype == expected.dtype
+        assert (given - expected).norm() <= 1e-5 * expected.norm()
+
+    return check

@@ -13,7 +13,8 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 
-# Our name of a part: its names within a block in timm, in later versions of transformers 5, and in transformers 4.
+# Our name of a part: its names within a block in timm, in the AST of later versions of transformers 5, in the AST of
+# transformers 4, and in Whisper.
 TIMM = {"norm1": "norm1", "proj": "attn.proj", "norm2": "norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 LAYERS = {
     "norm1": "layernorm_before",
@@ -35,23 +36,35 @@ ENCODER = {
     "fc1": "intermediate.dense",
     "fc2": "output.dense",
 }
+WHISPER = {
+    "norm1": "self_attn_layer_norm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "proj": "self_attn.out_proj",
+    "norm2": "final_layer_norm",
+    "fc1": "fc1",
+    "fc2": "fc2",
+}
 
 
 def blocks_of(model):
     """List of dictionaries of the parameters of a model's blocks, ``"q.weight"`` and so on; ``ls1`` and ``ls2`` are
-    1 where the model has no layer scale, ``q_norm.weight`` is absent where queries are not normalized.
+    1 where the model has no layer scale, ``q_norm.weight`` is absent where queries are not normalized. A layer without
+    bias has the bias 0.
     """
     parameters = dict(model.named_parameters())
     found = [re.match(r"(.*?(blocks|layers|layer))\.(\d+)\.", name) for name in parameters]
     prefix = next(match[1] for match in found if match)
     depth = 1 + max(int(match[3]) for match in found if match)
     names = {"blocks": TIMM, "layers": LAYERS, "layer": ENCODER}[prefix.split(".")[-1]]
+    names = WHISPER if any(".self_attn." in name for name in parameters) else names
     blocks = []
     for i in range(depth):
         own = {name.removeprefix(f"{prefix}.{i}."): p for name, p in parameters.items() if f"{prefix}.{i}." in name}
         block = {}
         for kind in ("weight", "bias"):
-            block |= {f"{ours}.{kind}": own[f"{theirs}.{kind}"] for ours, theirs in names.items()}
+            block |= {f"{ours}.{kind}": own.get(f"{theirs}.{kind}", 0.0) for ours, theirs in names.items()}
             if names is TIMM:
                 for part, rows in zip("qkv", own[f"attn.qkv.{kind}"].chunk(3), strict=True):
                     block[f"{part}.{kind}"] = rows

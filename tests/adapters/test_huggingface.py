@@ -1,5 +1,6 @@
 import copy
 import inspect
+import json
 import pickle
 
 import pytest
@@ -186,7 +187,7 @@ def test_masks_are_rejected(make, spectrograms):
     pruneattn.prune(model, 0.5, BLOCKS)
     mask = torch.ones(2, 14) if name == "attention_mask" else torch.ones(HEADS)
     for arguments, named in (((mask,), {}), ((), {name: mask})):
-        with pytest.raises(pruneattn.UserError, match=f"{name}: a pruned model takes no masks"):
+        with pytest.raises(pruneattn.UserError, match=f"{name}: a pruned or optimized model takes no masks"):
             model(spectrograms, *arguments, **named)
     expected = model(spectrograms).pooler_output
     assert torch.equal(model(spectrograms, None).pooler_output, expected)
@@ -232,10 +233,12 @@ def test_saved_and_loaded(make, spectrograms, tmp_path):
     model.save_pretrained(tmp_path / "before")
     expected = pruneattn.prune(model, RATES, BLOCKS)(spectrograms).logits
     model.save_pretrained(tmp_path / "after")
-    assert (tmp_path / "after/config.json").read_text() == (tmp_path / "before/config.json").read_text()
+    before, after = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("before", "after"))
+    assert after.pop("pruneattn") == {"keep_rate": list(RATES), "blocks": list(BLOCKS), "score": "cls"}
+    assert after == before
     loaded = type(model).from_pretrained(tmp_path / "after").eval().double()
     assert torch.equal(loaded(spectrograms).logits, dense)
-    assert torch.equal(pruneattn.prune(loaded, RATES, BLOCKS)(spectrograms).logits, expected)
+    assert torch.equal(pruneattn.prune(loaded, **loaded.config.pruneattn)(spectrograms).logits, expected)
     loaded.load_state_dict(model.state_dict())
 
 

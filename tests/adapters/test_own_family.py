@@ -16,9 +16,9 @@ KEEP_RATES, BLOCKS, HEADS, DIM = (0.6, 0.5), (1, 2), 3, 24
 
 @pytest.fixture(scope="module")
 def example(load_file):
-    known = list(adapters._families)
+    known = list(adapters.families._families)
     yield load_file(EXAMPLE)
-    adapters._families[:] = known
+    adapters.families._families[:] = known
 
 
 @pytest.fixture
@@ -142,13 +142,13 @@ def test_families_are_tried_in_order(plain_vit, make):
         asked.append(type(model).__name__)
 
     try:
-        assert adapters.register_family(first) is first and adapters._families.count(first) == 1
+        assert adapters.register_family(first) is first and adapters.families._families.count(first) == 1
         pruneattn.prune(plain_vit, 0.5, (1,))
         assert asked[0] == "PlainViT"
         with pytest.raises(UserError, match="register_family"):
             pruneattn.prune(nn.Linear(3, 3))
     finally:
-        adapters._families.remove(first)
+        adapters.families._families.remove(first)
 
 
 def test_script(example, capsys):

@@ -59,7 +59,7 @@ def test_a_family_can_have_its_own_default_blocks(plain_vit, tokens):
         assert counts(pruneattn.prune(plain_vit, 0.5), tokens) == [11, 6, 6, 6]
         assert counts(pruneattn.prune(plain_vit, 0.5, (2,)), tokens) == [11, 11, 6, 6]
     finally:
-        adapters._families.remove(find)
+        adapters.families._families.remove(find)
 
 
 def test_the_score_decides(plain_vit, tokens):

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 import pruneattn
 from pruneattn import UserError, optimize_for_inference
-from pruneattn.models.optimize import PackedLinear, can_pack
+from pruneattn.models import optimize
+from pruneattn.models.optimize import PackedLinear, PackedQKV, can_pack
 
 FAMILIES = ["audiomae", "ast"]
 SCORES = ["column_mean", "cls", "intensity", "variation", "random"]
@@ -103,8 +104,10 @@ def test_a_copy_has_its_own_keep_rate(make_model):
 
 
 def test_unsupported_uses_are_rejected(make_model):
-    with pytest.raises(UserError, match="expected a model created by pruneattn.create_model, got Linear"):
+    with pytest.raises(UserError, match="optimize_for_inference: Linear has no known list of blocks"):
         optimize_for_inference(torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="expected a model created by pruneattn.create_model, got Linear"):
+        optimize.optimize_for_inference(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
         optimize_for_inference(make_model("ast"), torch.float16)
     fast = optimize_for_inference(make_model("ast"))
@@ -115,8 +118,9 @@ def test_unsupported_uses_are_rejected(make_model):
         fast(torch.randn(1, 128, 128, requires_grad=True))
     fbank = torch.randn(1, 128, 128)
     expected = fast(fbank)
-    with pytest.raises(UserError, match="cannot be moved or cast: move or cast it first"):
-        fast.double()
+    for part in (fast, fast.blocks, fast.blocks[1], fast.blocks[1].attn, fast.blocks[1].mlp.fc1):
+        with pytest.raises(UserError, match="cannot be moved or cast: move or cast it first"):
+            part.double()
     for holder in (fast, torch.nn.ModuleDict({"m": fast})):
         names = {name: torch.zeros_like(tensor) for name, tensor in holder.state_dict().items()}
         with pytest.raises(UserError, match="accepts no new weights: load them first"):
@@ -125,6 +129,46 @@ def test_unsupported_uses_are_rejected(make_model):
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match=message):
         fast(fbank)
     assert torch.equal(fast(fbank), expected)
+
+
+def test_layers_with_hooks_stay_as_they_are(make_model):
+    model, fbank = make_model("ast", keep_rate=0.5), torch.randn(2, 128, 128)
+    for layer in (model.blocks[0].mlp.fc1, model.blocks[1].attn.proj, model.blocks[2].attn.qkv):
+        layer.register_forward_hook(lambda module, args, output: output / 2)
+    with torch.no_grad():
+        expected = model(fbank)
+        torch.testing.assert_close(optimize_for_inference(model)(fbank), expected, rtol=1e-4, atol=1e-5)
+    assert len(packed(model)) == 4 * 10 + 3 - 3
+
+
+@pytest.mark.slow
+def test_compiled_models_run_packed_layers(make_model):
+    torch._dynamo.reset()
+    fast = optimize_for_inference(make_model("ast", keep_rate=0.5, depth=4, prune_blocks=(1,)))
+    fbank = torch.randn(2, 128, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(fast, backend="eager")(fbank), fast(fbank))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_equal_linear_layers(bias):
+    linear, x, residual = torch.nn.Linear(24, 36, bias), torch.randn(2, 5, 24), torch.randn(2, 36, 5).transpose(1, 2)
+    layer = PackedLinear.of(linear)
+    assert PackedLinear.of(layer) is layer and list(layer.state_dict()) == list(linear.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), linear(x))
+        torch.testing.assert_close(layer.gelu(x), F.gelu(linear(x)))
+        torch.testing.assert_close(layer.add(x, residual), residual + linear(x))
+    joint = torch.nn.Linear(24, 3 * 12, bias)  # 12 channels each, of 24
+    for parts in (("qkv",), ("q", "kv"), ("q", "k", "v")):
+        layer = PackedQKV.of(joint, parts)
+        assert PackedQKV.of(layer, parts) is layer and tuple(PackedQKV.of(layer, ("qk", "v")).packed) == ("qk", "v")
+        state = layer.state_dict()
+        assert list(state) == list(joint.state_dict())
+        assert all(torch.equal(state[name], tensor) for name, tensor in joint.state_dict().items())
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), joint(x))
+            torch.testing.assert_close(torch.cat(layer.project(x, "kv"), -1), joint(x)[..., 12:])
 
 
 class OwnPruning(pruneattn.Pruning):
