@@ -1,12 +1,14 @@
 """timm's image models, unpruned and with ``pruneattn.prune``. (`bench_model.py` has the audio models.)"""
 
 import copy
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import torch
 
 import pruneattn
-from bench.harness import peers
+from bench.harness import engines, peers
 from bench.harness.case import Provider, Work, left_out
 from bench.harness.guards import TOLERANCE, check_close, check_same
 from bench.harness.subject import PRUNED_TOLERANCE
@@ -18,7 +20,7 @@ LEVELS = ("adapters",)
 PRUNE_BLOCKS = (3, 6, 9)
 
 
-def providers(case, sizes):
+def providers(case, sizes, folder):
     why_not = peers.why_not(peers.TIMM)
     if why_not:
         yield left_out("timm", why_not)
@@ -43,6 +45,13 @@ def providers(case, sizes):
             untouched = pruneattn.prune(copy.deepcopy(plain), 1.0, PRUNE_BLOCKS)
             same = partial(_check_untouched, plain, images)
             yield Provider("timm", partial(untouched, images), same, "pruneattn.prune", rate, work)
+            path = Path(folder, "dense.onnx")
+            write = partial(pruneattn.export_model, source, path, "onnx", example=images.float())
+            yield from engines.dense_providers(case, path, write, images, check, work)
+        if case.device == "cpu":
+            fast = pruneattn.optimize_for_inference(copy.deepcopy(model))
+            how = "optimized" if rate == 1 else "pruneattn.prune, optimized"
+            yield Provider("timm", partial(fast, images), check, how, rate, work)
         if sizes.compiles(case.batch) and (rate == 1 or sizes.all_ways):
             how = "compiled" if rate == 1 else "pruneattn.prune, compiled"
             yield Provider("timm", partial(peers.compiled(model, images), images), check, how, rate, work)
@@ -76,4 +85,5 @@ def _macs(model, keep_rate):
 
 
 def test_adapters(measure, case, sizes):
-    measure(case, list(providers(case, sizes)))
+    with tempfile.TemporaryDirectory() as folder:
+        measure(case, list(providers(case, sizes, folder)))

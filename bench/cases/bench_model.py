@@ -86,17 +86,10 @@ def dense(subject, sizes):
 
 
 def inference_engines(subject, folder):
-    """The unpruned model, exported as ONNX, in other engines."""
+    """The unpruned model in other engines."""
     path = Path(folder, "dense.onnx")
-    for engine in engines.ENGINES:
-        why_not = engines.why_not(engine, subject.case.device, subject.case.torch_dtype)
-        if why_not:
-            yield left_out(engine, why_not, keep_rate=1.0)
-            continue
-        if not path.exists():
-            pruneattn.export_model(subject.model, path, "onnx")
-        call = partial(engines.open_onnx(engine, path, subject.case.torch_dtype), subject.fbank)
-        yield Provider(engine, call, subject.check(), "ONNX", 1.0, subject.work())
+    write = partial(pruneattn.export_model, subject.model, path, "onnx")
+    return engines.dense_providers(subject.case, path, write, subject.fbank, subject.check(), subject.work())
 
 
 def published_attention(subject, sizes):
@@ -112,7 +105,7 @@ def published_attention(subject, sizes):
 
 
 def library_models(subject, sizes):
-    """The other library's model: eager, compiled, and with ``pruneattn.prune``."""
+    """The other library's model: eager, compiled, with ``pruneattn.prune``, and also with our packed layers."""
     name, make = peers.library_model(subject.model)
     why_not = peers.why_not(name)
     if why_not:
@@ -127,6 +120,13 @@ def library_models(subject, sizes):
         model = make(subject.plain)
         pruneattn.prune(model.model, rate, score=subject.model.score)
         yield Provider(name, partial(model, fbank), subject.check(rate), "pruneattn.prune", rate, subject.work(rate))
+    if subject.fast_backend == "optimized":
+        for rate in (1.0, *sizes.peer_rates):
+            model = make(subject.plain)
+            pruneattn.prune(model.model, rate, score=subject.model.score)
+            pruneattn.optimize_for_inference(model.model)
+            check, work = subject.check(rate), subject.work(rate)
+            yield Provider(name, partial(model, fbank), check, "pruneattn.prune, optimized", rate, work)
 
 
 def token_merging(subject, sizes):

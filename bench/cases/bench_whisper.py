@@ -88,16 +88,10 @@ def check_at(exact, mels, rate, dtype):
 
 
 def dense_engines(case, source, exact, mels, folder, variant):
-    """ONNX Runtime, OpenVINO and CTranslate2 on the unpruned encoder."""
+    """The unpruned encoder in ONNX Runtime, OpenVINO and CTranslate2."""
     path = Path(folder, "encoder.onnx")
-    for engine in engines.ENGINES:
-        why_not = engines.why_not(engine, case.device, case.torch_dtype)
-        if why_not:
-            yield left_out(engine, why_not, keep_rate=1.0)
-            continue
-        if not path.exists():
-            torch.onnx.export(exact, (mels.cpu(),), path, dynamo=True, external_data=False, verbose=False)
-        yield Provider(engine, partial(engines.open_onnx(engine, path, case.torch_dtype), mels), **variant)
+    write = partial(torch.onnx.export, exact, (mels.cpu(),), path, dynamo=True, external_data=False, verbose=False)
+    yield from engines.dense_providers(case, path, write, mels, variant["check"], variant["work"])
     why_not = engines.why_not(engines.CTRANSLATE2, case.device, case.torch_dtype)
     if why_not:
         yield left_out(engines.CTRANSLATE2, why_not, keep_rate=1.0)

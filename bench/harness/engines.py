@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from bench.harness.case import Case, Provider, Work, left_out
 
 ONNX_RUNTIME, OPENVINO, CTRANSLATE2 = "ONNX Runtime", "OpenVINO", "CTranslate2"
 #: The engines that run ONNX files.
@@ -30,6 +34,34 @@ def why_not(engine: str, device: str, dtype: torch.dtype) -> str:
     if dtype not in _PRECISIONS[engine]:
         return f"has no {str(dtype).removeprefix('torch.')} on a CPU"
     return ""
+
+
+def dense_providers(
+    case: Case,
+    path: Path,
+    write: Callable[[], object],
+    x: torch.Tensor,
+    check: Callable[[Any], None],
+    work: Work,
+) -> Iterator[Provider]:
+    """Providers of an unpruned model, exported as ONNX, in each engine.
+
+    Args:
+        case: the case.
+        path: the ONNX file.
+        write: writes the file in float32. It is called if an engine can run it.
+        x: input of the model.
+        check: check of the output.
+        work: work of a call.
+    """
+    for engine in ENGINES:
+        reason = why_not(engine, case.device, case.torch_dtype)
+        if reason:
+            yield left_out(engine, reason, keep_rate=1.0)
+            continue
+        if not path.exists():
+            write()
+        yield Provider(engine, partial(open_onnx(engine, path, case.torch_dtype), x), check, "ONNX", 1.0, work)
 
 
 def open_onnx(engine: str, path: Path, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
