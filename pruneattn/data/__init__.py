@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .catalog import DATASETS, DatasetInfo, load_dataset
 from .clips import Clip, ClipDataset
-from .decode import find_audio, load_audio
+from .decode import load_audio
 from .fbank import FeatureConfig, FeatureExtractor
 from .loader import Batch, collate, make_loader
+from .search import find_audio
 
 __all__ = [
     "DATASETS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 from ..constants import AUDIOSET_MEAN, AUDIOSET_STD
 from ..errors import UserError, unknown
 from . import readers
+from .class_folders import read_folder
 from .clips import ClipDataset
 from .fbank import samples_for
 from .toy import ToyDataset
@@ -67,7 +69,7 @@ as20k/
   class_labels_indices.csv           index,mid,display_name
   balanced_train_segments.csv        or an AST-style manifest, train.json
   eval_segments.csv                  or eval.json
-  any/folders/YTID.flac              audio files, any of wav flac ogg mp3""",
+  any/folders/YTID.flac              audio files in any format of libsndfile""",
         how_to_get="the CSVs from research.google.com/audioset/download.html; the clips only from YouTube",
         markers=(
             *readers.AUDIOSET_SEGMENTS.values(),
@@ -154,7 +156,7 @@ audio/a.wav                          relative to --data-dir, the manifest's fold
         **_AUDIOSET_STATS,
         multilabel=False,
         metric="top1",
-        splits="train/ val/ test/ if train/ exists; else by a hash of the file name, 80 : 10 : 10",
+        splits="train/ val/ test/ if these contain class folders; else by a hash of the file name, 80 : 10 : 10",
         layout="""\
 DIR/
   CLASS/any.wav                      or train/CLASS/any.wav, val/CLASS/any.wav, test/CLASS/any.wav""",
@@ -167,7 +169,7 @@ _READERS: dict[str, Callable[..., readers.Listing]] = {
     "spc2": readers.read_speech_commands,
     "esc50": readers.read_esc50,
     "voxceleb1": readers.read_voxceleb1,
-    "folder": readers.read_folder,
+    "folder": read_folder,
 }
 
 
@@ -200,7 +202,8 @@ def load_dataset(
         seed: ``toy`` only: seed of the clips.
 
     Returns:
-        ``ClipDataset``. Listed files that do not exist are left out with a warning, and listed in its ``missing``.
+        ``ClipDataset``. Listed files that do not exist are left out with a warning, and listed in its ``missing``. A
+        warning also counts other sound files that are left out, such as those in formats that cannot be decoded.
 
     Raises:
         UserError: the data does not exist, or one of its files cannot be used.
@@ -228,8 +231,11 @@ def load_dataset(
         listing = _READERS[name](where, split, **options)
     listed = len(listing.clips) + len(listing.missing)
     if not listing.clips:
-        first = f"; none of the {listed} listed files exists, the first is {listing.missing[0]}" if listed else ""
+        reasons = [f"none of the {listed} listed files exists, the first is {listing.missing[0]}"] if listed else []
+        first = "".join(f"; {reason}" for reason in (*reasons, *listing.notes))
         raise UserError(f"{name}: no clips for split {split} in {where}{first}. Expected:\n{info.layout}")
+    for note in listing.notes:
+        _warn(f"{name}: {note}")
     if listing.missing:
         _log.warning(
             "%s %s: %d of %d clips do not exist and are left out (the first: %s)",
@@ -242,6 +248,12 @@ def load_dataset(
     return ClipDataset(
         name, listing.clips, listing.labels, multilabel=listing.multilabel, missing=listing.missing, **cut
     )
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Log a warning once, although it applies to each split of a dataset."""
+    _log.warning(message)
 
 
 def dataset_info(name: str) -> DatasetInfo:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import stat
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from tqdm import tqdm
 
@@ -38,7 +40,7 @@ def fetch(name: str, folder: str | os.PathLike[str]) -> Path:
         Path of the folder of the dataset.
 
     Raises:
-        UserError: the download fails, or its content is wrong.
+        UserError: the download fails, its content is wrong, or the folder cannot be written to.
     """
     fetchers = {"spc2": _fetch_spc2, "esc50": _fetch_esc50}
     if name not in fetchers:
@@ -46,17 +48,22 @@ def fetch(name: str, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     target = folder / name
     if target.exists():
-        check = {"spc2": check_spc2, "esc50": check_esc50}[name]
-        check(target)
+        if lack := _lack(name, target):
+            raise UserError(f"{target}: {lack}; delete the folder and fetch it again")
         return target
-    folder.mkdir(parents=True, exist_ok=True)
     unpacked = folder / f".{name}.unpacking"  # on the same file system, so that one rename puts it in place
-    shutil.rmtree(unpacked, ignore_errors=True)
-    unpacked.mkdir()
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
+        unpacked.mkdir()
         archive, content = fetchers[name](folder, unpacked)
         os.replace(content, target)
         archive.unlink()
+    except OSError as error:  # a full disk, a file in place of a folder, no permission
+        raise UserError(
+            f"{error.filename or folder}: cannot write {name} ({error.strerror or error}); free some space or choose "
+            "another folder, and run the command again to resume"
+        ) from error
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
     return target
@@ -75,42 +82,37 @@ def _fetch_spc2(folder: Path, unpacked: Path) -> tuple[Path, Path]:
     os.symlink(archive.resolve(), unpacked / archive.name)  # the class looks here before it downloads
     SPEECHCOMMANDS(unpacked, download=True)
     content = unpacked / "SpeechCommands" / "speech_commands_v0.02"
-    check_spc2(content)
+    if lack := _lack("spc2", content):
+        raise UserError(f"{archive}: {lack}")
     return archive, content
 
 
 def _fetch_esc50(folder: Path, unpacked: Path) -> tuple[Path, Path]:
     """ESC-50 as an archive of GitHub. It has no published digest, so checksums and files of the content are checked."""
     archive = download(ESC50_URL, folder / "ESC-50-master.zip")
+    content = unpacked / "ESC-50-master"
     try:
         unzip(archive, unpacked)
-        content = unpacked / "ESC-50-master"
-        check_esc50(content)
-    except UserError:
+        if lack := _lack("esc50", content):
+            raise UserError(f"{archive}: {lack}")
+    except UserError as error:
         archive.unlink()  # the next attempt must not start with the same bad file
-        raise
+        raise UserError(f"{error}; the archive was deleted, run the command again to download it") from None
     return archive, content
 
 
-def check_spc2(folder: Path) -> None:
-    """Raise a ``UserError`` unless the folder has the 105,829 clips of Speech Commands v0.02 and its lists."""
-    lists = ["validation_list.txt", "testing_list.txt"]
-    _check_content(folder, "Speech Commands v0.02", SPEECH_COMMANDS, SPC2_CLIPS, lists)
-
-
-def check_esc50(folder: Path) -> None:
-    """Raise a ``UserError`` unless the folder has the 2000 clips of ESC-50 and its CSV."""
-    _check_content(folder, "ESC-50", ["audio"], ESC50_CLIPS, ["meta/esc50.csv"])
-
-
-def _check_content(folder: Path, name: str, clip_folders: Sequence[str], clips: int, lists: Sequence[str]) -> None:
+def _lack(name: str, folder: Path) -> str | None:
+    """What the folder of a dataset lacks of its clips and lists; None if it is complete."""
+    title, clip_folders, clips, lists = {
+        "spc2": ("Speech Commands v0.02", SPEECH_COMMANDS, SPC2_CLIPS, ["validation_list.txt", "testing_list.txt"]),
+        "esc50": ("ESC-50", ["audio"], ESC50_CLIPS, ["meta/esc50.csv"]),
+    }[name]
     there = [folder / part for part in clip_folders if (folder / part).is_dir()]
     count = sum(file.endswith(".wav") for part in there for file in os.listdir(part))
     absent = [file for file in lists if not (folder / file).is_file()]
-    if count != clips or absent:
-        without = "".join(f", no {file}" for file in absent)
-        found = f"{count} of {clips} clips{without}"
-        raise UserError(f"{folder}: {name} is incomplete: {found}; delete the folder and fetch it again")
+    if count == clips and not absent:
+        return None
+    return f"{title} is incomplete: {count} of {clips} clips" + "".join(f", no {file}" for file in absent)
 
 
 def download(url: str, path: str | os.PathLike[str], *, sha256: str | None = None, pause: float = 1.0) -> Path:
@@ -128,31 +130,43 @@ def download(url: str, path: str | os.PathLike[str], *, sha256: str | None = Non
     Raises:
         UserError: the server rejects the request, five attempts in a row make no progress, or the digest differs (then
             the file is deleted).
+        OSError: the file cannot be written.
     """
     path = Path(path)
     if path.exists():
         _check_digest(path, sha256, url)
         return path
     part = path.with_name(path.name + ".part")
-    failures = 0
+    failures, most = 0, _size(part)
     while True:
-        before = _size(part)
         try:
             _download_rest(url, part)
             break
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        except (urllib.error.HTTPError, ConnectionError) as error:
+            reason = _reason(error)
             if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                raise UserError(f"{url}: the server answers {error.code} {error.reason}") from None
-            failures = 1 if _size(part) > before else failures + 1
+                raise UserError(f"{url}: {reason}") from None
+            have = _size(part)
+            failures = 1 if have > most else failures + 1
+            most = max(most, have)
             if failures == _ATTEMPTS:
-                raise UserError(
-                    f"{url}: the download failed ({getattr(error, 'reason', error)}); {_size(part)} bytes are in "
-                    f"{part}, run the command again to resume"
-                ) from None
+                kept = f"{have} bytes are in {part}, run the command again to resume" if have else "try again later"
+                raise UserError(f"{url}: the download failed ({reason}); {kept}") from None
             time.sleep(pause * 2 ** (failures - 1))
     _check_digest(part, sha256, url)
     os.replace(part, path)
     return path
+
+
+def _reason(error: Exception) -> str:
+    """An error of the connection or of the server as one line."""
+    if isinstance(error, urllib.error.HTTPError):
+        text = f"the server answers {error.code} {error.reason}"
+    elif isinstance(error, http.client.HTTPException) and not isinstance(error, ConnectionError):
+        text = f"the answer is not valid HTTP: {type(error).__name__}: {error}"
+    else:
+        text = str(getattr(error, "reason", error)) or type(error).__name__
+    return " ".join(text.split())[:300]
 
 
 def _size(path: Path) -> int:
@@ -170,11 +184,17 @@ def _check_digest(path: Path, sha256: str | None, url: str) -> None:
 
 
 def _download_rest(url: str, part: Path) -> None:
-    """Append the missing bytes to ``part``. Raise ``ConnectionError`` if the server stops before the end."""
+    """Append the missing bytes to ``part``.
+
+    Raises:
+        ConnectionError: the connection or the answer is broken, or ends before the end of the file.
+        urllib.error.HTTPError: the server rejects the request.
+        UserError: the address, or one that the server redirects to, cannot be used.
+        OSError: ``part`` cannot be written.
+    """
     have = _size(part)
-    headers = {"User-Agent": "pruneattn", **({"Range": f"bytes={have}-"} if have else {})}
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
+        response = _open(url, have)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:
             raise
@@ -183,30 +203,80 @@ def _download_rest(url: str, part: Path) -> None:
         part.unlink()  # longer than the file on the server, so another file
         raise ConnectionError("the server's file has changed") from None
     with response:
-        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        start = have if resumed else 0
-        left = response.headers.get("Content-Length")
-        total = start + int(left) if left else None
+        if response.status == 206:
+            piece = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+            if piece is None or int(piece[1]) != have:
+                part.unlink(missing_ok=True)
+                raise ConnectionError("the server sent another part of the file than requested")
+            start, total = have, None if piece[2] == "*" else int(piece[2])
+        else:
+            start, total = 0, response.length  # None if the server does not say it, or not as a number
         with (
-            open(part, "ab" if resumed else "wb") as file,
+            open(part, "ab" if start else "wb") as file,
             tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True, disable=None) as progress,
         ):
             while chunk := _read(response):
                 file.write(chunk)
                 progress.update(len(chunk))
-            if total is not None and file.tell() < total:
-                raise ConnectionError(f"received {file.tell()} of {total} bytes")
+            size = file.tell()
+        if size == 0 or (total is not None and size != total):
+            if total is not None and size > total:
+                part.unlink()
+            raise ConnectionError(f"received {size} of {total or 'an unknown number of'} bytes")
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirections to http and https only; urllib would also follow one to ftp."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not newurl.lower().startswith(("http://", "https://")):
+            raise urllib.error.HTTPError(newurl, code, f"{msg}: a redirection to {newurl}", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _open(url: str, have: int) -> http.client.HTTPResponse:
+    """Request the file from byte ``have`` on. Raises the errors of ``_download_rest``."""
+    headers = {"User-Agent": "pruneattn", **({"Range": f"bytes={have}-"} if have else {})}
+    try:
+        response = urllib.request.build_opener(_Redirects).open(
+            urllib.request.Request(url, headers=headers), timeout=30
+        )
+    except urllib.error.HTTPError:
+        raise
+    except (ValueError, http.client.InvalidURL) as error:  # urllib checks neither redirections nor proxy variables
+        raise UserError(
+            f"{url}: this address, or one that the server redirects to, or a proxy variable cannot be used: "
+            f"{_reason(error)}"
+        ) from None
+    except (OSError, http.client.HTTPException) as error:  # of the connection: also of TLS, and a timeout
+        raise ConnectionError(_reason(error)) from None
+    if response.status not in (200, 203, 206):  # others have no content
+        with response:
+            raise urllib.error.HTTPError(url, response.status, response.reason, response.headers, None)
+    return response
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read1(_CHUNK)
-    except OSError as error:  # of the connection, distinguished from an error of the disk
-        raise ConnectionError(str(error)) from None
+    except (OSError, http.client.HTTPException) as error:  # of the connection, distinguished from an error of the disk
+        raise ConnectionError(_reason(error)) from None
+
+
+# Errors of the disk while unpacking. Others, such as "not a directory", come from the names in the archive.
+_DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.EMFILE, errno.ENFILE),
+}
 
 
 def unzip(archive: Path, folder: Path) -> None:
-    """Unpack a zip file below ``folder``. Links and entries outside of it are rejected before anything is written."""
+    """Unpack a zip file below ``folder``. Links and entries outside of it are rejected before anything is written.
+
+    Raises:
+        UserError: the archive is damaged or not safe.
+        OSError: the disk is full or cannot be written.
+    """
     try:
         with zipfile.ZipFile(archive) as content:
             entries = content.infolist()
@@ -217,5 +287,9 @@ def unzip(archive: Path, folder: Path) -> None:
                     raise UserError(f"{archive}: rejected because of an unsafe entry: {entry.filename}")
             for entry in tqdm(entries, desc=f"unpacking {Path(archive).name}", unit="file", disable=None):
                 content.extract(entry, folder)  # checks the entry's CRC
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{archive}: a damaged zip file ({error}); download it again") from None
+    except UserError:
+        raise
+    except Exception as error:  # damage can lead to any error of zipfile, of a decompressor or of a file name
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise
+        raise UserError(f"{archive}: a damaged zip file ({_reason(error)})") from None

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import posixpath
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
 from .clips import Clip
-from .decode import find_audio
+from .decode import load_audio
 from .manifest import csv_rows, csv_table, here_or_below, list_folders, read_label_csv, read_manifest, read_text
+from .search import count_suffixes, search_audio
 
 # The class order of the published Speech Commands classifiers, so that their heads can be used.
 SPEECH_COMMANDS = [
@@ -62,6 +64,12 @@ AUDIOSET_MANIFESTS = {
     "eval": ("eval_data.json", "eval.json", "test.json"),
 }
 AUDIOSET_SEGMENTS = {"train": "balanced_train_segments.csv", "eval": "eval_segments.csv"}
+# Words in the names of the folders that downloaders make for each part.
+_SPLIT_WORDS = {
+    "train": {"balanced", "bal", "train", "training"},
+    "eval": {"eval", "evaluation", "test", "testing", "val", "valid", "validation"},
+    "unbalanced": {"unbalanced", "unbal"},
+}
 
 
 class Listing(NamedTuple):
@@ -71,6 +79,7 @@ class Listing(NamedTuple):
     labels: list[str]  # display name of each class
     missing: list[str]  # listed files that do not exist
     multilabel: bool
+    notes: Sequence[str] = ()  # what was left out for another reason than that it does not exist
 
 
 def read_manifest_set(
@@ -119,9 +128,13 @@ def read_audioset(root: Path, split: str, *, label_csv: str | Path | None = None
             return read_manifest_set(root / name, label_csv=label_csv, root=root, multilabel=True)
     numbers, names = read_label_csv(label_csv)
     segments = root / AUDIOSET_SEGMENTS[part]
-    files = {path.stem: path for path in find_audio(root)}
+    found = search_audio(root)
+    files = _by_stem(found.clips)
+    unsupported = _by_stem(found.unsupported)
     clips: list[Clip] = []
     missing: list[str] = []
+    foreign: list[Path] = []  # in formats that libsndfile cannot decode
+    doubles: list[list[Path]] = []  # files of one clip, the one that is used first
     for line, row in csv_rows(segments, "segment list", skipinitialspace=True):
         if row[0].startswith("#"):
             continue
@@ -135,12 +148,65 @@ def read_audioset(root: Path, split: str, *, label_csv: str | Path | None = None
         unknown = [mid for mid in labels if mid not in numbers]
         if unknown:
             raise UserError(f"{where}: label {unknown[0]} of clip {ytid} is not in {label_csv}")
-        file = next((files[stem] for stem in stems if stem in files), None)
-        if file is None:
+        of_clip = [path for stem in stems for path in files.get(stem, ())]
+        if not of_clip:
             missing.append(ytid)
-        else:
-            clips.append(Clip(file, tuple(sorted({numbers[mid] for mid in labels}))))
-    return Listing(clips, names, missing, True)
+            foreign += [path for stem in stems for path in unsupported.get(stem, ())][:1]
+            continue
+        if len(of_clip) > 1:
+            of_clip = _best_first(of_clip, root, part)
+            doubles.append(of_clip)
+        clips.append(Clip(of_clip[0], tuple(sorted({numbers[mid] for mid in labels}))))
+    return Listing(clips, names, missing, True, _notes(foreign, doubles))
+
+
+def _by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = {}
+    for path in paths:
+        files.setdefault(path.stem, []).append(path)
+    return files
+
+
+def _best_first(paths: list[Path], root: Path, part: str) -> list[Path]:
+    """Order the files of one clip: in a folder of its split first, in one of another split last.
+
+    The first file that can be decoded is moved to the front.
+    """
+
+    def distance(path: Path) -> int:
+        words = {*re.split(r"[^a-z]+", path.parent.relative_to(root).as_posix().lower())}
+        parts = {name for name, known in _SPLIT_WORDS.items() if words & known}
+        return 0 if parts == {part} else 2 if parts else 1
+
+    paths = sorted(paths, key=distance)  # stable: then by the form of the file name, then by path
+    best = next((number for number, path in enumerate(paths) if _can_decode(path)), 0)
+    return [paths.pop(best), *paths]
+
+
+def _can_decode(path: Path) -> bool:
+    try:
+        load_audio(path)
+    except Exception:  # any error means that another file is better
+        return False
+    return True
+
+
+def _notes(foreign: Sequence[Path], doubles: Sequence[Sequence[Path]]) -> list[str]:
+    notes = []
+    if foreign:
+        notes.append(
+            f"of the missing clips, {len(foreign)} have a file in a format that libsndfile cannot decode "
+            f"({count_suffixes(foreign)}; the first: {foreign[0]}); convert them, for example with: "
+            f"ffmpeg -i in{foreign[0].suffix} out.flac"
+        )
+    if doubles:
+        used, *rest = doubles[0]
+        have = "clip has" if len(doubles) == 1 else "clips have"
+        notes.append(
+            f"{len(doubles)} {have} more than one file; files in the folder of the split and files that can be decoded "
+            f"are preferred (the first: {used} is used, {', '.join(map(str, rest))} not)"
+        )
+    return notes
 
 
 def _segment_stems(ytid: str, start: float, end: float) -> list[str]:
@@ -152,22 +218,28 @@ def _segment_stems(ytid: str, start: float, end: float) -> list[str]:
 
 def read_speech_commands(root: Path, split: str) -> Listing:
     """Read Speech Commands v0.02: validation_list.txt is val, testing_list.txt is test, all other clips are train."""
-    listed = {}
+    listed: dict[str, list[str]] = {}
+    notes: list[str] = []
+    numbers = {word: number for number, word in enumerate(SPEECH_COMMANDS)}
+    there = {f"{word}/{path.name}" for word in SPEECH_COMMANDS for path in (root / word).glob("*.wav")}
+    # Both lists are read for each split: a clip that is held out must not be in the training set.
     for part, name in (("val", "validation_list.txt"), ("test", "testing_list.txt")):
         lines = read_text(root / name, "list of clips").splitlines()
-        listed[part] = sorted({line.strip() for line in lines if line.strip()})
-    if split == "train":
-        held_out = {*listed["val"], *listed["test"]}
-        there = (f"{path.parent.name}/{path.name}" for word in SPEECH_COMMANDS for path in (root / word).glob("*.wav"))
-        wavs = sorted(set(there) - held_out)
-    else:
-        wavs = listed[split]
-    numbers = {word: number for number, word in enumerate(SPEECH_COMMANDS)}
-    for wav in wavs:
-        if wav.split("/")[0] not in numbers:
-            raise UserError(f"{root}: {wav} in the lists is not one of the 35 words; is this Speech Commands v0.02?")
+        # Lists may be written on Windows, or by `find .`.
+        listed[part] = sorted({posixpath.normpath(line.strip().replace("\\", "/")) for line in lines if line.strip()})
+        for wav in listed[part]:
+            if wav.split("/")[0] not in numbers:
+                raise UserError(
+                    f"{root}: {wav} in the lists is not one of the 35 words; is this Speech Commands v0.02?"
+                )
+        absent = [wav for wav in listed[part] if wav not in there]
+        if absent and split != part:
+            notes.append(
+                f"{len(absent)} of {len(listed[part])} entries of {root / name} match no file (the first: {absent[0]})"
+            )
+    wavs = sorted(there - {*listed["val"], *listed["test"]}) if split == "train" else listed[split]
     entries = [(root / wav, numbers[wav.split("/")[0]]) for wav in wavs]
-    return _listing(entries, SPEECH_COMMANDS)
+    return _listing(entries, SPEECH_COMMANDS)._replace(notes=notes)
 
 
 def read_esc50(root: Path, split: str, *, fold: int = 1) -> Listing:
@@ -220,43 +292,6 @@ def read_voxceleb1(root: Path, split: str) -> Listing:
             file = next((folder / wav for folder in folders if os.path.isfile(folder / wav)), folders[0] / wav)
             entries.append((file, numbers[speaker]))
     return _listing(entries, labels)
-
-
-def read_folder(root: Path, split: str) -> Listing:
-    """Read a folder with one folder per class.
-
-    The class folders are below ``train/``, ``val/`` and ``test/`` if a ``train`` folder exists. Otherwise the split of
-    each file depends on a hash of ``class/file name``: 80 % train, 10 % val, 10 % test. It does not change when files
-    are added.
-    """
-    split_root = root / split if (root / "train").is_dir() else root
-    if not split_root.is_dir():
-        raise UserError(
-            f"{root} has train/ but no {split}/; add it, or put the class folders directly into {root} "
-            "for a split of 80 : 10 : 10"
-        )
-    class_root = root / "train" if split_root != root else root
-    labels = sorted(path.name for path in class_root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    for label in labels:
-        if label.encode(errors="ignore") != os.fsencode(label):
-            raise UserError(
-                f"{class_root / label}: the name of the folder is not UTF-8, but labels are text; rename it"
-            )
-    if split_root != root:
-        strangers = {p.name for p in split_root.iterdir() if p.is_dir() and not p.name.startswith(".")} - {*labels}
-        if strangers:
-            raise UserError(f"{split_root}: class {min(strangers)} has no folder in {class_root}")
-    entries = []
-    for number, label in enumerate(labels):
-        for path in find_audio(split_root / label) if (split_root / label).is_dir() else ():
-            if split_root != root or _hash_split(path.relative_to(root).as_posix()) == split:
-                entries.append((path, number))
-    return _listing(entries, labels)
-
-
-def _hash_split(name: str) -> str:
-    place = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") % 10
-    return "test" if place == 9 else "val" if place == 8 else "train"
 
 
 def _first_file(root: Path, names: Sequence[str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -18,14 +19,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data import find_audio, load_audio
+from ..data import load_audio
 from ..data.decode import decoding_error
 from ..data.manifest import csv_table, here_or_below, list_folders, read_entries, read_text
+from ..data.search import left_out, search_audio, unsupported_reason
 from ..errors import UserError
 from ..files import TEXT
 
 # Decoded samples that may wait for the model, 17 minutes or 64 MB; but at least one clip for each process.
 _WAITING = 1 << 24
+# Lists that other programs write, by suffix.
+_OTHER_LISTS = {
+    **dict.fromkeys((".scp", ".ark"), "a file of Kaldi"),
+    **dict.fromkeys((".jsonl", ".ndjson"), "JSON lines"),
+    **dict.fromkeys((".tsv", ".tab"), "a table with tabs between the columns"),
+    **dict.fromkeys((".lst", ".list", ".flist", ".m3u", ".m3u8", ".pls"), "a list of files"),
+    **dict.fromkeys((".yaml", ".yml", ".toml", ".xml"), "a structured text file"),
+    **dict.fromkeys((".parquet", ".arrow", ".feather", ".pkl", ".npy", ".npz", ".xlsx", ".xls", ".ods"), "a table"),
+}
+_log = logging.getLogger(__name__)
 
 
 class Decoded(NamedTuple):
@@ -49,7 +61,11 @@ def find_clips(
             parent, and those on standard input to the current folder.
 
     Returns:
-        ``(paths, failed)``: list of paths, and list of ``(path, reason)`` of inputs without usable clips.
+        ``(paths, failed)``: list of paths, and list of ``(path, reason)`` of inputs without usable clips and of the
+        sound files in folders that libsndfile cannot decode.
+
+    Raises:
+        UserError: a list cannot be read, is empty or has another format.
     """
     paths: dict[str, None] = {}
     failed: list[tuple[str, str]] = []
@@ -57,9 +73,13 @@ def find_clips(
         suffix = Path(given).suffix.lower()
         if os.path.isdir(given):
             unreadable: list[OSError] = []
-            found = [str(path) for path in find_audio(given, onerror=unreadable.append)]
+            search = search_audio(given, onerror=unreadable.append)
+            found = [str(path) for path in search.clips]
             failed += [(str(error.filename), f"cannot be read: {error.strerror}") for error in unreadable]
-            if not found and not unreadable:
+            failed += [(str(path), unsupported_reason(path)) for path in search.unsupported]
+            for note in left_out(search._replace(unsupported=[])):
+                _log.warning("%s: %s", given, note)
+            if not found and not unreadable and not search.unsupported:
                 failed.append((str(given), "this folder contains no audio files"))
         elif str(given) == "-":
             names = _lines(os.fsdecode(sys.stdin.buffer.read()))
@@ -67,6 +87,12 @@ def find_clips(
         elif suffix in _READERS:
             file = here_or_below(data_dir, given)
             found = _located(_READERS[suffix](file), list_folders(file, data_dir), file)
+        elif suffix in _OTHER_LISTS:
+            raise UserError(
+                f"{given}: {_OTHER_LISTS[suffix]} ({suffix}), not a sound file or a list of clips that can be read; "
+                "write the paths of the clips into a .txt file with one path in each line, or a .csv file with a "
+                "column named path"
+            )
         else:
             found = [str(given)]  # decoding reports a missing or damaged file
         paths.update(dict.fromkeys(found))
@@ -74,9 +100,9 @@ def find_clips(
         try:
             path.encode()
         except UnicodeEncodeError:  # JSON and Parquet could not hold the name
-            failed.append((path.encode(**TEXT).decode(), "the file name is not UTF-8: rename the file"))
+            failed.append((path, "the file name is not UTF-8: rename the file"))
             del paths[path]
-    return list(paths), failed
+    return list(paths), [(path.encode(**TEXT).decode(), reason) for path, reason in failed]
 
 
 def decode(path: str) -> Decoded:
@@ -171,7 +197,8 @@ def _text_paths(path: Path) -> list[str]:
 def _csv_paths(path: Path) -> list[str]:
     columns, rows = csv_table(path, "list of clips")
     if "path" not in columns:
-        raise UserError(f"{path}, line 1: a CSV list of clips needs a column named path")
+        found = ", ".join(repr(column) for column in columns[:5]) or "nothing"
+        raise UserError(f"{path}, line 1: a CSV list of clips needs a column named path, between commas; found {found}")
     return [row["path"] for _, row in rows if row.get("path", "").strip()]
 
 

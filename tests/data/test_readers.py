@@ -81,6 +81,25 @@ def test_speech_commands_with_missing_files(spc2, caplog):
         load_dataset("spc2", "train", data_dir=spc2)
 
 
+@pytest.mark.parametrize("form", [".\\{0}\\{1}", "./{0}/{1}", "{0}\\{1}", " {0}//{1}\r", "{0}/../{0}/{1}"])
+def test_speech_commands_with_lists_of_other_programs(spc2, form):
+    before = {split: load_dataset("spc2", split, data_dir=spc2).clips for split in ("train", "val", "test")}
+    for name in ("validation_list.txt", "testing_list.txt"):
+        lines = (spc2 / name).read_text().splitlines()
+        text(spc2 / name, "".join(form.format(*line.split("/")) + "\n" for line in lines))
+    assert {split: load_dataset("spc2", split, data_dir=spc2).clips for split in before} == before
+
+
+def test_speech_commands_with_lists_that_match_no_file(spc2, caplog):
+    text(spc2 / "testing_list.txt", "yes/0a_nohash_2.wav\nbed/0A_NOHASH_2.WAV\nyes/0a_nohash_1\n")
+    assert len(load_dataset("spc2", "train", data_dir=spc2)) == 69
+    assert "spc2: 2 of 3 entries of " in caplog.text and "bed/0A_NOHASH_2.WAV)" in caplog.text
+    for entry in ("/data/yes/0a_nohash_2.wav", "speech_commands/yes/0a_nohash_2.wav", "C:\\yes\\0a_nohash_2.wav"):
+        text(spc2 / "testing_list.txt", entry + "\n")
+        with pytest.raises(UserError, match="in the lists is not one of the 35 words"):
+            load_dataset("spc2", "train", data_dir=spc2)
+
+
 # ESC-50
 
 
@@ -208,6 +227,45 @@ def test_audioset_prefers_a_manifest_to_segments(audioset):
     text(other, '{"data": [{"wav": "eval/Yevalevaleva.wav", "labels": "/m/a"}]}')
     dataset = load_dataset("as20k", data_dir=audioset, manifest=other)
     assert listing(dataset) == {("Yevalevaleva.wav", "Speech")} and dataset.multilabel
+
+
+@pytest.mark.parametrize(
+    ("files", "best"),
+    [
+        (["balanced/{}.flac", "eval/{}.flac", "unbalanced/{}.flac"], "balanced/{}.flac"),
+        (["audio/{}.wav", "eval/{}.wav"], "audio/{}.wav"),
+        (["balanced_train_segments/{}_0.wav", "eval_segments/{}.wav"], "balanced_train_segments/{}_0.wav"),
+        (["bal_train/{}.wav", "unbal_train/{}.wav"], "bal_train/{}.wav"),
+        (["{}.flac", "{}.wav"], "{}.flac"),
+        (["train/{}.flac", "train/Y{}.wav"], "train/{}.flac"),
+    ],
+)
+def test_audioset_prefers_files_of_the_split(audioset, caplog, files, best):
+    """In any order of the paths."""
+    ytid = "twicetwice_"
+    text(audioset / "balanced_train_segments.csv", f'{ytid}, 0.000, 10.000, "/m/a"\n')
+    files, best = [audioset / name.format(ytid) for name in files], audioset / best.format(ytid)
+    for path in files:
+        sound(path)
+    assert [clip.path for clip in load_dataset("as20k", data_dir=audioset).clips] == [best]
+    assert "as20k: 1 clip has more than one file" in caplog.text and f"(the first: {best} is used, " in caplog.text
+    assert all(str(path) in caplog.text for path in files)
+    best.write_bytes(b"damaged")  # then the best of the others
+    (clip,) = load_dataset("as20k", data_dir=audioset).clips
+    assert clip.path in {*files} - {best}
+    for path in files:
+        path.write_bytes(b"damaged")
+    assert [clip.path for clip in load_dataset("as20k", data_dir=audioset).clips] == [best]
+
+
+def test_audioset_in_formats_that_cannot_be_decoded(audioset, caplog):
+    (audioset / "_nothere_1_.m4a").touch()
+    (audioset / "unrelated.m4a").touch()
+    assert load_dataset("as20k", data_dir=audioset).missing == ["_nothere_1_"]
+    assert (
+        "of the missing clips, 1 have a file in a format that libsndfile cannot decode (1 .m4a; the first:"
+        in caplog.text
+    )
 
 
 def test_audioset_rejects_invalid_segments(audioset):

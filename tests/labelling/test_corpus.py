@@ -96,6 +96,34 @@ def test_standard_input(tree, monkeypatch):
     assert find_clips(["-"]) == (["0.wav", "ä.wav"], [])
 
 
+def test_sound_that_cannot_be_decoded_is_a_failure(tree):
+    for name in ("b.m4a", "a.WMA", "c.txt", "d.jpg"):
+        (tree / "audio" / name).touch()
+    paths, failed = find_clips([tree / "audio"])
+    assert paths == clips_of(tree) and [path for path, _ in failed] == [
+        str(tree / "audio" / "a.WMA"),
+        str(tree / "audio" / "b.m4a"),
+    ]
+    assert "cannot decode .m4a files; convert it, for example with: ffmpeg -i in.m4a out.flac" in failed[1][1]
+    (tree / "lists" / "only.aac").touch()
+    assert [path for path, _ in find_clips([tree / "lists"])[1]] == [str(tree / "lists" / "only.aac")]
+
+
+def test_hidden_sound_is_reported(tree, caplog):
+    (tree / "audio" / "@eaDir").mkdir()
+    for name in (".a.wav", "@eaDir/b.wav", "._0.wav"):
+        (tree / "audio" / name).touch()
+    assert find_clips([tree / "audio"]) == (clips_of(tree), [])
+    assert f"{tree / 'audio'}: left out 2 sound files with a hidden name or in a hidden folder" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are not bytes there")
+def test_names_of_failures_are_text(tree):
+    (tree / "audio" / os.fsdecode(b"\xff.m4a")).touch()
+    ((name, _),) = find_clips([tree / "audio"])[1]
+    assert name.endswith("\\udcff.m4a")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are not bytes there")
 def test_a_name_that_is_not_utf8_is_a_failure(tree):
     (tree / "audio" / os.fsdecode(b"\xff.wav")).touch()
@@ -142,6 +170,32 @@ def test_bad_lists(tree, name, text, message):
         (tree / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         find_clips([tree / name])
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("wav.scp", "a file of Kaldi"),
+        ("clips.tsv", "a table with tabs"),
+        ("labels.jsonl", "JSON lines"),
+        ("clips.NDJSON", "JSON lines"),
+        ("clips.lst", "a list of files"),
+        ("songs.m3u8", "a list of files"),
+        ("clips.yaml", "a structured text file"),
+        ("clips.xlsx", "a table"),
+        ("clips.parquet", "a table"),
+    ],
+)
+def test_lists_of_other_kinds_are_rejected_by_name(tree, name, kind):
+    (tree / "audio" / name).write_text("utt1 0.wav\n")
+    with pytest.raises(UserError, match=f"{name}: {kind} .*write the paths of the clips into a .txt .*or a .csv"):
+        find_clips([tree / "audio" / "0.wav", tree / "audio" / name])
+
+
+def test_a_csv_without_commas_names_its_columns(tree):
+    (tree / "a.csv").write_text("id\tpath\n1\t0.wav\n")
+    with pytest.raises(UserError, match=r"a.csv, line 1: .*column named path, between commas; found 'id.tpath'"):
+        find_clips([tree / "a.csv"])
 
 
 # Decoding in processes -----------------------------------------------------------------------------------------------
