@@ -10,6 +10,8 @@ from ..errors import UserError
 
 #: Mel bins and frames from one patch to the next: one number, or ``(frequency, time)``.
 Stride: TypeAlias = int | Sequence[int]
+#: Help of the option ``--stride``, whose values ``parse_stride`` reads.
+STRIDE_HELP = f"mel bins and frames from one patch to the next, 1 to {PATCH}: one number, or both as 10,16"
 
 
 def check_stride(stride: Stride) -> tuple[int, int]:
@@ -25,6 +27,19 @@ def check_stride(stride: Stride) -> tuple[int, int]:
             f"stride: expected a whole number from 1 to {PATCH}, or two of them (frequency, time), got {stride!r}"
         )
     return both
+
+
+def parse_stride(text: str) -> tuple[int, int]:
+    """Read ``"10"`` or ``"10,16"``, the inverse of :func:`stride_text`.
+
+    Raises:
+        UserError: the text has another form, or a number is out of range.
+    """
+    words = text.split(",")
+    if len(words) > 2 or not all(word.isdecimal() for word in words):
+        raise UserError(f"stride: expected one number, or two (frequency, time) as 10,16, got {text!r}")
+    steps = [int(word) for word in words]
+    return check_stride(steps[0] if len(steps) == 1 else steps)
 
 
 def patch_grid(frames: int, stride: tuple[int, int]) -> tuple[int, int]:
