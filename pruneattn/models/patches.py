@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -30,16 +31,15 @@ def check_stride(stride: Stride) -> tuple[int, int]:
 
 
 def parse_stride(text: str) -> tuple[int, int]:
-    """Read ``"10"`` or ``"10,16"``, the inverse of :func:`stride_text`.
-
-    Raises:
-        UserError: the text has another form, or a number is out of range.
-    """
+    """Read ``"10"`` or ``"10,16"``, the inverse of :func:`stride_text`, as a type of ``argparse``."""
     words = text.split(",")
-    if len(words) > 2 or not all(word.isdecimal() for word in words):
-        raise UserError(f"stride: expected one number, or two (frequency, time) as 10,16, got {text!r}")
-    steps = [int(word) for word in words]
-    return check_stride(steps[0] if len(steps) == 1 else steps)
+    try:
+        steps = [int(word) for word in words]
+        return check_stride(steps[0] if len(steps) == 1 else steps)
+    except ValueError:  # of int or of check_stride
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 1 to {PATCH}, or two (frequency, time) as 10,16, got {text!r}"
+        ) from None
 
 
 def patch_grid(frames: int, stride: tuple[int, int]) -> tuple[int, int]:
