@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..models import create_model, name_of_size
 from ..models.blocks import MLP_RATIO
 from ..models.description import Description
-from ..models.patches import Stride, check_stride, patch_grid
+from ..models.patches import check_stride, patch_grid
 from ..models.scores import ADAPTED_SCORES
 from ..models.vit import PrunedViT
 from .hub import CONFIG, PREPROCESSOR
@@ -92,7 +92,7 @@ def stride_of(config: Mapping[str, Any], path: Path) -> tuple[int, int]:
 
 
 def create_from_config(
-    config: Mapping[str, Any], path: Path, stride: Stride | None, mean: float | None, std: float | None
+    config: Mapping[str, Any], path: Path, stride: tuple[int, int] | None, mean: float | None, std: float | None
 ) -> PrunedViT:
     """Create the model of a configuration with random weights, pruned with the arguments in its entry ``pruneattn``.
 
@@ -110,9 +110,8 @@ def create_from_config(
         UserError: this package cannot build the model, or its features are unknown.
     """
     own_stride = stride_of(config, path)
-    stride = own_stride if stride is None else check_stride(stride)
     try:
-        model, labels = _make(config, stride)
+        model, labels = _make(config, stride or own_stride)
     except (KeyError, TypeError, ValueError) as error:
         place = path.with_name(CONFIG)
         raise UserError(f"{place}: pruneattn cannot build this AST ({error}); use another model") from error

@@ -144,13 +144,14 @@ def load_pretrained(
             written by a later version of pruneattn; or the statistics of the input are unknown, or given although the
             checkpoint contains them.
     """
+    asked = None if stride is None else check_stride(stride)
     path = find_file(path)
     text = read_metadata(path).get(METADATA) if is_safetensors(path) else None
     if text is not None:
         for name, value in (("mean", mean), ("std", std)):
             if value is not None:
                 raise statistics_given(name)
-        return _rebuild(path, text, stride)
+        return _rebuild(path, text, asked)
     config = read_config(path)
     if config is None:
         raise UserError(
@@ -158,18 +159,19 @@ def load_pretrained(
             "configuration is unknown; create the model with create_model and use load_checkpoint (on the command "
             "line: --model NAME)"
         )
-    model, weights = create_from_config(config, path, stride, mean, std), read_weights(path)
-    grid = patch_grid(model.frames, stride_of(config, path))
+    model, weights = create_from_config(config, path, asked, mean, std), read_weights(path)
+    own_stride = stride_of(config, path)
+    grid = patch_grid(model.frames, own_stride)
     if weights.patches != math.prod(grid):
         raise UserError(
             f"{path}: {weights.patches} patches, but {CONFIG} describes {grid[1]} x {grid[0]}; use the files of one "
             "model"
         )
-    load_complete(model, weights)
+    load_complete(model, weights, own_stride)
     return model.eval()
 
 
-def _rebuild(path: Path, text: str, stride: Stride | None) -> PrunedViT:
+def _rebuild(path: Path, text: str, stride: tuple[int, int] | None) -> PrunedViT:
     """Make the model of a file of :func:`save_pretrained`, with its own stride or with another."""
     try:
         content = json.loads(text)
@@ -190,7 +192,7 @@ def _rebuild(path: Path, text: str, stride: Stride | None) -> PrunedViT:
             multilabel=bool(content["multilabel"]),
             extra=dict(content["extra"]),
         )
-        if stride is None or check_stride(stride) == model.stride:
+        if stride in (None, model.stride):
             model.load_state_dict(read_safetensors(path)[0])
             return model.eval()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

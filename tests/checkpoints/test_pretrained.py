@@ -84,6 +84,8 @@ def test_positions_are_resampled_on_request_only(tmp_path):
     with pytest.raises(UserError, match="stride: audiomae_tiny has a patch every 16 mel bins"):
         pruneattn.load_pretrained(path, stride=10)
     assert pruneattn.load_pretrained(path, stride=16).stride == (16, 16)
+    with pytest.raises(UserError, match="^stride: expected a whole number from 1 to 16"):
+        pruneattn.load_pretrained(path, stride=0)
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
