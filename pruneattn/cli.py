@@ -105,12 +105,18 @@ def add_checkpoint_options(parser: Options) -> None:
         help="training run folder, best.safetensors file, Hugging Face AST folder, or Hub repository (user/name or "
         "user/name@revision); with --model, any supported checkpoint file",
     )
+    add_stride_option(parser, "the checkpoint's own; its positions are resampled for any other")
     group = parser.add_argument_group("checkpoints of other projects (AST, AudioMAE, Hugging Face, timm)")
     add_model_option(group, "model that the weights are for: audiomae_base, ast_base, ...")
     group.add_argument("--num-classes", type=int, metavar="K", help="classes of the head (default: the dataset's)")
     add_frames_option(group, "10 ms frames of the input (default: the dataset's)")
-    group.add_argument("--mean", type=float, help="mean of the log-mel values in training (default: the dataset's)")
-    group.add_argument("--std", type=float, help="standard deviation of these values (default: the dataset's)")
+    group.add_argument(
+        "--mean",
+        type=float,
+        help="mean of the log-mel values in training (default: the dataset's); also for Hugging Face folders without "
+        "preprocessor_config.json",
+    )
+    group.add_argument("--std", type=float, help="standard deviation of these values, like --mean")
     group.add_argument(
         "--padding",
         choices=("zero", "min"),
@@ -129,7 +135,7 @@ def open_checkpoint(args: argparse.Namespace, dataset: str) -> PrunedViT:
     """
     from .checkpoints import opening
 
-    names = ("model", "num_classes", "frames", "mean", "std", "padding", "score")
+    names = ("model", "stride", "num_classes", "frames", "mean", "std", "padding", "score")
     return opening.open_checkpoint(args.checkpoint, dataset=dataset, **{name: getattr(args, name) for name in names})
 
 
@@ -190,6 +196,13 @@ def add_model_option(parser: Options, text: str, **settings: Any) -> None:
 def add_frames_option(parser: Options, text: str, **settings: Any) -> None:
     """Add ``--frames`` with a help text."""
     parser.add_argument("--frames", type=int, metavar="F", help=text, **settings)
+
+
+def add_stride_option(parser: Options, default: str) -> None:
+    """Add ``--stride``, parsed as ``(frequency, time)``, or None if it is not given; the help describes ``default``."""
+    from .models.patches import STRIDE_HELP, parse_stride
+
+    parser.add_argument("--stride", type=parse_stride, metavar="S", help=f"{STRIDE_HELP} (default: {default})")
 
 
 def add_keep_rate_option(

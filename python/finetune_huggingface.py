@@ -30,6 +30,7 @@ from pruneattn.cli import (
     add_frames_option,
     add_label_csv_option,
     add_output_option,
+    add_stride_option,
     add_workers_option,
     check_least,
     run_command,
@@ -197,10 +198,11 @@ def make_model(args, config, dataset):
 
 
 def fresh_model(args, task):
-    """A model with stride 16 and random weights, in a size of ``create_model``, which also checks the options."""
+    """A model with random weights in a size of ``create_model``, which also checks the options."""
     ours = pruneattn.create_model(
         f"ast_{args.size}",
         frames=args.frames,
+        stride=args.stride or 16,
         embed_dim=args.embed_dim,
         depth=args.depth,
         num_heads=args.num_heads,
@@ -211,9 +213,10 @@ def fresh_model(args, task):
         num_hidden_layers=len(ours.blocks),
         num_attention_heads=ours.num_heads,
         intermediate_size=4 * ours.embed_dim,
+        layer_norm_eps=1e-6,  # of create_model
         max_length=args.frames,
-        frequency_stride=16,
-        time_stride=16,
+        frequency_stride=ours.stride[0],
+        time_stride=ours.stride[1],
         **task,
     )
     model = ASTForAudioClassification(config)
@@ -243,7 +246,7 @@ def shortened(model, frames):
 def check_same(config, checkpoint):
     """Raise a UserError unless a checkpoint of the Trainer has this model and this pruning."""
     saved, given = ASTConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_length", "time_stride")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_length", "frequency_stride", "time_stride")
     names += ("pruneattn", "id2label")
     found = [f"{name}: {saved.get(name)} -> {given[name]}" for name in names if saved.get(name) != given[name]]
     if found:
@@ -327,6 +330,7 @@ def parse(argv):
     option(start, "size", "random weights, in this size", choices=("tiny", "small", "base"))
     for name, text in (("embed-dim", "width"), ("depth", "blocks"), ("num-heads", "attention heads")):
         option(model, name, f"with --size: {text} (default: that of the size)", type=int, metavar="N")
+    add_stride_option(model, "that of --model, or 16 with --size")
 
     pruning = parser.add_argument_group("pruning")
     option(pruning, "keep-rate", "final fraction of the patches that each pruning block keeps", 0.7, type=float)
@@ -367,9 +371,10 @@ def parse(argv):
     option(run, "seed", "seed of all random numbers", 0, type=int)
     args = parser.parse_args(argv)
     check_least(args, shrink_start=0, shrink_epochs=0, epochs=1, batch_size=1, warmup_steps=0, workers=0)
-    for name in ("embed_dim", "depth", "num_heads"):
+    for name, what in (("embed_dim", "size"), ("depth", "size"), ("num_heads", "size"), ("stride", "stride")):
         if args.model and getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} applies only with --size: a pretrained model has its own size")
+            given = f"--{name.replace('_', '-')}"
+            raise UserError(f"{given} applies only with --size: a pretrained model has its own {what}")
     if args.keep_rate < 1 and args.shrink_start + args.shrink_epochs >= args.epochs:
         raise UserError(
             f"the keep-rate reaches {args.keep_rate} only in epoch {args.shrink_start + args.shrink_epochs} (from 0; "

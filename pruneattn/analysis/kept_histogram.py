@@ -16,7 +16,7 @@ from ..checkpoints.opening import open_checkpoint
 from ..data import FeatureConfig
 from ..data.fbank import LOG_FLOOR
 from ..errors import UserError
-from ..models.patches import stride_text
+from ..models.patches import Stride, stride_text
 from ..models.trace import trace
 from ..models.vit import PrunedViT
 from ..plot import INK, matplotlib_figure
@@ -49,6 +49,7 @@ def open_second(
     checkpoint: str | os.PathLike[str],
     model: str | None = None,
     score: str | None = None,
+    stride: Stride | None = None,
 ) -> PrunedViT:
     """Open another checkpoint to compare with ``analysis.model`` on the same clips, on the same device.
 
@@ -58,13 +59,14 @@ def open_second(
         model: name of its model if it is of another project (AST, AudioMAE, Hugging Face, timm). Such a checkpoint does
             not contain its features, and gets those of the first model.
         score: ranks its patches; None: its own.
+        stride: stride of its patches: one number, or ``(frequency, time)``. None: its own.
 
     Raises:
         UserError: the models have different input (frames, normalization or padding) or different strides.
     """
     path, features, dataset = os.fspath(checkpoint), features_of(analysis.model), analysis.dataset.name
     if model is None:
-        second = open_checkpoint(path, dataset=dataset, score=score)
+        second = open_checkpoint(path, dataset=dataset, score=score, stride=stride)
     else:
         second = open_checkpoint(
             path,
@@ -76,6 +78,7 @@ def open_second(
             std=features.std,
             padding=features.padding,
             score=score,
+            stride=stride,
         )
     ours, theirs = features.to_dict(), features_of(second).to_dict()
     different = [f"{name} {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
@@ -88,7 +91,7 @@ def open_second(
         strides = f"{stride_text(analysis.model.stride)} and {stride_text(second.stride)}"
         raise UserError(
             f"--against {checkpoint}: the patches of the two checkpoints have different strides ({strides}), so their "
-            "numbers cannot be compared: use models with the same stride"
+            "numbers cannot be compared: use models with the same stride, or choose it with --stride"
         )
     return second.to(analysis.device)
 

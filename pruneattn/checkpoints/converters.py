@@ -30,7 +30,6 @@ class Format:
             query, key and value are the parts of ``qkv``. Keys that match no pair are not used.
         prefix: text that all keys may lack at the front, as in a trunk that was saved without its head.
         absent: keys that no checkpoint of this format has.
-        strided: whether checkpoints with a patch stride of 10 exist in this format.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Format:
     renames: tuple[tuple[str, str], ...]
     prefix: str = ""
     absent: tuple[str, ...] = ()
-    strided: bool = False
 
     def fits(self, keys: Iterable[str]) -> bool:
         """Whether a checkpoint with these keys has this format."""
@@ -142,14 +140,13 @@ _HF_DISK = _hugging_face(
 _HF_MEMORY = _hugging_face("layers", "q_proj", "k_proj", "v_proj", "o_proj", "mlp.fc1", "mlp.fc2")
 QKV = "blocks.0.attn.qkv.weight"
 
-AST_OFFICIAL = Format("AST, official", "ast", ("v.pos_embed", "v.dist_token", "v." + QKV), _AST_OFFICIAL, strided=True)
+AST_OFFICIAL = Format("AST, official", "ast", ("v.pos_embed", "v.dist_token", "v." + QKV), _AST_OFFICIAL)
 AST_HUGGING_FACE = Format(
     "AST, Hugging Face",
     "ast",
     (f"{_HF}embeddings.position_embeddings", f"{_HF}encoder.layer.0.attention.attention.query.weight"),
     _HF_DISK,
     prefix=_HF,
-    strided=True,
 )
 AUDIOMAE_FINE_TUNED = Format(
     "AudioMAE, fine-tuned (official, timm or pruneattn)",
@@ -165,7 +162,6 @@ AST_HUGGING_FACE_MODULES = Format(
     (f"{_HF}embeddings.position_embeddings", f"{_HF}layers.0.attention.q_proj.weight"),
     _HF_MEMORY,
     prefix=_HF,
-    strided=True,
 )
 FORMATS = (
     AST_OFFICIAL,

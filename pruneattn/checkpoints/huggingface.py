@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..constants import MEL_BINS, PATCH
+from ..constants import AUDIOSET_MEAN, AUDIOSET_STD, MEL_BINS, PATCH, patch_grid
 from ..data.fbank import FeatureConfig
 from ..errors import UserError
 from ..models import create_model, name_of_size
 from ..models.blocks import MLP_RATIO
 from ..models.description import Description
+from ..models.patches import check_stride
 from ..models.scores import ADAPTED_SCORES
 from ..models.vit import PrunedViT
 from .hub import CONFIG, PREPROCESSOR
-from .load_checkpoint import load_complete
+from .warn import warn_caller
 
 MODEL_TYPE = "audio-spectrogram-transformer"
 _MULTILABEL, _SINGLE = "multi_label_classification", "single_label_classification"
@@ -55,8 +56,8 @@ def to_config(model: PrunedViT, description: Description) -> dict[str, Any]:
         "layer_norm_eps": 1e-6,
         "qkv_bias": True,
         "patch_size": PATCH,
-        "frequency_stride": PATCH,
-        "time_stride": PATCH,
+        "frequency_stride": model.stride[0],
+        "time_stride": model.stride[1],
         "max_length": model.frames,
         "num_mel_bins": MEL_BINS,
         "id2label": {str(number): label for number, label in enumerate(labels)},
@@ -71,60 +72,111 @@ def to_config(model: PrunedViT, description: Description) -> dict[str, Any]:
     return config
 
 
-def load_from_config(path: Path) -> PrunedViT | None:
-    """Create and load the model whose weights are `path`, pruned with the arguments ``pruneattn`` in ``config.json``.
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Read the ``config.json`` next to weights; None if there is none of an AST.
 
     Args:
-        path: weights of an ``ASTForAudioClassification``.
-
-    Returns:
-        The model with its description, as from :func:`~pruneattn.load_pretrained`, or None if there is no
-        ``config.json`` of such a model next to the weights. ``model.multilabel`` follows ``problem_type``; it is False
-        if there is none.
-
-    Raises:
-        UserError: this package cannot build the model, or weights and configuration do not match.
+        path: the weights.
     """
     place = path.with_name(CONFIG)
     config = _read(place) if place.is_file() else {}
-    if config.get("model_type") != MODEL_TYPE:
-        return None
+    return config if config.get("model_type") == MODEL_TYPE else None
+
+
+def stride_of(config: Mapping[str, Any], path: Path) -> tuple[int, int]:
+    """Stride ``(frequency, time)`` of a configuration, which is next to the weights `path`."""
     try:
-        model, labels, stride = _make(config)
+        return check_stride((config.get("frequency_stride", 10), config.get("time_stride", 10)))
+    except UserError as error:
+        raise UserError(f"{path.with_name(CONFIG)}: {error}") from error
+
+
+def create_from_config(
+    config: Mapping[str, Any], path: Path, stride: tuple[int, int] | None, mean: float | None, std: float | None
+) -> PrunedViT:
+    """Create the model of a configuration with random weights, pruned with the arguments in its entry ``pruneattn``.
+
+    Args:
+        config: result of :func:`read_config`.
+        path: the weights, for the files next to them.
+        stride: stride of the model; None: that of the configuration.
+        mean, std: statistics of the log-mel values, for a folder without ``preprocessor_config.json``.
+
+    Returns:
+        The model with its description. ``model.multilabel`` follows ``problem_type``; it is False if that is absent, as
+        in transformers.
+
+    Raises:
+        UserError: this package cannot build the model, or its features are unknown.
+    """
+    own_stride = stride_of(config, path)
+    try:
+        model, labels = _make(config, stride or own_stride)
     except (KeyError, TypeError, ValueError) as error:
+        place = path.with_name(CONFIG)
         raise UserError(f"{place}: pruneattn cannot build this AST ({error}); use another model") from error
     place = path.with_name(PREPROCESSOR)
-    if not place.is_file():
-        raise UserError(
-            f"{place}: no such file, so mean and std of the model's input are unknown; copy the file from the source "
-            "of the weights, or open the checkpoint with model, mean and std (--model, --mean, --std)"
-        )
-    try:
-        features = FeatureConfig.from_hugging_face(_read(place))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{place}: {error}") from error
-    if features.frames // PATCH * PATCH != model.frames:
-        raise UserError(f"{place}: max_length is {features.frames}, and in {CONFIG} it is {config.get('max_length')}")
-    load_complete(model, path, stride)
+    if place.is_file():
+        given = "mean" if mean is not None else "std" if std is not None else None
+        if given:
+            raise statistics_given(given)
+        features = _features(place)
+    else:
+        features = FeatureConfig(model.frames, *_statistics(place, labels, mean, std), padding="zero")
+    if patch_grid(features.frames, own_stride) != patch_grid(model.frames, own_stride):
+        raise UserError(f"{place}: max_length is {features.frames}, and in {CONFIG} it is {model.frames}")
     features = replace(features, frames=model.frames)  # the patch embedding skips frames that fill no patch
     model.description = Description(features, labels, config.get("problem_type") == _MULTILABEL)
-    return model.eval()
+    return model
 
 
-def _make(config: Mapping[str, Any]) -> tuple[PrunedViT, list[str], int]:
-    """Create a model from ``config.json``; return it with its labels and the stride of its patches.
+def statistics_given(name: str) -> UserError:
+    """Error for a mean or deviation that is passed although the checkpoint contains its own."""
+    return UserError(
+        f"{name} (--{name}) applies only with model (--model), to checkpoints of other projects, and to Hugging Face "
+        f"folders without {PREPROCESSOR}"
+    )
+
+
+def _features(place: Path) -> FeatureConfig:
+    try:
+        return FeatureConfig.from_hugging_face(_read(place))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def _statistics(place: Path, labels: Sequence[str], mean: float | None, std: float | None) -> tuple[float, float]:
+    """Mean and deviation where the file `place` is missing: as given, or AudioSet's if the labels are AudioSet's."""
+    if mean is not None and std is not None:
+        return mean, std
+    if mean is None and std is None and _of_audioset(labels):
+        warn_caller(
+            f"{place}: no such file; the labels are AudioSet's, so the input is normalized with AudioSet's mean and "
+            f"standard deviation ({AUDIOSET_MEAN:g}, {AUDIOSET_STD:g})"
+        )
+        return AUDIOSET_MEAN, AUDIOSET_STD
+    raise UserError(
+        f"{place}: no such file, so mean and std of the model's input are unknown; pass both (--mean, --std), or copy "
+        "the file from the source of the weights"
+    )
+
+
+def _of_audioset(labels: Sequence[str]) -> bool:
+    return len(labels) == 527 and labels[0] == "Speech" and labels[137] == "Music"
+
+
+def _make(config: Mapping[str, Any], stride: tuple[int, int]) -> tuple[PrunedViT, list[str]]:
+    """Create a model from ``config.json``, with this stride; return it with its labels.
 
     Absent values have the defaults of transformers.
     """
     width, depth = config.get("hidden_size", 768), config.get("num_hidden_layers", 12)
-    strides = (config.get("frequency_stride", 10), config.get("time_stride", 10))
     supported: dict[str, tuple[Any, ...]] = {
         "patch_size": (config.get("patch_size", PATCH), PATCH, [PATCH, PATCH]),
         "num_mel_bins": (config.get("num_mel_bins", MEL_BINS), MEL_BINS),
         "intermediate_size": (config.get("intermediate_size", 3072), MLP_RATIO * width),
         "hidden_act": (config.get("hidden_act", "gelu"), "gelu"),
         "qkv_bias": (config.get("qkv_bias", True), True),
-        "frequency_stride, time_stride": (strides, (PATCH, PATCH), (10, 10)),  # fit_positions resamples 10
     }
     for name, (value, *usable) in supported.items():
         if value not in usable:
@@ -135,7 +187,8 @@ def _make(config: Mapping[str, Any]) -> tuple[PrunedViT, list[str], int]:
     model = create_model(
         name_of_size("ast", width, depth) or "ast_base",
         num_classes=len(labels),
-        frames=config.get("max_length", 1024) // PATCH * PATCH,
+        frames=config.get("max_length", 1024),
+        stride=stride,
         keep_rate=pruning.get("keep_rate", 1.0),
         prune_blocks=_prune_blocks(pruning, depth),
         score=pruning.get("score"),
@@ -143,7 +196,7 @@ def _make(config: Mapping[str, Any]) -> tuple[PrunedViT, list[str], int]:
         depth=depth,
         num_heads=config.get("num_attention_heads", 12),
     )
-    return model, labels, strides[0]
+    return model, labels
 
 
 def _prune_blocks(pruning: Mapping[str, Any], depth: int) -> list[int]:

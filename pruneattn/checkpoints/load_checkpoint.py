@@ -12,10 +12,11 @@ from torch import nn
 from ..constants import PATCH
 from ..errors import UserError
 from ..models import name_of_size
+from ..models.patches import Stride, check_stride, stride_text
 from ..models.vit import PrunedViT, own_model
-from .converters import QKV, Format, detect_format
-from .positions import STRIDE_10, fit_positions
-from .state_files import find_file, read_state
+from .converters import QKV
+from .positions import fit_positions
+from .weights import Weights, read_weights
 
 #: Keys that a checkpoint may lack: everything after the last block, except AST's final norm.
 HEAD = ("head.", "head_norm.", "fc_norm.")
@@ -50,51 +51,58 @@ class LoadReport:
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, stride: int | None = None) -> LoadReport:
+def load_checkpoint(model: nn.Module, path: str | Path, stride: Stride | None = None) -> LoadReport:
     """Load weights of any known format into a model: all of them, or none on an error.
 
     Known formats are the official AST, pretrained and fine-tuned AudioMAE (the authors', the paper's, timm's),
     Hugging Face's AST (as saved, or with the module names of transformers 5) and pruneattn's own files; see
-    ``converters.FORMATS``. Tensors are converted to the dtype of the model. Position tables are fitted to the frames of
-    the model (:func:`~pruneattn.checkpoints.positions.fit_positions`). The model's head keeps its initial values if the
-    head in the file has another number of classes.
+    ``converters.FORMATS``. Tensors are converted to the dtype of the model. Position tables are fitted to the frames
+    and the stride of the model (:func:`~pruneattn.checkpoints.positions.fit_positions`). The model's head keeps its
+    initial values if the head in the file has another number of classes.
 
     Args:
         model: a model of :func:`~pruneattn.create_model`; its parameters are changed in place.
         path: a file; a folder that holds ``best.safetensors``, ``model.safetensors`` or ``pytorch_model.bin``; or
             the name of a Hugging Face Hub repository with one of these, ``user/name`` or ``user/name@revision``.
-        stride: stride of the patches of an AST checkpoint, 10 or 16. It matters where the size of the position table
-            is ambiguous: 12 x 50 patches of stride 10 are as many as 8 x 75 patches of stride 16. None: inferred from
-            the size, as ``fit_positions`` describes.
+        stride: stride of the patches of an AST checkpoint: one number, or ``(frequency, time)``. None: the stride that
+            the file of this package or Hugging Face's ``config.json`` records; without a record, the stride that fits
+            the size of the position table (:func:`~pruneattn.checkpoints.positions.guess_stride`). A size that fits
+            several strides, such as 12 x 30 and 8 x 45 patches, is rejected. Positions of another stride than the
+            model's are resampled, with a warning. Create the model with the stride of the checkpoint to keep them.
 
     Returns:
         A :class:`LoadReport` of converted, missing and unexpected keys.
 
     Raises:
-        UserError: the file does not exist, is damaged, is unsafe to open, has no known format, or does not fit the
-            model. The model is unchanged then.
+        UserError: the file does not exist, is damaged, is unsafe to open, has no known format, does not fit the model,
+            or has positions of an unknown stride. The model is unchanged then.
     """
     own = own_model(model, "load_checkpoint")
-    if stride not in (None, PATCH, STRIDE_10):
-        raise UserError(f"stride: expected {STRIDE_10}, {PATCH} or None, got {stride!r}")
-    path = find_file(path)
-    state = read_state(path)
-    format_ = detect_format(state, path)
-    if not format_.strided and stride == STRIDE_10:
-        raise UserError(f"{path}: {format_.name}, whose patches have a stride of 16, but stride is 10")
-    wanted = own.state_dict()
-    sources, unused = format_.sources(state)
-    found = {name: _joined([state[key] for key in keys], keys, path) for name, keys in sources.items()}
-    report = LoadReport(str(path), format_.name, unused=unused)
+    given = None if stride is None else check_stride(stride)
+    return load_weights(own, read_weights(path), given)
 
-    _check_trunk(found, wanted, own, format_, path)
+
+def load_weights(model: PrunedViT, weights: Weights, stride: tuple[int, int] | None = None) -> LoadReport:
+    """Load weights that were read: see :func:`load_checkpoint`."""
+    path, format_ = weights.path, weights.format
+    if format_.family == "audiomae" and stride not in (None, (PATCH, PATCH)):
+        raise UserError(
+            f"{path}: {format_.name}, whose patches have a stride of {PATCH}, but stride is {stride_text(stride)}"
+        )
+    wanted, found = model.state_dict(), dict(weights.tensors)
+    report = LoadReport(str(path), format_.name, unused=list(weights.unused))
+    _check_trunk(weights, wanted, model)
+    if stride is None:
+        asked = None if model.stride == (PATCH, PATCH) else model.stride
+        stride = weights.stride_for(model.name, model.frames, asked)
     try:
-        found["pos_embed"], note = fit_positions(found["pos_embed"], own, stride=stride if format_.strided else PATCH)
+        found["pos_embed"], note = fit_positions(found["pos_embed"], model, stride=stride)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     report.notes += [note] if note else []
     left = _untie_head(found, wanted, report.notes)
 
+    sources = weights.sources
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
             raise UserError(
@@ -104,13 +112,13 @@ def load_checkpoint(model: nn.Module, path: str | Path, stride: int | None = Non
     report.unused += [key for name in left for key in sources[name]]
     report.converted = [(key, name) for name in found for key in sources[name]]
     report.missing = [name for name in wanted if name not in found]
-    own.load_state_dict(found, strict=False)
+    model.load_state_dict(found, strict=False)
     return report
 
 
-def load_complete(model: PrunedViT, path: str | Path, stride: int | None = None) -> LoadReport:
-    """Load weights by :func:`load_checkpoint`; raise a ``UserError`` if a parameter keeps its initial value."""
-    report = load_checkpoint(model, path, stride)
+def load_complete(model: PrunedViT, weights: Weights, stride: tuple[int, int] | None = None) -> LoadReport:
+    """Load weights by :func:`load_weights`; raise a ``UserError`` if a parameter keeps its initial value."""
+    report, path = load_weights(model, weights, stride), weights.path
     if report.missing:
         fresh = [note for note in report.notes if note.startswith("head:")]
         why = fresh[0] if fresh else "it was never fine-tuned for a classification task"
@@ -119,27 +127,10 @@ def load_complete(model: PrunedViT, path: str | Path, stride: int | None = None)
     return report
 
 
-def _joined(tensors: list[torch.Tensor], keys: Sequence[str], path: Path) -> torch.Tensor:
-    """Concatenate the parts of a tensor, such as query, key and value."""
-    if len(tensors) == 1:
-        return tensors[0]
-    try:
-        return torch.cat(tensors)
-    except RuntimeError as error:
-        shapes = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in zip(keys, tensors, strict=True))
-        raise UserError(f"{path}: parts of one layer do not fit together: {shapes}; download it again") from error
-
-
-def _check_trunk(
-    found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], model: PrunedViT, format_: Format, path: Path
-) -> None:
+def _check_trunk(weights: Weights, wanted: Mapping[str, torch.Tensor], model: PrunedViT) -> None:
     """Raise ``UserError`` for a checkpoint of another family, width or depth, or with missing or additional parts."""
-    family = model.name.partition("_")[0]
-    if format_.family != family:
-        raise UserError(
-            f"{path}: {format_.name}, which does not fit the model {model.name}; create an "
-            f"{format_.family} model, for example with create_model({format_.family + '_base'!r})"
-        )
+    weights.check_family(model.name)
+    path, format_, found, family = weights.path, weights.format, weights.tensors, weights.format.family
     width, depth = found[QKV].shape[-1], _depth(found)
     if (width, depth) != (wanted[QKV].shape[-1], _depth(wanted)):
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..constants import PATCH
 from ..data import FeatureConfig, load_dataset
 from ..data.catalog import dataset_info
 from ..data.clips import ClipDataset
@@ -17,9 +18,11 @@ from ..data.manifest import read_label_csv
 from ..errors import UserError
 from ..models import create_model
 from ..models.description import Description
+from ..models.patches import Stride, stride_text
 from ..models.vit import PrunedViT
 from .load_checkpoint import load_complete
 from .pretrained import load_pretrained
+from .weights import read_weights
 
 
 def open_checkpoint(
@@ -27,6 +30,7 @@ def open_checkpoint(
     *,
     model: str | None = None,
     dataset: str = "as20k",
+    stride: Stride | None = None,
     num_classes: int | None = None,
     frames: int | None = None,
     mean: float | None = None,
@@ -40,12 +44,14 @@ def open_checkpoint(
         checkpoint: path or Hub name, as for :func:`~pruneattn.load_pretrained`; with ``model`` the path or Hub name of
             any file that :func:`~pruneattn.load_checkpoint` reads.
         model: name of the model that the weights are for, such as ``"ast_base"``; None for checkpoints that contain
-            their configuration. ``num_classes``, ``frames``, ``mean``, ``std`` and ``padding`` apply only with
-            ``model``.
-        dataset: name of the dataset that the checkpoint was trained for. It supplies the arguments below that are None.
+            their configuration. ``num_classes``, ``frames`` and ``padding`` apply only with ``model``.
+        dataset: name of the dataset that the checkpoint was trained for. With ``model``, it supplies the arguments
+            below that are None, except the stride.
+        stride: stride of the model's patches: one number, or ``(frequency, time)``. None: the checkpoint's own stride.
         num_classes: classes of the head.
         frames: number of 10 ms frames of the input.
-        mean: mean of the log-mel values of the training data.
+        mean: mean of the log-mel values of the training data. Without ``model``, mean and std apply only to folders of
+            Hugging Face's AST without ``preprocessor_config.json``.
         std: standard deviation of these values.
         padding: value after a short clip: ``"zero"`` (default), or ``"min"`` for the smallest log-mel value.
         score: score that ranks the patches; None: the checkpoint's.
@@ -54,20 +60,19 @@ def open_checkpoint(
         The model. ``model.features`` is set; ``model.labels`` is None if the names of the classes are unknown.
 
     Raises:
-        UserError: the checkpoint cannot be opened, or ``num_classes``, ``frames``, ``mean`` or ``std`` is given without
-            ``model``.
+        UserError: the checkpoint cannot be opened, or an argument does not apply to it.
     """
     if model is None:
-        given = {"num_classes": num_classes, "frames": frames, "mean": mean, "std": std, "padding": padding}
+        given = {"num_classes": num_classes, "frames": frames, "padding": padding}
         for name, value in given.items():
             if value is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(
                     f"{name} ({option}) applies only with model (--model), to checkpoints of other projects"
                 )
-        opened = load_pretrained(checkpoint)
+        opened = load_pretrained(checkpoint, stride=stride, mean=mean, std=std)
     else:
-        opened = _open_foreign(checkpoint, model, dataset, num_classes, frames, mean, std, padding or "zero")
+        opened = _open_foreign(checkpoint, model, dataset, stride, num_classes, frames, mean, std, padding or "zero")
     if score is not None and score != opened.score:
         opened = reconfigured(opened, score=score)
     return opened.eval()
@@ -119,8 +124,9 @@ def open_dataset(
 
 
 def describe(model: PrunedViT) -> str:
-    """Describe a model in a few words: name, input and head."""
-    return f"{model.name}, {model.frames} frames ({model.num_patches} patches), {model.num_classes} classes"
+    """Describe a model in a few words: name, stride if it is not 16, input and head."""
+    stride = "" if model.stride == (PATCH, PATCH) else f"stride {stride_text(model.stride)}, "
+    return f"{model.name}, {stride}{model.frames} frames ({model.num_patches} patches), {model.num_classes} classes"
 
 
 def fingerprint(model: PrunedViT) -> str:
@@ -146,6 +152,7 @@ def _open_foreign(
     checkpoint: str | Path,
     name: str,
     dataset: str,
+    stride: Stride | None,
     num_classes: int | None,
     frames: int | None,
     mean: float | None,
@@ -159,8 +166,11 @@ def _open_foreign(
         raise UserError(
             f"the dataset {dataset} does not determine the number of classes; pass num_classes (--num-classes)"
         )
-    model = create_model(name, num_classes=num_classes, frames=info.frames if frames is None else frames)
-    load_complete(model, checkpoint)
+    frames = info.frames if frames is None else frames
+    weights = read_weights(checkpoint)
+    of_table = weights.stride_for(name, frames, stride)
+    model = create_model(name, num_classes=num_classes, frames=frames, stride=of_table if stride is None else stride)
+    load_complete(model, weights, of_table)
     features = FeatureConfig(
         frames=model.frames,
         mean=info.mean if mean is None else mean,

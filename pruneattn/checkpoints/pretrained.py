@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..constants import VERSION
+from ..constants import PATCH, VERSION, patch_grid
 from ..data.fbank import FeatureConfig
 from ..errors import UserError
 from ..files import atomic_write
 from ..models import create_model
 from ..models.description import Description
+from ..models.patches import Stride, check_stride
 from ..models.vit import PrunedViT, own_model
 from .card import make_card
 from .folder import write_folder
 from .hub import CONFIG
-from .huggingface import load_from_config
-from .state_files import find_file, is_safetensors, read_safetensors
+from .huggingface import create_from_config, read_config, statistics_given, stride_of
+from .load_checkpoint import load_complete
+from .state_files import METADATA, find_file, is_safetensors, read_metadata, read_safetensors
+from .weights import read_weights
 
-FORMAT_VERSION = 1
-_KEY = "pruneattn"  # of the safetensors metadata; its value is JSON
+#: Versions of the file format. Version 2 has the key ``stride`` in ``model``; a stride of 16 is saved as version 1.
+FORMAT_VERSIONS = (1, 2)
 _ABOUT = "a readable copy of the metadata of model.safetensors; load_pretrained reads the metadata, not this file"
 
 
@@ -67,7 +70,7 @@ def save_pretrained(
     if description.features is None or unknown:
         raise UserError(f"save_pretrained: the model has no {', '.join(unknown)}; pass them as arguments")
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if own.stride == (PATCH, PATCH) else 2,
         "pruneattn_version": VERSION,
         "model": own.config,
         "features": description.features.to_dict(),
@@ -82,10 +85,10 @@ def save_pretrained(
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in own.state_dict().items()}
     if path.suffix == ".safetensors" and not path.is_dir():
         with atomic_write(path) as temporary:
-            save_file(state, temporary, metadata={"format": "pt", _KEY: text})
+            save_file(state, temporary, metadata={"format": "pt", METADATA: text})
         return
     configs = {CONFIG: {"about": _ABOUT, **content}}
-    write_folder(path, state, configs, make_card(own, description), own="pruneattn_version", metadata={_KEY: text})
+    write_folder(path, state, configs, make_card(own, description), own="pruneattn_version", metadata={METADATA: text})
 
 
 def complete_description(
@@ -115,7 +118,9 @@ def complete_description(
     )
 
 
-def load_pretrained(path: str | Path) -> PrunedViT:
+def load_pretrained(
+    path: str | Path, *, stride: Stride | None = None, mean: float | None = None, std: float | None = None
+) -> PrunedViT:
     """Load a model that :func:`save_pretrained` wrote, or Hugging Face's AST, on the CPU, in evaluation mode.
 
     Args:
@@ -125,42 +130,59 @@ def load_pretrained(path: str | Path) -> PrunedViT:
             cache. A local path takes precedence over a repository of the same name. Hugging Face's AST is recognized by
             the ``config.json`` next to its weights. It is pruned with the arguments in the entry ``pruneattn``, and not
             pruned if there is no such entry.
+        stride: stride of the model's patches: one number, or ``(frequency, time)``. None: the stride of the checkpoint,
+            which keeps its positions. They are resampled for another stride, with a warning.
+        mean, std: statistics of the log-mel values of the training data, for a folder of Hugging Face's AST without
+            ``preprocessor_config.json``. None: AudioSet's, with a warning, if the labels are those of AudioSet.
 
     Returns:
         The model. Its description holds ``model.features`` (:class:`~pruneattn.data.fbank.FeatureConfig`),
         ``model.labels`` (list of str), ``model.multilabel`` (bool) and ``model.extra`` (dict).
 
     Raises:
-        UserError: neither a local file nor the Hub has this name, or the file is damaged, has another format, or was
-            written by a later version of pruneattn.
+        UserError: neither a local file nor the Hub has this name; or the file is damaged, has another format, or was
+            written by a later version of pruneattn; or the statistics of the input are unknown, or given although the
+            checkpoint contains them.
     """
+    asked = None if stride is None else check_stride(stride)
     path = find_file(path)
-    if is_safetensors(path):
-        state, metadata = read_safetensors(path)
-        if _KEY in metadata:
-            return _rebuild(path, state, metadata[_KEY])
-        del state  # load_from_config reads the file again
-    model = load_from_config(path)
-    if model is None:
+    text = read_metadata(path).get(METADATA) if is_safetensors(path) else None
+    if text is not None:
+        for name, value in (("mean", mean), ("std", std)):
+            if value is not None:
+                raise statistics_given(name)
+        return _rebuild(path, text, asked)
+    config = read_config(path)
+    if config is None:
         raise UserError(
             f"{path}: not a model that pruneattn saved, and not next to a {CONFIG} of Hugging Face's AST, so its "
             "configuration is unknown; create the model with create_model and use load_checkpoint (on the command "
             "line: --model NAME)"
         )
-    return model
+    model, weights = create_from_config(config, path, asked, mean, std), read_weights(path)
+    own_stride = stride_of(config, path)
+    grid = patch_grid(model.frames, own_stride)
+    if weights.patches != math.prod(grid):
+        raise UserError(
+            f"{path}: {weights.patches} patches, but {CONFIG} describes {grid[1]} x {grid[0]}; use the files of one "
+            "model"
+        )
+    load_complete(model, weights, own_stride)
+    return model.eval()
 
 
-def _rebuild(path: Path, state: Mapping[str, torch.Tensor], text: str) -> PrunedViT:
-    """Make the model of a file of :func:`save_pretrained`."""
+def _rebuild(path: Path, text: str, stride: tuple[int, int] | None) -> PrunedViT:
+    """Make the model of a file of :func:`save_pretrained`, with its own stride or with another."""
     try:
         content = json.loads(text)
         version = content["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its configuration is not readable ({error}); save the model again") from error
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise UserError(
             f"{path}: written in format version {version} by pruneattn {content.get('pruneattn_version', '?')}; this "
-            f"is pruneattn {VERSION}, which reads version {FORMAT_VERSION}: install a matching version"
+            f"is pruneattn {VERSION}, which reads versions {' and '.join(map(str, FORMAT_VERSIONS))}: install a "
+            "matching version"
         )
     try:
         model = create_model(**content["model"])
@@ -170,10 +192,15 @@ def _rebuild(path: Path, state: Mapping[str, torch.Tensor], text: str) -> Pruned
             multilabel=bool(content["multilabel"]),
             extra=dict(content["extra"]),
         )
-        model.load_state_dict(state)
+        if stride in (None, model.stride):
+            model.load_state_dict(read_safetensors(path)[0])
+            return model.eval()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())  # load_state_dict writes several lines
         raise UserError(
             f"{path}: its configuration and its weights do not match ({reason}); save the model again"
         ) from error
-    return model.eval()
+    other = create_model(**{**model.config, "stride": stride})
+    other.description = model.description
+    load_complete(other, read_weights(path), model.stride)
+    return other.eval()

@@ -44,12 +44,12 @@ def save_checkpoint(
     """Write the weights of a model in the layout of another project, atomically, bit for bit in the model's dtype.
 
     - ``"ast"``: a file for strict ``load_state_dict`` of the official AST within ``DataParallel``, made with
-      ``ASTModel(fstride=16, tstride=16, input_tdim=frames)``. Its two unused ImageNet heads (``v.head``,
-      ``v.head_dist``) are zeros, since models of this package do not have them.
+      ``ASTModel(fstride=f, tstride=t, input_tdim=frames)``, where ``(f, t)`` is the model's stride. Its two unused
+      ImageNet heads (``v.head``, ``v.head_dist``) are zeros, since models of this package do not have them.
     - ``"huggingface"``: a folder for ``transformers.ASTForAudioClassification.from_pretrained`` and ``pipeline``,
-      transformers 4 and 5. Its ``config.json`` sets ``frequency_stride`` and ``time_stride`` to 16 and ``max_length``
-      to the model's frames, so the patches are the same. The pipeline of transformers 4 applies softmax to every model;
-      for a multilabel model call it with ``function_to_apply="sigmoid"``.
+      transformers 4 and 5. Its ``config.json`` sets ``frequency_stride`` and ``time_stride`` to the model's stride and
+      ``max_length`` to its frames, so the patches are the same. The pipeline of transformers 4 applies softmax to every
+      model; for a multilabel model call it with ``function_to_apply="sigmoid"``.
     - ``"audiomae"``: a file for the official AudioMAE's fine-tuned model, ``--finetune FILE --eval``.
     - ``"timm"``: a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)``, or ``"hf-hub:"`` after an
       upload. The model takes input ``[B, 1, frames, 128]``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from .hub import download, is_hub_name
 
 #: Weights in a folder: of a training run, the usual name, and the name that Hugging Face used until 2023.
 WEIGHTS = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+#: Key of the safetensors metadata of this package's own files; its value is JSON.
+METADATA = "pruneattn"
 DAMAGED = "it is truncated or damaged: copy or download it again"
 
 
@@ -49,16 +52,28 @@ def find_file(path: str | Path, names: Sequence[str] = WEIGHTS) -> Path:
     raise UserError(f"{path}: the folder holds no {_either(names)}; use the path of the checkpoint file")
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a PyTorch or safetensors file by key, on the CPU.
+def read_state(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
+    """Read a PyTorch or safetensors file, on the CPU.
 
     The state dict may be nested under ``"model"`` or ``"state_dict"``. Prefixes that ``DataParallel`` (``module.``) and
     ``torch.compile`` (``_orig_mod.``) add to every key are removed.
 
+    Returns:
+        The tensors by key; and the configuration of the model, if this package wrote the file with it: the arguments of
+        ``create_model``, or the options of a training run. It is empty for all other files.
+
     Raises:
         UserError: the file is damaged, is not a checkpoint, or contains objects other than plain data.
     """
-    content: Mapping[Any, Any] = read_safetensors(path)[0] if is_safetensors(path) else _read_torch(path)
+    if is_safetensors(path):
+        tensors, metadata = read_safetensors(path)
+        return _state(tensors, path), _model_of(metadata)
+    content = _read_torch(path)
+    return _state(content, path), _options_of(content)
+
+
+def _state(content: Mapping[Any, Any], path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in the content of a file, without the prefixes of wrappers."""
     for _ in range(3):
         inner = [content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)]
         if not inner:
@@ -72,6 +87,21 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+def _model_of(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """The arguments of ``create_model`` in the metadata of a safetensors file; empty if there are none."""
+    try:
+        config = json.loads(metadata[METADATA])["model"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _options_of(content: Mapping[Any, Any]) -> Mapping[str, Any]:
+    """The options of the training run whose state a PyTorch file holds; empty for other files."""
+    options = content.get("config")
+    return options if isinstance(options, dict) and "prune_blocks" in options else {}
 
 
 def is_safetensors(path: Path) -> bool:
@@ -100,6 +130,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise UserError(f"{path}: not readable as safetensors ({error}); {DAMAGED}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file, strings by key, without its tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{path}: not readable as safetensors ({error}); {DAMAGED}") from error
 

@@ -209,7 +209,7 @@ def _description(model: nn.Module, waveform: bool, wrapped: _Exported, kernels: 
     about |= {"inputs": _names(model, waveform), "output": "logits", "needs_pruneattn_ops": kernels}
     if isinstance(model, PrunedViT):
         about |= {"model": model.name, "score": model.score if isinstance(model.score, str) else "a function"}
-        about |= {"frames": model.frames, "keep_rates": list(model.keep_rates)}
+        about |= {"frames": model.frames, "stride": list(model.stride), "keep_rates": list(model.keep_rates)}
         about |= {"features": model.features and model.features.to_dict()}
         about |= {"labels": model.labels, "multilabel": model.multilabel}
     return json.dumps(about, ensure_ascii=False)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import platform
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +16,9 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoints.load_checkpoint import load_checkpoint
-from ..constants import VERSION
+from ..checkpoints.load_checkpoint import load_weights
+from ..checkpoints.weights import Weights, read_weights
+from ..constants import PATCH, VERSION
 from ..data import DATASETS, FeatureConfig, FeatureExtractor, load_dataset
 from ..data.augment import Augment
 from ..data.catalog import DatasetInfo
@@ -124,12 +126,13 @@ def describe_data(train_set: ClipDataset, val_set: ClipDataset) -> dict[str, Any
 
 def build_model(options: Options, recipe: Recipe, num_classes: int) -> PrunedViT:
     """Create the model with random weights that depend only on the seed."""
-    assert recipe.frames is not None  # resolved
+    assert recipe.frames is not None and options.stride is not None  # resolved
     seed_step(options.seed, -1)
     return create_model(
-        f"{options.model}_{options.size}",
+        _model_name(options),
         num_classes=num_classes,
         frames=recipe.frames,
+        stride=options.stride,
         score=recipe.score,
         prune_blocks=recipe.prune_blocks,
         drop_path=recipe.drop_path,
@@ -139,10 +142,33 @@ def build_model(options: Options, recipe: Recipe, num_classes: int) -> PrunedViT
     )
 
 
-def initialize(options: Options, model: PrunedViT) -> None:
-    """Load the checkpoint of ``--init``; without one, print a note if the paper's recipe expects it."""
-    if options.init:
-        say(load_checkpoint(model, options.init))
+def _model_name(options: Options) -> str:
+    return f"{options.model}_{options.size}"
+
+
+def resolve_stride(
+    options: Options, saved: Mapping[str, Any] | None, of_weights: tuple[int, int] | None
+) -> tuple[int, int]:
+    """The stride of a run: of the run that continues, else as given, else of the initial weights, else 16.
+
+    Args:
+        options: the options, with or without a stride.
+        saved: configuration of the run that resumes or branches. It has the stride of the options, if they have one.
+        of_weights: stride of the checkpoint of ``--init``, if any.
+    """
+    if saved is not None:
+        frequency, time = saved.get("stride", (PATCH, PATCH))  # versions before strides saved none
+        return frequency, time
+    return options.stride or of_weights or (PATCH, PATCH)
+
+
+def initialize(options: Options, model: PrunedViT, weights: Weights | None, stride: tuple[int, int] | None) -> None:
+    """Load the weights of ``--init``, whose positions have this stride.
+
+    Without weights, print a note if the paper's recipe expects them.
+    """
+    if weights is not None:
+        say(load_weights(model, weights, stride))
     elif (options.model, options.dataset) in RECIPES:
         say("note: the paper's recipe is for a pretrained model; without --init, training starts from random weights")
 
@@ -187,20 +213,26 @@ def build_trainer(options: Options, recipe: Recipe, stop: StopRequest, lock: Exi
         train_set.fill_cache()
         val_set.fill_cache()
     recipe = resolve(recipe, DATASETS[options.dataset], train_set)
-    config = describe(options, recipe) | describe_data(train_set, val_set)
+    assert recipe.frames is not None and recipe.mean is not None and recipe.std is not None  # resolved
 
     # Everything that can reject an option comes before config.json, which marks the folder as a run.
-    assert recipe.frames is not None and recipe.mean is not None and recipe.std is not None  # resolved
+    data = describe_data(train_set, val_set)
+    saved = weights = of_weights = None
+    if resume:
+        saved = state.load_state(resume, describe(options, recipe) | data)
+    elif options.branch_from:
+        saved = state.load_state(options.branch_from, describe(options, recipe) | data, branch=True)
+    elif options.init:
+        weights = read_weights(options.init)
+        of_weights = weights.stride_for(_model_name(options), recipe.frames, options.stride)
+    stride = resolve_stride(options, saved and saved["config"], of_weights)
+    options = dataclasses.replace(options, stride=stride)
+    config = describe(options, recipe) | data
     features = FeatureExtractor(FeatureConfig(recipe.frames, recipe.mean, recipe.std, recipe.padding)).to(device)
     augment = Augment(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Augment)})
     model = build_model(options, recipe, train_set.num_classes)
-    saved = None
-    if resume:
-        saved = state.load_state(resume, config)
-    elif options.branch_from:
-        saved = state.load_state(options.branch_from, config, branch=True)
-    else:
-        initialize(options, model)
+    if not saved:
+        initialize(options, model, weights, of_weights)
     model.to(device)
     optimizer = make_optimizer(model, recipe)
     scaler = GradScaler(device.type, enabled=options.amp == "fp16")

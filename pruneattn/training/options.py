@@ -13,6 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ..constants import PATCH
 from ..errors import UserError
+from ..models.patches import STRIDE_HELP, parse_stride
 from .recipes import RECIPES, Recipe, option, recipe_for
 
 #: Value of --resume without a path: the last checkpoint of --output.
@@ -29,6 +30,13 @@ class Options:
     embed_dim: int | None = option(None, "model", "width (default: that of the size)")
     depth: int | None = option(None, "model", "number of blocks (default: that of the size)")
     num_heads: int | None = option(None, "model", "number of attention heads (default: that of the size)")
+    stride: tuple[int, int] | None = option(
+        None,
+        "model",
+        f"{STRIDE_HELP} (default: that of the checkpoint --init, else {PATCH})",
+        metavar="S",
+        parse=parse_stride,
+    )
     init: str | None = option(None, "model", "checkpoint with initial weights, in any supported format", metavar="FILE")
 
     # Data
@@ -100,8 +108,12 @@ PRUNING = {"keep_rate", "shrink_epochs", "prune_blocks", "score"}
 #: Descriptions of the data that checkpoints of the first versions do not contain. Such runs resume unchecked.
 _DATA = {"labels", "train_clips_digest", "val_clips_digest"}
 
+#: Values that all runs had before the option existed. Checkpoints of these runs do not contain it.
+_ADDED = {"stride": [PATCH, PATCH]}
+
 #: Valid ranges, by their wording in messages: the test of a number, and the options to which the range applies.
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    f"at least {PATCH}": (lambda x: x >= PATCH, "frames"),
     "at least 1": (lambda x: x >= 1, "epochs batch_size accumulate lr_batch lr_step_every eval_every log_every"),
     "at least 0": (
         lambda x: x >= 0,
@@ -143,7 +155,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return f"{text} (default: {default})"
 
 
-def _value_type(hint: Any) -> tuple[type, int | str | None]:
+def _value_type(hint: Any) -> tuple[Any, int | str | None]:
     """Type of one value, and number of values (``nargs`` of argparse), for the type hint of a field."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(arg for arg in get_args(hint) if arg is not type(None))
@@ -162,7 +174,8 @@ def _add_options(
         name = field.metadata["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(_GROUPS[name])
-        kind, nargs = _value_type(hints[field.name])
+        parse = field.metadata["parse"]
+        kind, nargs = _value_type(hints[field.name]) if parse is None else (parse, None)
         settings: dict[str, Any] = {"help": field.metadata["help"], "default": getattr(instance, field.name)}
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -228,8 +241,6 @@ def check(options: Options, recipe: Recipe) -> None:
     if len(recipe.keep_rate) not in (1, len(recipe.prune_blocks)):
         blocks = len(recipe.prune_blocks)
         raise UserError(f"--keep-rate takes one value or one per pruning block ({blocks}), got {len(recipe.keep_rate)}")
-    if recipe.frames is not None and (recipe.frames < PATCH or recipe.frames % PATCH):
-        raise UserError(f"--frames must be a multiple of {PATCH}, got {recipe.frames}")
     last = recipe.shrink_start + recipe.shrink_epochs
     if min(recipe.keep_rate) < 1 and last >= recipe.epochs:
         raise UserError(
@@ -263,6 +274,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collecti
         A text ``name: old -> new`` for each value that differs.
     """
     ignored = PLACE | set(ignore) | (_DATA - old.keys())
+    if new.get("stride") is None:
+        ignored.add("stride")  # not asked for: the run keeps its own
+    old = {**_ADDED, **old}
     names = [name for name in {**old, **new} if name not in ignored and old.get(name) != new.get(name)]
     return [f"{name}: " + " -> ".join(_first_difference(old.get(name), new.get(name))) for name in names]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,12 @@ from ..models.scores import SCORES
 
 
 def option(
-    default: Any, group: str, text: str, choices: Sequence[str] | None = None, metavar: str | None = None
+    default: Any,
+    group: str,
+    text: str,
+    choices: Sequence[str] | None = None,
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
 ) -> Any:
     """Declare a dataclass field that is also a command line option of the same name.
 
@@ -21,8 +26,10 @@ def option(
         text: help text of the option.
         choices: allowed values.
         metavar: name of the value in ``--help``.
+        parse: converts one word to the value; None for a conversion by the type of the field.
     """
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "metavar": metavar})
+    metadata = {"group": group, "help": text, "choices": choices, "metavar": metavar, "parse": parse}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,7 @@ class Recipe:
     )
 
     # Input
-    frames: int | None = option(
-        None, "input", f"10 ms frames of a clip, a multiple of {PATCH} (default: the dataset's)"
-    )
+    frames: int | None = option(None, "input", f"10 ms frames of a clip, at least {PATCH} (default: the dataset's)")
     padding: str = option(
         "min",
         "input",

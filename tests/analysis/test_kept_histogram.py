@@ -210,6 +210,16 @@ def test_models_with_another_stride_are_rejected(analysis_run, analyze, tmp_path
         analyze("kept_histogram", *command, "--against", other.folder)
 
 
+def test_the_stride_option_applies_to_both_models(analysis_run, tmp_path):
+    run, other = analysis_run("ast"), analysis_run("audiomae").folder / "theirs.pth"
+    theirs = pruneattn.create_model("ast_tiny", num_classes=3, frames=128, stride=10)
+    torch.save(theirs.state_dict(), other)
+    with pytest.raises(UserError, match="different strides .16 and 10.*choose it with --stride"):
+        open_second(run.analysis(), other, "ast_tiny")
+    with pytest.warns(UserWarning, match="resampled to 8 x 8"):
+        assert open_second(run.analysis(), other, "ast_tiny", stride=(16, 16)).stride == (16, 16)
+
+
 def test_clusters_by_variation_are_rejected(analysis_run, analyze, tmp_path):
     run = analysis_run("audiomae")
     clusters = dataclasses.replace(make_clusters(run.model.features), statistic="variation")

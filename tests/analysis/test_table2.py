@@ -227,6 +227,8 @@ def test_each_option_has_its_own_times(tmp_path, measured, monkeypatch):
         ["--compile"],
         ["--keep-rates", 0.5],
         ["--frames", 48],
+        ["--stride", "10"],
+        ["--stride", "10,16"],
         ["--model", "audiomae_tiny"],
     )
     for count, options in enumerate(others, 1):
@@ -238,6 +240,12 @@ def test_each_option_has_its_own_times(tmp_path, measured, monkeypatch):
         monkeypatch.setenv(variable, "reference")
         call(tmp_path, *one)
         assert len(measured) == count + 1
+
+
+def test_the_command_counts_other_strides(tmp_path, measured):
+    rows = run(tmp_path, "--model", "ast_base", "--frames", 1024, "--stride", "10", "--rounds", 0)
+    assert [(row["stride"], row["patches"], row["gmacs_printed"]) for row in rows] == [("10", "1212", "")] * 2
+    assert float(rows[1]["gmacs_paper"]) == pytest.approx(count_by_definition(1212, 2, 0.5))
 
 
 def test_without_timing(tmp_path, measured):
@@ -280,6 +288,7 @@ def test_one_value_of_keep_rate_is_the_only_row(tmp_path, capsys):
     [
         (["--model", "audiomae_huge"], "audiomae_huge"),
         (["--frames", "12"], "frames: must be at least 16"),
+        (["--stride", "10"], "stride: audiomae_tiny has a patch every 16"),
         (["--keep-rates", "0.5", "1.5"], "keep_rate: .* got 1.5"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--rounds", "-1"], "--rounds -1: must be at least 0"),

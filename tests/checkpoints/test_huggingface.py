@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pruneattn.errors import UserError
 # From transformers' filterbank: one of the 128 filters is empty with these settings.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
 LABELS = ["dog", "näher", "rain, heavy"]
+SIZES = {"embed_dim": 48, "depth": 5, "num_heads": 3, "num_classes": 3, "prune_blocks": (3,), "frames": 128}
 
 
 @pytest.fixture
@@ -54,22 +56,58 @@ def hugging_face(transformers):
     return save
 
 
+def exact_eps(theirs):
+    """Set the head's eps of the official AST, which transformers cannot express."""
+    theirs.classifier.layernorm.eps = 1e-5
+    return theirs
+
+
+def difference(actual, expected):
+    """Largest difference relative to the root mean square of the expected values."""
+    return ((actual - expected).abs().max() / expected.square().mean().sqrt()).item()
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("frames", [128, 250])
-def test_a_folder_opens_by_its_config(tmp_path, hugging_face, frames):
-    theirs = hugging_face(tmp_path, max_length=frames, problem_type="multi_label_classification")
-    model = pruneattn.load_pretrained(tmp_path)
+@pytest.mark.parametrize(("frames", "stride"), [(128, 16), (250, 16), (250, 10), (123, (10, 16)), (100, (16, 7))])
+def test_a_folder_opens_by_its_config(tmp_path, hugging_face, frames, stride):
+    """The model has the stride and the frames of the folder, so its positions and its logits are the same."""
+    steps = stride if isinstance(stride, tuple) else (stride, stride)
+    config = {"max_length": frames, "frequency_stride": steps[0], "time_stride": steps[1]}
+    theirs = exact_eps(hugging_face(tmp_path, problem_type="multi_label_classification", **config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = pruneattn.load_pretrained(tmp_path)
+    assert (model.stride, model.frames) == (steps, frames)
+    assert torch.equal(model.pos_embed, theirs.audio_spectrogram_transformer.embeddings.position_embeddings)
     fbank = torch.randn(2, frames, 128)
-    # The convolution skips frames that fill no patch; here the features skip them.
-    torch.testing.assert_close(model(fbank[:, : model.frames]), theirs(fbank).logits, rtol=1e-4, atol=1e-4)
-    assert model.features == FeatureConfig(frames // 16 * 16, -4.25, 4.5, "zero")
+    assert difference(model(fbank), theirs(fbank).logits) < 1e-5
+    assert model.features == FeatureConfig(frames, -4.25, 4.5, "zero")
     assert (model.labels, model.multilabel, model.extra) == (LABELS, True, {})
     assert model.keep_rates == (1.0,) and model.prune_blocks == (3,) and not model.training
     model.set_keep_rate(0.5)
     pruneattn.save_pretrained(
         model, tmp_path / "own", features=model.features, labels=model.labels, multilabel=model.multilabel
     )
-    assert pruneattn.load_pretrained(tmp_path / "own").config == model.config
+    again = pruneattn.load_pretrained(tmp_path / "own")
+    assert again.config == model.config and torch.equal(again(fbank), model(fbank))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [10, (10, 16)])
+@pytest.mark.parametrize("keep_rate", [0.7, 0.5])
+def test_a_pruned_folder_equals_the_direct_implementation(tmp_path, hugging_face, load_file, stride, keep_rate):
+    steps = stride if isinstance(stride, tuple) else (stride, stride)
+    pruning = {"keep_rate": keep_rate, "blocks": [1, 3], "score": "cls"}
+    hugging_face(tmp_path, max_length=90, frequency_stride=steps[0], time_stride=steps[1], pruneattn=pruning)
+    model = pruneattn.load_pretrained(tmp_path)
+    eager = load_file(Path(__file__).parents[1] / "models" / "eager.py")
+    fbank = torch.randn(2, 90, 128)
+    state = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    rates = {"keep_rates": (keep_rate, keep_rate), "prune_blocks": (1, 3)}
+    expected, kept, _ = eager.run(state, fbank.double(), eager.AST, heads=3, stride=steps, **rates)
+    trace = pruneattn.trace(model, fbank)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(trace.kept, kept, strict=True))
+    assert difference(model(fbank).double(), expected) < 1e-5
 
 
 @torch.no_grad()
@@ -137,26 +175,71 @@ def test_defaults_that_a_config_leaves_out(tmp_path, hugging_face):
     assert model.features == FeatureConfig(128, -4.2677393, 4.5689974, "zero")
 
 
-def test_stride_10_is_resampled(tmp_path, hugging_face):
-    hugging_face(tmp_path, frequency_stride=10, time_stride=10)
-    with pytest.warns(UserWarning, match="stride 10"):
-        model = pruneattn.load_pretrained(tmp_path)
-    assert model.pos_embed.shape == (1, 66, 48)
+@torch.no_grad()
+def test_positions_are_resampled_on_request_only(tmp_path, hugging_face):
+    theirs = hugging_face(tmp_path, frequency_stride=10, time_stride=10, max_length=200)
+    table = theirs.audio_spectrogram_transformer.embeddings.position_embeddings[0, 2:].reshape(12, 19, 48)
+    message = r"12 x 19 positions resampled to 8 x 12 of stride 16; .* \(--stride 10\) keeps its positions"
+    with pytest.warns(UserWarning, match=message) as caught:
+        model = pruneattn.load_pretrained(tmp_path, stride=16)
+    assert caught[0].filename == __file__
+    assert (model.stride, model.frames, model.pos_embed.shape) == ((16, 16), 200, (1, 98, 48))
+    torch.testing.assert_close(model.pos_embed[0, 2:].reshape(8, 12, 48)[5, 5], table[8, 8])  # 1.6 times 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pruneattn.load_pretrained(tmp_path, stride=(10, 10)).num_patches == 12 * 19
+    with pytest.warns(UserWarning, match="12 x 19 positions resampled to 12 x 12 of stride 10,16"):
+        assert pruneattn.load_pretrained(tmp_path, stride=(10, 16)).stride == (10, 16)
 
 
 def test_the_config_determines_the_grid_of_the_positions(tmp_path, hugging_face):
-    """12 x 18 positions of stride 10 are as many as 8 x 27 of stride 16; 12 x 50 as many as 8 x 75."""
-    theirs = hugging_face(tmp_path / "10", frequency_stride=10, time_stride=10, max_length=200)
-    table = theirs.audio_spectrogram_transformer.embeddings.position_embeddings[0, 2:].reshape(12, 19, 48)
-    with pytest.warns(UserWarning, match="12 x 19 positions resampled to 8 x 12"):
-        model = pruneattn.load_pretrained(tmp_path / "10")
-    assert model.frames == 192
-    fitted = model.pos_embed[0, 2:].reshape(8, 12, 48)
-    torch.testing.assert_close(fitted[5, 5], table[8, 8])  # 1.6 times 5
-    hugging_face(tmp_path / "16", max_length=1200)
+    """12 x 50 positions of stride 10 are as many as 8 x 75 of stride 16."""
+    hugging_face(tmp_path, max_length=1200)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert pruneattn.load_pretrained(tmp_path / "16").frames == 1200
+        model = pruneattn.load_pretrained(tmp_path)
+        assert (model.frames, model.stride) == (1200, (16, 16))
+        pruneattn.load_checkpoint(model, tmp_path)
+    shorter = pruneattn.create_model("ast_tiny", **{**SIZES, "frames": 512})
+    report = pruneattn.load_checkpoint(shorter, tmp_path)  # by its size, it would have stride 10
+    assert report.notes == ["positions: center crop of 75 time columns to 32"]
+
+
+# Mean and standard deviation -----------------------------------------------------------------------------------------
+
+
+AUDIOSET = {number: {0: "Speech", 137: "Music"}.get(number, f"sound {number}") for number in range(527)}
+
+
+def test_audioset_labels_get_the_statistics_of_audioset(tmp_path, hugging_face):
+    hugging_face(tmp_path, extractor=False, id2label=AUDIOSET, max_length=100)
+    with pytest.warns(UserWarning, match="preprocessor_config.json: no such file; the labels are AudioSet's") as caught:
+        model = pruneattn.load_pretrained(tmp_path)
+    assert caught[0].filename == __file__
+    assert model.features == FeatureConfig(100, -4.2677393, 4.5689974, "zero")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pruneattn.load_pretrained(tmp_path, mean=-5.0, std=3.0).features == FeatureConfig(100, -5, 3, "zero")
+
+
+@pytest.mark.parametrize("labels", [dict(enumerate(LABELS)), AUDIOSET | {137: "Speech, music"}, {**AUDIOSET, 527: "x"}])
+def test_other_labels_need_statistics(tmp_path, hugging_face, labels):
+    hugging_face(tmp_path, extractor=False, id2label=labels)
+    for given in ({}, {"mean": -4.0}, {"std": 3.0}):
+        with pytest.raises(UserError, match=r"preprocessor_config.json: no such file.*pass both \(--mean, --std\)"):
+            pruneattn.load_pretrained(tmp_path, **given)
+    model = pruneattn.load_pretrained(tmp_path, mean=-4.0, std=3.0)
+    assert model.features == FeatureConfig(128, -4.0, 3.0, "zero")
+
+
+@pytest.mark.parametrize("given", [{"mean": -4.25, "std": 4.5}, {"std": 4.5}])
+def test_statistics_are_rejected_if_the_folder_has_its_own(tmp_path, hugging_face, given):
+    hugging_face(tmp_path)
+    with pytest.raises(UserError, match=r"applies only with model \(--model\).*without preprocessor_config.json"):
+        pruneattn.load_pretrained(tmp_path, **given)
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
 def change(**values):
@@ -172,7 +255,10 @@ def extractor(text):
 
 
 REJECTED = {
-    "stride": (change(time_stride=10), r"frequency_stride, time_stride is \(16, 10\), not \(16, 16\) or"),
+    "stride": (change(time_stride=17), r"config.json: stride: expected a whole number from 1 to 16.*\(16, 17\)"),
+    "grid": (change(time_stride=10), "64 patches, but config.json describes 8 x 12; use the files of one model"),
+    "frames": (change(max_length=256), "config.json it is 256"),
+    "short": (change(max_length=8), "frames: must be at least 16"),
     "patches": (change(patch_size=8), "patch_size is 8, not 16"),
     "activation": (change(hidden_act="gelu_new"), "hidden_act is 'gelu_new'"),
     "mlp": (change(intermediate_size=96), "intermediate_size is 96, not 192"),
@@ -255,6 +341,7 @@ def waves(real_audio):
         {"max_length": 1024},  # pads
         {"max_length": 64, "mean": -6.85, "std": 5.57},  # cuts
         {"max_length": 512, "do_normalize": False},
+        {"max_length": 250},  # not a multiple of a patch
     ],
 )
 def test_its_features_equal_ours(extract, waves, options):
@@ -268,12 +355,13 @@ def test_its_features_equal_ours(extract, waves, options):
         torch.testing.assert_close(2 * config.std * ours, 2 * config.std * theirs, rtol=0, atol=5e-3)
 
 
-def test_its_features_go_into_our_model(tmp_path, hugging_face, extract, waves):
-    theirs = hugging_face(tmp_path, max_length=512)
+@pytest.mark.parametrize(("frames", "stride"), [(512, 16), (500, 10)])
+def test_its_features_go_into_our_model(tmp_path, hugging_face, extract, waves, frames, stride):
+    theirs = hugging_face(tmp_path, max_length=frames, frequency_stride=stride, time_stride=stride)
     model = pruneattn.load_pretrained(tmp_path)
     logits = []
     for wave in waves:
-        values, _ = extract(wave, max_length=512, mean=-4.25, std=4.5)
+        values, _ = extract(wave, max_length=frames, mean=-4.25, std=4.5)
         with torch.no_grad():
             expected = theirs(values).logits
             torch.testing.assert_close(model(values), expected, rtol=1e-4, atol=1e-4)

@@ -59,6 +59,16 @@ def test_a_checkpoint_of_this_package(saved):
     assert describe(model) == "ast_tiny, 128 frames (64 patches), 3 classes"
 
 
+def test_the_description_has_a_stride_other_than_16(tmp_path):
+    for stride, text in ((16, ""), (10, "stride 10, "), ((10, 16), "stride 10,16, ")):
+        model = make(stride=stride)
+        assert describe(model) == f"ast_tiny, {text}128 frames ({model.num_patches} patches), 3 classes"
+    pruneattn.save_pretrained(model, tmp_path, features=FEATURES, labels=LABELS, multilabel=True)
+    assert open_checkpoint(tmp_path).stride == (10, 16)
+    with pytest.warns(UserWarning, match="12 x 8 positions resampled to 8 x 8"):
+        assert open_checkpoint(tmp_path, stride=16, score="column_mean").stride == (16, 16)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("num_classes", 3), ("frames", 128), ("mean", 0.0), ("std", 1.0), ("padding", "zero")]
 )
@@ -94,6 +104,34 @@ def test_a_checkpoint_of_another_project(foreign):
     options = {"num_classes": 35, "frames": 128, "mean": -1.0, "std": 2.0, "padding": "min"}
     model = open_checkpoint(foreign, model="audiomae_tiny", dataset="as20k", **options)
     assert model.description == Description(FeatureConfig(128, -1.0, 2.0, "min"), None, True)
+
+
+def test_a_foreign_checkpoint_keeps_its_stride(tmp_path):
+    """12 x 24 patches of stride 10, or 8 x 36 of stride 16."""
+    source = create_model("ast_tiny", num_classes=3, frames=250, stride=10)
+    path = tmp_path / "theirs.pth"
+    pruneattn.save_checkpoint(source, path, format="ast")
+
+    def opened(**arguments):
+        return open_checkpoint(path, model="ast_tiny", num_classes=3, **arguments)
+
+    model = opened(frames=250)
+    assert (model.stride, model.frames) == ((10, 10), 250) and torch.equal(model.pos_embed, source.pos_embed)
+    with pytest.warns(UserWarning, match="12 x 24 positions resampled to 8 x 15"):
+        assert opened(frames=250, stride=16).stride == (16, 16)
+    with pytest.raises(UserError, match="theirs.pth: position table: 288 patches are 12 x 24 .* 8 x 36 "):
+        opened(frames=400)
+    with pytest.warns(UserWarning, match="24 time columns interpolated to 39"):
+        assert opened(frames=400, stride=10).stride == (10, 10)
+    for stride in (None, 10, 16):
+        with pytest.raises(UserError, match="AST, official, which does not fit the model audiomae_tiny"):
+            open_checkpoint(path, model="audiomae_tiny", num_classes=3, stride=stride)
+
+
+def test_audiomae_has_one_stride(foreign):
+    assert open_checkpoint(foreign, model="audiomae_tiny", dataset="spc2", stride=16).stride == (16, 16)
+    with pytest.raises(UserError, match="stride: audiomae_tiny has a patch every 16 mel bins and frames"):
+        open_checkpoint(foreign, model="audiomae_tiny", dataset="spc2", stride=10)
 
 
 def test_a_checkpoint_of_another_project_needs_its_classes(foreign):

@@ -2,15 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pruneattn.checkpoints.positions import fit_positions
+from pruneattn.checkpoints.positions import fit_positions, guess_stride
 from pruneattn.errors import UserError
 from pruneattn.models import create_model
 
 EXTRA = {"ast": 2, "audiomae": 1}
 
 
-def make(family, frames):
-    return create_model(f"{family}_tiny", embed_dim=4, depth=1, num_heads=1, prune_blocks=(), frames=frames)
+def make(family, frames, stride=16):
+    sizes = {"embed_dim": 4, "depth": 1, "num_heads": 1, "prune_blocks": ()}
+    return create_model(f"{family}_tiny", frames=frames, stride=stride, **sizes)
 
 
 def numbered(family, patches):
@@ -143,11 +144,101 @@ def test_stride_10_is_resampled_before_the_crop():
     assert "12 x 101" in note and "center crop of 64 time columns to 8" in note
 
 
-def test_only_formats_that_come_with_stride_10_are_resampled():
-    # 144 patches are 12 x 12 with stride 10, but 8 x 18 in our own file.
+def test_stride_16_is_the_default():
+    # 144 patches are 12 x 12 with stride 10, but 8 x 18 with stride 16.
     fitted, note = fit_positions(numbered("ast", 144), make("ast", 256))
     expected = [18 * row + 1 + column for row in range(8) for column in range(16)]
     assert values(fitted, "ast")[1] == expected and "crop" in note
+
+
+# Any stride ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [10, (10, 16), (16, 10), (7, 5), 1])
+def test_a_table_of_the_same_stride_is_unchanged_or_cropped(stride):
+    model = make("ast", 100, stride)
+    columns, rows = model.grid
+    fitted, note = fit_positions(numbered("ast", rows * columns), model, stride=stride)
+    assert values(fitted, "ast")[1] == list(range(rows * columns)) and note == ""
+    shorter = make("ast", 60, stride)
+    fitted, note = fit_positions(numbered("ast", rows * columns), shorter, stride=stride)
+    start = columns // 2 - shorter.grid[0] // 2
+    cropped = [columns * row + start + column for row in range(rows) for column in range(shorter.grid[0])]
+    assert values(fitted, "ast")[1] == cropped and f"crop of {columns} time columns to {shorter.grid[0]}" in note
+    with pytest.warns(UserWarning, match=f"{shorter.grid[0]} time columns interpolated to {columns}"):
+        stretched, _ = fit_positions(fitted, model, stride=stride)
+    assert stretched.shape[1] == 2 + rows * columns
+
+
+@pytest.mark.parametrize("frames", [128, 250, 1024])
+@pytest.mark.parametrize(
+    ("had", "stride", "text"),
+    [(16, 10, "16"), (10, (10, 16), "10"), ((10, 16), 10, "10,16"), ((16, 10), (10, 16), "16,10"), (5, (12, 3), "5")],
+)
+def test_another_stride_is_read_at_the_centers_of_the_patches(frames, had, stride, text):
+    """The values are the positions in mel bins and frames; bilinear interpolation must reproduce them."""
+    source, model = make("ast", frames, had), make("ast", frames, stride)
+    columns, rows = source.grid
+    mel, time = (torch.arange(float(count)) * step for count, step in zip((rows, columns), source.stride))
+    place = torch.stack(
+        [*torch.meshgrid(mel, time, indexing="ij"), torch.ones(rows, columns)], -1
+    )  # [rows, columns, 3]
+    table = torch.cat([torch.full((1, 2, 3), -1.0), place.reshape(1, -1, 3)], dim=1)
+    with pytest.warns(UserWarning, match=rf"stride {text}: .* \(--stride {text}\) keeps its positions"):
+        fitted, note = fit_positions(table, model, stride=had)
+    wanted = [
+        (torch.arange(float(count)) * step).clamp(max=end)
+        for count, step, end in zip(model.grid[::-1], model.stride, (mel[-1].item(), time[-1].item()))
+    ]
+    expected = torch.stack([*torch.meshgrid(*wanted, indexing="ij"), torch.ones(model.grid[::-1])], -1)
+    torch.testing.assert_close(fitted[0, 2:], expected.flatten(0, 1))
+    assert (fitted[:, :2] == -1).all() and "crop" not in note and "time columns" not in note
+
+
+@pytest.mark.parametrize(
+    ("patches", "frames", "asked", "stride"),
+    [
+        (512, 1024, None, 16),  # the model's size
+        (360, 720, None, 16),
+        (600, 1200, None, 16),  # although a published checkpoint has this size
+        (360, 310, 10, 10),
+        (17 * 7, 120, (7, 16), (7, 16)),
+        (1212, 1024, 16, 10),  # the size for these frames at one published stride
+        (360, 310, None, 10),
+        (360, 310, 16, 10),
+        (850, 1024, None, 12),
+        (1212, 128, None, 10),  # the size of a published checkpoint
+        (850, 128, None, 12),
+        (657, 128, None, 14),
+        (512, 128, 10, 16),
+        (600, 128, None, 10),
+        (144, 1024, 16, 10),
+        (130, 1024, None, 12),  # a grid at one published stride
+        (8 * 41, 1024, None, 16),
+        (360, 1024, 10, 10),  # a grid at the stride asked for
+        (360, 1024, 16, 16),
+        (360, 1024, (16, 10), (16, 10)),
+    ],
+)
+def test_the_stride_is_found_by_the_size(patches, frames, asked, stride):
+    assert guess_stride(patches, frames, asked) == (stride if isinstance(stride, tuple) else (stride, stride))
+
+
+@pytest.mark.parametrize("asked", [None, (11, 11)])
+def test_an_ambiguous_size_is_rejected_with_the_possible_grids(asked):
+    grids = (
+        "360 patches are 12 x 30 with a stride of 10, 10 x 36 with a stride of 12, 9 x 40 with a stride of 14 or "
+        r"8 x 45 with a stride of 16: pass the stride \(--stride\)"
+    )
+    with pytest.raises(UserError, match=grids):
+        guess_stride(360, 1024, asked)
+    if asked is None:
+        with pytest.raises(UserError, match=grids):
+            fit_positions(numbered("ast", 360), make("ast", 1024), stride=None)
+    for stride, rows in ((10, 12), (16, 8)):
+        with pytest.warns(UserWarning, match=f"{360 // rows} time columns interpolated"):
+            fitted, _ = fit_positions(numbered("ast", 360), make("ast", 1024, stride), stride=stride)
+        assert fitted.shape == make("ast", 1024, stride).pos_embed.shape
 
 
 @pytest.mark.parametrize(("family", "patches"), [("ast", 1213), ("ast", 196), ("audiomae", 1212), ("audiomae", 0)])

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -47,6 +48,51 @@ def test_round_trip_is_bit_equal(tmp_path, name, keep_rate):
     x = torch.randn(2, 128, 128)
     with torch.no_grad():
         assert torch.equal(loaded(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(("stride", "version"), [(16, 1), ((16, 16), 1), (10, 2), ((10, 16), 2)])
+def test_other_strides_have_their_own_format_version(tmp_path, stride, version):
+    """Earlier versions of pruneattn read version 1 and reject others by name."""
+    path = tmp_path / "x.safetensors"
+    model = make("ast_tiny", stride=stride, frames=100, keep_rate=0.5)
+    save(model, path, features=replace(FEATURES, frames=100))
+    with safe_open(path, "pt") as file:
+        content = json.loads(file.metadata()["pruneattn"])
+    assert (content["format_version"], "stride" in content["model"]) == (version, version == 2)
+    loaded = pruneattn.load_pretrained(path)
+    assert loaded.config == model.config and loaded.stride == model.stride
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    other = create_model(**model.config)
+    report = pruneattn.load_checkpoint(other, path)
+    assert report.notes == [] and torch.equal(other.pos_embed, model.pos_embed)
+
+
+def test_positions_are_resampled_on_request_only(tmp_path):
+    path = tmp_path / "x.safetensors"
+    model = make("ast_tiny", stride=10, keep_rate=0.5)
+    save(model, path)
+    with pytest.warns(UserWarning, match=r"12 x 12 positions resampled to 8 x 8 of stride 16") as caught:
+        other = pruneattn.load_pretrained(path, stride=16)
+    assert caught[0].filename == __file__ and len(caught) == 1
+    assert other.stride == (16, 16) and other.config | {"stride": [10, 10]} == model.config and not other.training
+    assert other.description == Description(FEATURES, LABELS, False)
+    fitted = make("ast_tiny")
+    with pytest.warns(UserWarning, match="resampled"):
+        pruneattn.load_checkpoint(fitted, path)
+    assert torch.equal(fitted.pos_embed, other.pos_embed) and torch.equal(other.norm.weight, model.norm.weight)
+    save(make(), path)
+    with pytest.raises(UserError, match="stride: audiomae_tiny has a patch every 16 mel bins"):
+        pruneattn.load_pretrained(path, stride=10)
+    assert pruneattn.load_pretrained(path, stride=16).stride == (16, 16)
+    with pytest.raises(UserError, match="^stride: expected a whole number from 1 to 16"):
+        pruneattn.load_pretrained(path, stride=0)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_saved_model_takes_no_statistics(tmp_path, name):
+    save(make(), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=rf"{name} \(--{name}\) applies only with model"):
+        pruneattn.load_pretrained(tmp_path / "x.safetensors", **{name: 1.0})
 
 
 def test_a_folder_prefers_the_best_file(tmp_path):
@@ -181,7 +227,10 @@ def rewritten(path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content, state: content | {"format_version": 2}, "format version 2 by pruneattn 0.*reads version 1"),
+        (
+            lambda content, state: content | {"format_version": 3},
+            "format version 3 by pruneattn 0.*reads versions 1 and 2",
+        ),
         (lambda content, state: "{", "configuration is not readable"),
         (lambda content, state: [1], "configuration is not readable"),
         (lambda content, state: content | {"model": content["model"] | {"depth": 5}}, "do not match.*blocks.4"),

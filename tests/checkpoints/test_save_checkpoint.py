@@ -66,6 +66,24 @@ def test_round_trip_from_our_model(tmp_path, family, format_):
     assert set(report.unused) == (heads if format_ == "ast" else set())
 
 
+@pytest.mark.parametrize("format_", ["ast", "huggingface"])
+@pytest.mark.parametrize("stride", [10, (10, 16), (16, 7)])
+def test_round_trip_with_another_stride(tmp_path, format_, stride):
+    source, model = make("ast", stride=stride), make("ast", stride=stride)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    save(source, tmp_path / "out", format_)
+    given = {"stride": stride} if format_ == "ast" else {}
+    report = pruneattn.load_checkpoint(model, tmp_path / "out", **given)
+    assert_same(model.state_dict(), source.state_dict())
+    assert report.missing == report.notes == []
+    if format_ == "huggingface":
+        opened = pruneattn.load_pretrained(tmp_path / "out")
+        assert (opened.stride, opened.frames) == (source.stride, FRAMES)
+        assert_same(opened.state_dict(), source.state_dict())
+
+
 def official_ast():
     deit = pytest.importorskip("timm.models.deit")
     module = torch.nn.Module()
@@ -159,14 +177,16 @@ def fbank():
 
 
 @torch.no_grad()
-def test_transformers_opens_the_folder(tmp_path):
+@pytest.mark.parametrize("stride", [16, 10, (10, 16)])
+def test_transformers_opens_the_folder(tmp_path, stride):
     transformers = pytest.importorskip("transformers")
-    model = make("ast")
+    model = make("ast", stride=stride)
     save(model, tmp_path, "huggingface", multilabel=True)
     theirs, info = transformers.ASTForAudioClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     torch.testing.assert_close(theirs.eval()(fbank()).logits, model(fbank()), rtol=1e-4, atol=1e-4)
     config = theirs.config
+    assert (config.frequency_stride, config.time_stride) == model.stride
     assert [config.id2label[number] for number in range(CLASSES)] == LABELS
     assert config.label2id == {label: number for number, label in enumerate(LABELS)}
     assert (config.problem_type, config.max_length, config.layer_norm_eps) == (

@@ -13,7 +13,9 @@ from safetensors.torch import load_file as load_weights
 from safetensors.torch import save_file as save_weights
 
 import pruneattn
+from pruneattn import evaluate, export, predict
 from pruneattn.data import load_audio, load_dataset
+from pruneattn.data.fbank import samples_for
 from pruneattn.errors import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -180,6 +182,54 @@ def test_the_input_equals_that_of_the_feature_extractor(script, arguments, tones
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_every_way_to_run_a_fine_tuned_folder_gives_the_same_labels(script, arguments, tones, tmp_path, pretrained):
+    """With stride 10: in transformers after `prune`, by `evaluate`, by `predict`, and as an exported file."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, output = [*FRESH, "--stride", "10"], tmp_path / "run"
+    if pretrained:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128}
+        transformers.ASTForAudioClassification(transformers.ASTConfig(max_length=100, **sizes)).save_pretrained(
+            tmp_path
+        )
+        model = ["--model", str(tmp_path)]
+    script.main(arguments(output, model=model))
+    paths = sorted((tones / "test").rglob("*.wav"))
+    truth = [path.parent.name for path in paths]
+    result = json.loads((output / "result.json").read_text())
+
+    theirs = transformers.ASTForAudioClassification.from_pretrained(output).eval()
+    assert (theirs.config.frequency_stride, theirs.config.time_stride, theirs.config.max_length) == (10, 10, 64)
+    pruneattn.prune(theirs, **theirs.config.pruneattn)
+    features = transformers.ASTFeatureExtractor.from_pretrained(output)
+    waves = [load_audio(path) for path in paths]
+    inputs = features([wave.numpy() for wave in waves], sampling_rate=16000, return_tensors="pt")
+    with torch.no_grad():
+        labels = [theirs.config.id2label[number] for number in theirs(**inputs).logits.argmax(1).tolist()]
+    accuracy = np.mean([label == true for label, true in zip(labels, truth)])
+    assert accuracy == pytest.approx(result["test_top1"]) and accuracy > 0.4
+
+    data = ["--dataset", "folder", "--data-dir", str(tones), "--output", str(tmp_path / "table")]
+    evaluate.main([str(output), *data, "--keep-rate", "0.5", "--rounds", "0"])
+    (row,) = json.loads((tmp_path / "table" / "table.json").read_text())["rows"]
+    assert row["top1"] == pytest.approx(accuracy)
+
+    predict.main([str(output), *map(str, paths), "--output", str(tmp_path / "labels.jsonl")])
+    rows = {row["path"]: row for row in map(json.loads, (tmp_path / "labels.jsonl").read_text().splitlines())}
+    assert [rows[str(path)]["labels"][0] for path in paths] == labels
+
+    export.main([str(output), "--format", "onnx", "--waveform", "--output", str(tmp_path / "model.onnx")])
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    samples, lengths = np.zeros((len(waves), samples_for(64)), np.float32), []
+    for row, wave in zip(samples, waves):
+        lengths.append(min(len(wave), samples.shape[1]))
+        row[: lengths[-1]] = wave[: lengths[-1]]
+    (logits,) = session.run(["logits"], {"waves": samples, "lengths": np.array(lengths)})
+    assert [theirs.config.id2label[number] for number in logits.argmax(1).tolist()] == labels
+
+
+@pytest.mark.slow
 def test_training_clips_decide_whether_the_task_is_multilabel(script, arguments, tones, tmp_path):
     """Each validation clip has one label, but every second training clip has two."""
     rows = [
@@ -276,8 +326,17 @@ def test_unsupported_models_are_rejected(script, arguments, tones, tmp_path):
 
 
 def test_sizes_are_only_for_random_weights(script, arguments, tmp_path):
-    with pytest.raises(UserError, match="--depth applies only with --size"):
-        script.parse(arguments(tmp_path, "--depth", 3, model=["--model", "somewhere"]))
+    for option, value in (("--depth", 3), ("--stride", 16)):
+        with pytest.raises(UserError, match=f"{option} applies only with --size"):
+            script.parse(arguments(tmp_path, option, value, model=["--model", "somewhere"]))
+
+
+@pytest.mark.parametrize(("words", "strides"), [((), (16, 16)), (("--stride", "10,16"), (10, 16))])
+def test_the_stride_of_a_model_with_random_weights(script, arguments, tones, tmp_path, words, strides):
+    args = script.parse(arguments(tmp_path, *words))
+    model = script.make_model(args, None, load_dataset("folder", "train", data_dir=tones))
+    assert (model.config.frequency_stride, model.config.time_stride) == strides
+    assert model(torch.zeros(1, 64, 128)).logits.shape == (1, 3)
 
 
 @pytest.mark.slow
@@ -313,7 +372,7 @@ def test_several_labels_per_clip_without_a_test_split(script, tones, tmp_path, c
         ("--epochs 0", "--epochs 0: must be at least 1"),
         ("--keep-rate 1.5", "keep_rate"),
         ("--prune-blocks 0 3", "prune_blocks"),
-        ("--frames 100", "frames"),
+        ("--frames 15", "frames"),
     ],
 )
 def test_invalid_values_are_rejected(script, arguments, tmp_path, options, message):

@@ -65,16 +65,20 @@ def close(actual, expected, tolerance=1e-3):
 
 
 @pytest.mark.parametrize(
-    "family, score",
+    "family, score, stride",
     [
-        ("ast", "cls"),
-        pytest.param("audiomae", "column_mean", marks=pytest.mark.slow),
-        pytest.param("audiomae", "variation", marks=pytest.mark.slow),
+        ("ast", "cls", 16),
+        pytest.param("audiomae", "column_mean", 16, marks=pytest.mark.slow),
+        pytest.param("audiomae", "variation", 16, marks=pytest.mark.slow),
+        pytest.param("ast", "cls", 10, marks=pytest.mark.slow),
+        pytest.param("ast", "column_mean", (10, 16), marks=pytest.mark.slow),
+        pytest.param("ast", "intensity", 10, marks=pytest.mark.slow),
+        pytest.param("ast", "variation", (16, 10), marks=pytest.mark.slow),
     ],
 )
 @torch.no_grad()
-def test_onnx(make_model, onnxruntime, tmp_path, family, score):
-    model, path = make_model(family, score=score, **SMALL), tmp_path / "model.onnx"
+def test_onnx(make_model, onnxruntime, tmp_path, family, score, stride):
+    model, path = make_model(family, score=score, stride=stride, **SMALL), tmp_path / "model.onnx"
     assert export_model(model, path, "onnx") < 1e-3
     for batch in (1, 5):
         fbank = torch.randn(batch, 128, 128)
@@ -107,7 +111,8 @@ def test_a_torch_program_does_not_need_this_package(programs):
     assert differences[False] < 1e-3
     files = {DESCRIPTION_FILE: ""}
     program = torch.export.load(paths[False], extra_files=files)
-    assert json.loads(files[DESCRIPTION_FILE])["labels"] == model.labels
+    about = json.loads(files[DESCRIPTION_FILE])
+    assert (about["labels"], about["stride"]) == (model.labels, [16, 16])
     used = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in used if "pruneattn" in name]
     assert not [name for name in used if "logsumexp" in name]  # needed by gradients only
@@ -177,6 +182,36 @@ def test_aoti(make_model, tmp_path):
     for batch in (1, 5):
         fbank = torch.randn(batch, 128, 128)
         close(compiled(fbank), model(fbank))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "format, score, kernels, waveform",
+    [
+        ("onnx", "cls", False, True),
+        ("torch", "variation", False, True),
+        ("torch", "cls", True, False),
+        ("aoti", "intensity", False, True),
+    ],
+)
+@torch.no_grad()
+def test_another_stride(make_model, onnxruntime, tmp_path, format, score, kernels, waveform):
+    """Frames that no patch of stride 10 reads are in the input, too."""
+    sizes = {"depth": 1, "prune_blocks": (0,), "keep_rate": 0.6}
+    model = make_model("ast", stride=10, frames=70, score=score, **sizes)
+    model.features = FeatureConfig(frames=70, mean=-8.74, std=4.28)
+    path = tmp_path / ("model" + export.FORMATS[format])
+    assert export_model(model, path, format, waveform=waveform, kernels=kernels) < 1e-3
+    samples, lengths = 0.1 * torch.randn(3, samples_for(70)), torch.tensor([samples_for(70), 9000, 4242])
+    fbank = FeatureExtractor(model.features)(samples, lengths)
+    inputs = (samples, lengths) if waveform else (fbank,)
+    if format == "onnx":
+        logits = run_onnx(onnxruntime, path, *inputs)[0]
+    elif format == "torch":
+        logits = torch.export.load(path).module()(*inputs)
+    else:
+        logits = torch._inductor.aoti_load_package(path)(*inputs)
+    close(logits, model(fbank))
 
 
 @pytest.mark.slow

@@ -81,6 +81,21 @@ def test_every_field_is_an_option():
     assert {f.name for f in dataclasses.fields(Augment)} <= {f.name for f in dataclasses.fields(Recipe)}
 
 
+@pytest.mark.parametrize(("words", "stride"), [("", None), ("--stride 10", (10, 10)), ("--stride=10,16", (10, 16))])
+def test_a_stride_is_one_number_or_two(words, stride):
+    assert parse(["--model", "ast", "--frames", "100", *words.split()])[0].stride == stride
+
+
+@pytest.mark.parametrize("value", ["17", "0", "10,16,10", "ten", "10,", ""])
+def test_other_strides_are_errors(capsys, value):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--stride", value])
+    message = (
+        f"argument --stride: expected a whole number from 1 to 16, or two (frequency, time) as 10,16, got {value!r}"
+    )
+    assert message in capsys.readouterr().err
+
+
 def test_every_pruning_block_has_a_keep_rate():
     assert Recipe(keep_rate=(0.5,)).keep_rates == (0.5, 0.5, 0.5)
     assert Recipe(keep_rate=(0.5, 0.6, 0.7)).keep_rates == (0.5, 0.6, 0.7)
@@ -104,7 +119,7 @@ def test_help_shows_the_recipe(capsys):
         ("--keep-rate 0.5 0.5", r"one per pruning block \(3\), got 2"),
         ("--keep-rate 0.5 --epochs 20", "reaches 0.5 only in epoch 28 .* the run ends with epoch 19"),
         ("--epochs 0", "--epochs must be at least 1"),
-        ("--frames 100", "--frames must be a multiple of 16, got 100"),
+        ("--frames 15", "--frames must be at least 16, got 15"),
         ("--lr -1", "--lr must be at least 0 and finite, got -1.0"),
         ("--std 0", "--std must be above 0 and finite, got 0.0"),
         ("--std nan", "--std must be above 0"),
@@ -129,6 +144,18 @@ def test_differences_ignore_where_a_run_computes():
     commands = ("--output a --workers 1", "--output b --seed 3 --keep-rate 0.5")
     old, new = (describe(*parse(command.split())) for command in commands)
     assert differences(old, new) == ["seed: 0 -> 3", "keep_rate: [1.0] -> [0.5]"]
+
+
+def test_a_run_keeps_its_stride_unless_another_is_given():
+    """Checkpoints of the first versions have no stride: it was 16."""
+    for old, given, expected in (
+        ({}, None, []),
+        ({}, [16, 16], []),
+        ({}, [10, 10], ["stride: [16, 16] -> [10, 10]"]),
+        ({"stride": [10, 10]}, None, []),
+        ({"stride": [10, 10]}, [16, 16], ["stride: [10, 10] -> [16, 16]"]),
+    ):
+        assert differences(old, {"stride": given}) == expected
 
 
 def test_differences_of_long_lists_are_short():

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{args.clusters} has clusters by {clusters.statistic}: use clusters by intensity")
     models = [analysis.model]
     if args.against:
-        models.append(open_second(analysis, args.against, args.against_model, args.score))
+        models.append(open_second(analysis, args.against, args.against_model, args.score, args.stride))
     for model in models:
         model.set_keep_rate(args.keep_rate)
     histograms, rows, ratio = measure_histograms(analysis, models, clusters)

@@ -15,8 +15,10 @@ from ...cli import (
     add_keep_rates_option,
     add_model_option,
     add_speed_options,
+    add_stride_option,
     check_least,
 )
+from ...constants import PATCH
 from ...errors import UserError
 from ...files import make_folder
 from ...plot import matplotlib_figure
@@ -47,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     matplotlib_figure()  # the result is drawn: fail now if matplotlib is not installed
     device = distributed.start(args.device)
     keep_rates = _sweep(args.keep_rate, args.keep_rates)
-    cells: Cells = {
-        (model, frames): count_rows(model, frames, keep_rates)  # rejects invalid values before the long work
+    cells: Cells = {  # count_rows rejects invalid values before the long work
+        (model, frames): count_rows(model, frames, keep_rates, args.stride)
         for model in args.model
         for frames in args.frames
     }
@@ -75,6 +77,7 @@ def _add_speed(
             amp=args.amp,
             rounds=args.rounds,
             compiled=args.compile,
+            stride=args.stride,
         )
         speed = timings.find(options)
         name = f"[{number}/{len(cells)}] {model}, {rows[0]['patches']} patches"
@@ -117,10 +120,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_model_option(parser, f"models (default: {' '.join(_MODELS)})", nargs="+", default=_MODELS)
     add_frames_option(
         parser,
-        f"10 ms frames of the input, half as many patches as frames (default: {' '.join(map(str, PRINTED_GMACS))})",
+        f"10 ms frames of the input; at stride 16, half as many patches (default: {' '.join(map(str, PRINTED_GMACS))})",
         nargs="+",
         default=tuple(PRINTED_GMACS),
     )
+    add_stride_option(parser, "16")
+    parser.set_defaults(stride=PATCH)
     rates = parser.add_mutually_exclusive_group()
     add_keep_rate_option(
         rates,
