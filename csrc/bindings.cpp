@@ -126,7 +126,8 @@ using TokenRowsArgument = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
 cpu::TokenRows token_rows_of(const char* name, const TokenRowsArgument& argument) {
   const auto& [pointer, rows_per_batch, batch_stride, row_stride] = argument;
-  check(rows_per_batch >= 1, std::string(name) + ": expected at least 1 row, got " + std::to_string(rows_per_batch));
+  check(rows_per_batch >= 1,
+        std::string(name) + ": expected at least 1 row per batch, got " + std::to_string(rows_per_batch));
   return {reinterpret_cast<char*>(pointer), rows_per_batch, batch_stride, row_stride};
 }
 
