@@ -184,7 +184,9 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *_: Any) -
 
 def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
     """Return ``x`` ``[B, N, C]`` or a copy of it, and its address, rows per batch, batch stride and row stride."""
-    x = together(x.reshape(-1, *x.shape[-2:]) if x.dim() > 1 else x.view(1, 1, -1))
+    if x.dim() != 3:
+        x = x.reshape(-1, *x.shape[-2:]) if x.dim() > 1 else x.view(1, 1, -1)
+    x = together(x)
     return x, (x.data_ptr(), x.shape[1], x.stride(0), x.stride(1))
 
 
