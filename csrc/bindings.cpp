@@ -280,7 +280,7 @@ PYBIND11_MODULE(_C, m) {
         arg("norm_bias_ptr"), arg("epsilon"), arg("gelu"), arg("threads"),
         "Writes y [rows, out] = act(quantized(norm(x)) weight^T * scale + bias) + residual, where the null pointer "
         "means none. weight: uint8 [out / 32, channels / 16 * 4, 32, 4], rounded up, with an offset of 128.");
-  m.def("cpu_isas", &cpu::isas, "The instruction sets that the attention kernels can use on this machine, best first.");
+  m.def("cpu_isas", &cpu::isas, "The instruction sets that the CPU kernels can use on this machine, best first.");
   m.def("cpu_isa", [] { return std::string(cpu::isa().name); }, "The instruction set in use.");
   m.def("cpu_use_isa", &cpu::use_isa, arg("name"), "Selects an instruction set. Must not be called while kernels run.");
 #ifdef PRUNEATTN_CUDA

@@ -52,7 +52,7 @@ inline Ints add_pairs(Ints sums, Ints weights, Ints inputs) {
 }
 
 // Makes the compiler compute the sum here. It would reorder the additions, and run out of registers.
-inline void compute(Ints& sums) {
+inline void compute([[maybe_unused]] Ints& sums) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(sums));
 #elif defined(__SSE2__)
