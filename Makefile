@@ -78,7 +78,7 @@ sanitize: $(VENV)/installed  ## tests of the CPU kernels under AddressSanitizer 
 	cd $(SANITIZE) && LD_PRELOAD="$(SANITIZE_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	  $(CURDIR)/$(VENV)/bin/python $(PYTEST) --capture=sys -o pythonpath=$(CURDIR)/$(SANITIZE) \
 	  -k "not emulated and not device and not cuda" $(CURDIR)/tests/csrc/test_kernels.py \
-	  $(CURDIR)/tests/csrc/test_attention_kernels.py
+	  $(CURDIR)/tests/csrc/test_attention_kernels.py $(CURDIR)/tests/csrc/test_int8_kernels.py
 
 race: $(VENV)/installed  ## CUDA kernels on the CPU: report accesses to memory that no barrier orders
 	EMULATED_RACE=1 $(VENV)/bin/python $(PYTEST) -m emulated -k "not split and not ops_on_cuda" tests/csrc

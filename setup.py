@@ -25,7 +25,13 @@ AVX512 = (
     "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 "
     "-Wno-maybe-uninitialized"
 )  # GCC 12 warns about its own intrinsics
-ISA_FLAGS = {"isa_avx2": "-mavx2 -mfma", "isa_avx512": AVX512, "isa_avx512_bf16": f"{AVX512} -mavx512bf16"}
+ISA_FLAGS = {
+    "isa_avx2": "-mavx2 -mfma",
+    "isa_avx_vnni": "-mavx2 -mfma -mavxvnni",
+    "isa_avx512": AVX512,
+    "isa_avx512_vnni": f"{AVX512} -mavx512vnni",
+    "isa_avx512_bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
+}
 
 
 def isa_flags(source):

@@ -121,6 +121,30 @@ void cpu_cls_scores(const std::string& dtype, int64_t batch, int64_t heads, int6
                   extra_tokens, reinterpret_cast<float*>(scores), threads);
 }
 
+// (pointer, rows per batch, batch stride, row stride), all strides in elements
+using TokenRowsArgument = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+cpu::TokenRows token_rows_of(const char* name, const TokenRowsArgument& argument) {
+  const auto& [pointer, rows_per_batch, batch_stride, row_stride] = argument;
+  check(rows_per_batch >= 1,
+        std::string(name) + ": expected at least 1 row per batch, got " + std::to_string(rows_per_batch));
+  return {reinterpret_cast<char*>(pointer), rows_per_batch, batch_stride, row_stride};
+}
+
+void cpu_int8_linear(const std::string& dtype, int64_t rows, int64_t channels, int64_t out, const TokenRowsArgument& x,
+                     const TokenRowsArgument& residual, uintptr_t y, uintptr_t weight, uintptr_t scale, uintptr_t bias,
+                     uintptr_t norm_weight, uintptr_t norm_bias, double epsilon, bool gelu, int threads) {
+  check(rows >= 0 && channels >= 1 && channels <= cpu::kInt8MaxIn && out >= 1,
+        "expected rows >= 0, channels in 1.." + std::to_string(cpu::kInt8MaxIn) + " and out >= 1, got " +
+            std::to_string(rows) + ", " + std::to_string(channels) + ", " + std::to_string(out));
+  check_threads(threads);
+  cpu::int8_linear(
+      {cpu_dtype_of(dtype), rows, channels, out, token_rows_of("x", x), token_rows_of("residual", residual),
+       reinterpret_cast<char*>(y), reinterpret_cast<const uint8_t*>(weight), scores_of(scale), scores_of(bias),
+       scores_of(norm_weight), scores_of(norm_bias), static_cast<float>(epsilon), gelu},
+      threads);
+}
+
 #ifdef PRUNEATTN_CUDA
 void check_cuda_selection(int64_t batch, int64_t patches, int64_t keep) {
   check_selection(batch, patches, keep);
@@ -251,7 +275,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_cls_scores", &cpu_cls_scores, nogil, arg("dtype"), arg("batch"), arg("heads"), arg("tokens"),
         arg("channels"), arg("q"), arg("k"), arg("scale"), arg("extra_tokens"), arg("scores_ptr"), arg("threads"),
         "The class token's row of the softmax matrix, averaged over heads. The token stride of q is not used.");
-  m.def("cpu_isas", &cpu::isas, "The instruction sets that the attention kernels can use on this machine, best first.");
+  m.def("cpu_int8_linear", &cpu_int8_linear, nogil, arg("dtype"), arg("rows"), arg("channels"), arg("out"), arg("x"),
+        arg("residual"), arg("y_ptr"), arg("weight_ptr"), arg("scale_ptr"), arg("bias_ptr"), arg("norm_weight_ptr"),
+        arg("norm_bias_ptr"), arg("epsilon"), arg("gelu"), arg("threads"),
+        "Writes y [rows, out] = act(quantized(norm(x)) weight^T * scale + bias) + residual, where the null pointer "
+        "means none. weight: uint8 [out / 32, channels / 16 * 4, 32, 4], rounded up, with an offset of 128.");
+  m.def("cpu_isas", &cpu::isas, "The instruction sets that the CPU kernels can use on this machine, best first.");
   m.def("cpu_isa", [] { return std::string(cpu::isa().name); }, "The instruction set in use.");
   m.def("cpu_use_isa", &cpu::use_isa, arg("name"), "Selects an instruction set. Must not be called while kernels run.");
 #ifdef PRUNEATTN_CUDA

@@ -11,6 +11,8 @@ from typing import TypedDict
 _Heads = tuple[int, int, int, int]
 #: Source address, destination address, batch stride, token stride and row size of a tensor to gather, in bytes.
 _Rows = list[tuple[int, int, int, int, int]]
+#: Address of a ``[B, N, C]`` tensor, rows per batch (N), and strides over batches and rows, in elements.
+_TokenRows = tuple[int, int, int, int]
 
 class _BuildInfo(TypedDict):
     cuda: bool
@@ -84,6 +86,23 @@ def cpu_cls_scores(
     scale: float,
     extra_tokens: int,
     scores_ptr: int,
+    threads: int,
+) -> None: ...
+def cpu_int8_linear(
+    dtype: str,
+    rows: int,
+    channels: int,
+    out: int,
+    x: _TokenRows,
+    residual: _TokenRows,
+    y_ptr: int,
+    weight_ptr: int,
+    scale_ptr: int,
+    bias_ptr: int,
+    norm_weight_ptr: int,
+    norm_bias_ptr: int,
+    epsilon: float,
+    gelu: bool,
     threads: int,
 ) -> None: ...
 def cuda_select_tokens(

@@ -18,7 +18,14 @@ from pruneattn.runtime.timing import attention_kernels
 HEADS, HEAD_DIM, DIM = 12, 64, 768
 
 #: Ops with a CPU kernel for each instruction set.
-BY_INSTRUCTION_SET = ("attention", "column_mean_attention", "cls_scores", "cls_prune_tokens", "pruned_attention")
+BY_INSTRUCTION_SET = (
+    "attention",
+    "column_mean_attention",
+    "cls_scores",
+    "cls_prune_tokens",
+    "pruned_attention",
+    "int8_linear",
+)
 
 #: Largest difference of an op's result from the float32 reference, relative to the largest value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}

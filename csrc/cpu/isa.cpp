@@ -12,7 +12,13 @@ extern const Isa kIsa;
 namespace avx2 {
 extern const Isa kIsa;
 }
+namespace avx_vnni {
+extern const Isa kIsa;
+}
 namespace avx512 {
+extern const Isa kIsa;
+}
+namespace avx512_vnni {
 extern const Isa kIsa;
 }
 namespace avx512_bf16 {
@@ -32,9 +38,12 @@ std::vector<const Isa*> find() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512_vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   add(avx2, avx2::kIsa);
+  add(avx2 && __builtin_cpu_supports("avxvnni"), avx_vnni::kIsa);
   add(avx512, avx512::kIsa);
-  add(avx512 && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kIsa);
+  add(avx512_vnni, avx512_vnni::kIsa);
+  add(avx512_vnni && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kIsa);
 #endif
   return found;
 }
@@ -59,6 +68,9 @@ int64_t Attention::units_per_head() const { return (queries + rows_per_unit() - 
 int64_t Attention::units() const { return batch * heads * units_per_head(); }
 
 int64_t ClsScores::key_blocks() const { return (tokens + kKeyBlock - 1) / kKeyBlock; }
+
+int64_t Int8Linear::groups() const { return (in + kInt8Group - 1) / kInt8Group; }
+int64_t Int8Linear::panels() const { return (out + kInt8Panel - 1) / kInt8Panel; }
 
 const Isa& isa() { return *current(); }
 

@@ -1,4 +1,4 @@
-// The attention kernels, which are compiled once per instruction set and chosen at run time.
+// The attention and matrix kernels, which are compiled once per instruction set and chosen at run time.
 #pragma once
 
 #include <cstddef>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../tokens.h"
+#include "int8_linear.h"
 
 namespace pruneattn::cpu {
 
@@ -52,6 +53,12 @@ struct Isa {
   void (*cls_logits)(const ClsScores&, int64_t first, int64_t last);
   // Computes the softmax of the weights in place: heads [first, last) of batch * heads.
   void (*cls_softmax)(const ClsScores&, int64_t first, int64_t last);
+  // The number of bytes of scratch memory per thread.
+  size_t (*int8_scratch)(const Int8Linear&);
+  // Computes rows [first_row, last_row) of output panels [first_panel, last_panel). `scratch` must be aligned to 64
+  // bytes.
+  void (*int8_linear)(const Int8Linear&, int64_t first_row, int64_t last_row, int64_t first_panel, int64_t last_panel,
+                      char* scratch);
 };
 
 // The instruction sets that this machine supports, best first, and the instruction set in use.

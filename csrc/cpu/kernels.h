@@ -29,6 +29,9 @@ void gather_tokens(const int64_t* index, int64_t batch, int64_t patches, int64_t
 void average(const float* sums, int64_t batch, int64_t parts, int64_t tokens, int64_t extra_tokens, float factor,
              float* scores, int threads);
 
+// A linear layer with 8-bit weights. Each row of the input is quantized to 8 bits with its own scale.
+void int8_linear(const Int8Linear& args, int threads);
+
 // The number of threads for work of about `nanoseconds`: 1 or all. OpenMP restarts its threads if the team size
 // changes, so other numbers are not used.
 inline int threads_for(int64_t nanoseconds, int threads) {

@@ -6,14 +6,18 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 #if defined(__AVX512BF16__)
 #define PRUNEATTN_ISA avx512_bf16
+#elif defined(__AVX512VNNI__)
+#define PRUNEATTN_ISA avx512_vnni
 #elif defined(__AVX512F__)
 #define PRUNEATTN_ISA avx512
+#elif defined(__AVXVNNI__)
+#define PRUNEATTN_ISA avx_vnni
 #elif defined(__AVX2__)
 #define PRUNEATTN_ISA avx2
 #else
@@ -90,7 +94,7 @@ void store_first(T* p, Vec v, int64_t count) {
   std::memcpy(p, lanes, count * sizeof(T));
 }
 
-// Returns b if either operand is NaN.
+// Both return b if either operand is NaN.
 inline Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -98,6 +102,16 @@ inline Vec max(Vec a, Vec b) {
   return _mm256_max_ps(a, b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+inline Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
 #endif
 }
 

@@ -38,6 +38,7 @@ OPS = (
     "cls_scores",
     "column_mean_attention",
     "gather_tokens",
+    "int8_linear",
     "prune_epilogue",
     "prune_tokens",
     "pruned_attention",

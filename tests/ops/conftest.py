@@ -62,6 +62,13 @@ def place(request, use_isa):
         yield device
 
 
+@pytest.fixture(params=REFERENCES + CPU_KERNELS)
+def place_without_triton(request, use_isa):
+    """As ``place``, for ops without a Triton or CUDA kernel."""
+    with place_of(request.param, use_isa) as device:
+        yield device
+
+
 @pytest.fixture(params=CPU_KERNELS + TRITON)
 def kernels(request, use_isa):
     """As ``place``, for properties that only our attention kernels have, not PyTorch's."""

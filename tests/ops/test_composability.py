@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pruneattn import ops, use_backend
 from pruneattn.ops import backend
 from pruneattn.ops.attention import reference as attention_reference
+from pruneattn.ops.int8_linear import pack_int8_weight
 
 B, H, N, D, EXTRA = 2, 3, 10, 4, 1
 NAMES = [*ops.__all__, "attention_backward"]
@@ -29,11 +30,14 @@ def arguments(name, device, requires_grad):
     heads = torch.randn(B, H, 2 * N, device=device)[:, :, 1:N]
     x, y = (leaf(torch.randn(B, N, channels, device=device)) for channels in (5, 3))
     index = torch.tensor([[0, 2, 8], [3, 4, 5]], device=device)
+    weight = pack_int8_weight(torch.randint(-127, 128, (3, 5), dtype=torch.int8)).to(device)
+    scale, bias, residual = (torch.randn(shape, device=device) for shape in (3, 3, (B, N, 3)))
     return {
         "column_mean_attention": (q, k, v, EXTRA),
         "attention": (q[:, :, 2:7], k, v),
         "attention_backward": (grad_out, *qkv, *attention_reference(*qkv), 0.3),
         "cls_scores": (leaf(q[:, :, 0]), k, EXTRA),
+        "int8_linear": (x.detach(), weight, scale, bias, residual, True),  # has no gradients
         "select_tokens": (leaf(scores), 4),
         "gather_tokens": (x, index, EXTRA),
         "prune_tokens": (scores, x, y, 4, EXTRA),
