@@ -96,12 +96,21 @@ class NoisyClips(torch.utils.data.Dataset):
 
 
 class PruningTrainer(Trainer):
-    """Trainer that loads checkpoints with `from_pretrained`.
+    """Trainer that saves the final keep-rate, and loads checkpoints with `from_pretrained`.
 
-    The Trainer's own loading expects the parameter names of the model in memory, but `save_pretrained` of transformers
+    `prune` and `set_keep_rate` record the keep-rate in the configuration, which is that of the epoch in training. The
+    Trainer's own loading expects the parameter names of the model in memory, but `save_pretrained` of transformers
     5 writes the names of the Hub. All blocks would keep their current weights, with a warning (transformers issues
     43701 and 48805).
     """
+
+    def __init__(self, *args, keep_rate, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.keep_rate = keep_rate
+
+    def _save(self, *args, **kwargs):
+        with pruneattn.at_keep_rate(self.model, self.keep_rate):
+            super()._save(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         loaded = ASTForAudioClassification.from_pretrained(resume_from_checkpoint)
@@ -125,9 +134,6 @@ def main(argv=None):
     train_set = splits["train"]
     model = make_model(args, config, train_set)
     pruneattn.prune(model, keep_rate=args.keep_rate, prune_blocks=args.prune_blocks, score=args.score)
-    # Saved with the configuration. Older versions of pruneattn read only the name blocks.
-    pruning = {"keep_rate": args.keep_rate, "blocks": args.prune_blocks, "score": args.score}
-    model.config.pruneattn = pruning
     if last:
         check_same(model.config, last)
 
@@ -146,12 +152,14 @@ def main(argv=None):
         train_dataset=NoisyClips(clips["train"]) if args.noise else clips["train"],
         eval_dataset=clips["val"],
         callbacks=[schedule],
+        keep_rate=args.keep_rate,
     )
     trainer.train(resume_from_checkpoint=last)
     result = trainer.evaluate(clips.get("test", clips["val"]), metric_key_prefix="test" if "test" in clips else "val")
     trainer.save_model()
     save_features(features.config, output)
     if trainer.is_world_process_zero():
+        pruning = {"keep_rate": args.keep_rate, "blocks": args.prune_blocks, "score": args.score}
         write_json(output / "result.json", {**result, **pruning, "epoch_seconds": schedule.seconds})
         print("\n".join(f"{name}: {value:.4f}" for name, value in result.items()))
 
@@ -246,6 +254,9 @@ def shortened(model, frames):
 def check_same(config, checkpoint):
     """Raise a UserError unless a checkpoint of the Trainer has this model and this pruning."""
     saved, given = ASTConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
+    pruning = saved.get("pruneattn", {})
+    if isinstance(pruning.get("keep_rate"), float):  # as earlier versions of this script wrote it
+        pruning["keep_rate"] = [pruning["keep_rate"]] * len(pruning["blocks"])
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_length", "frequency_stride", "time_stride")
     names += ("pruneattn", "id2label")
     found = [f"{name}: {saved.get(name)} -> {given[name]}" for name in names if saved.get(name) != given[name]]

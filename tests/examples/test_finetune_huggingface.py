@@ -1,5 +1,6 @@
 """``python/finetune_huggingface.py`` on a few tones. Model and data are so small that a run takes seconds."""
 
+import copy
 import csv
 import json
 from pathlib import Path
@@ -119,9 +120,24 @@ def test_the_best_epoch_at_the_final_keep_rate_is_saved(finished):
     steps = [3 * (1 + epoch) for epoch in range(3, 7) if evaluated[epoch] == max(evaluated[3:])]
     assert state["best_metric"] == max(evaluated[3:])
     assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{steps[0]}"
+    for folder in (finished.output, *finished.output.glob("checkpoint-*")):  # also of epochs at a higher keep-rate
+        config = json.loads((folder / "config.json").read_text())
+        assert config["pruneattn"] == {"keep_rate": [0.5, 0.5], "blocks": [0, 1], "score": "cls"}
     saved = load_weights(finished.output / "model.safetensors")
     best = load_weights(finished.output / f"checkpoint-{steps[0]}" / "model.safetensors")
     assert saved.keys() == best.keys() and all(torch.equal(saved[name], best[name]) for name in best)
+
+
+def test_checkpoints_of_earlier_versions_have_one_keep_rate(script, finished, tmp_path):
+    config = transformers.ASTConfig.from_pretrained(finished.output)
+    old = copy.deepcopy(config)
+    old.pruneattn["keep_rate"] = 0.5
+    old.save_pretrained(tmp_path)
+    script.check_same(config, tmp_path)
+    old.pruneattn["keep_rate"] = 0.7
+    old.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"pruneattn: .*0\.7, 0\.7.* -> .*0\.5, 0\.5"):
+        script.check_same(config, tmp_path)
 
 
 @pytest.mark.parametrize("noise", [True, False])
