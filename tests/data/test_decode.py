@@ -145,7 +145,7 @@ def test_shortest_clip(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.999, 0.6, 0.2])
-@pytest.mark.parametrize("name", ["a.wav", "b.wav", "c.flac", "d.aiff", "e.ogg", "f.opus"])
+@pytest.mark.parametrize("name", ["a.wav", "b.wav", "c.flac", "d.aiff", "e.ogg", "f.opus", "g.mp3"])
 def test_truncated_files_are_rejected(tmp_path, name, share):
     subtypes = {"a.wav": "FLOAT", "b.wav": "PCM_24", "f.opus": "OPUS"}
     noise = np.random.default_rng(0).uniform(-0.5, 0.5, (48000, 2))
@@ -162,12 +162,6 @@ def test_a_truncation_after_the_requested_part_is_ignored(tmp_path):
     assert len(load_audio(path, seconds=5)) == 80000
     with pytest.raises(UserError, match="truncated"):
         load_audio(path, seconds=10)
-
-
-def test_a_truncated_mp3_is_decoded_to_its_end(tmp_path):
-    path = write(tmp_path / "a.mp3", tone(2, 44100), 44100)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert 8000 < len(load_audio(path)) < 24000
 
 
 @pytest.mark.parametrize("size", [b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\xf0\xff\x7f"])
