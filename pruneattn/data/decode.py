@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -58,9 +59,14 @@ def load_audio(
         UserError: the file does not exist, is not a regular file, is empty, truncated, damaged, not audio, or shorter
             than 25 ms, or it has samples that are not finite or beyond +-1e9.
     """
-    wave = bytearray()  # grows in place; joining blocks would need twice the memory
-    for block in stream_audio(path, sample_rate, seconds=seconds):
-        wave += block.tobytes()
+    blocks = stream_audio(path, sample_rate, seconds=seconds)
+    first, second = next(blocks), next(blocks, None)
+    if second is None:
+        return torch.from_numpy(first)
+    wave = bytearray(first.data)  # grows in place; joining blocks would need twice the memory
+    wave += second.data
+    for block in blocks:
+        wave += block.data
     return torch.frombuffer(wave, dtype=torch.float32)
 
 
@@ -220,6 +226,11 @@ def _open_part(file: BinaryIO, part: Part, size: int, whole: Any) -> AbstractCon
 
 def _open_sound(file: Any, **options: Any) -> Any:
     """A ``soundfile.SoundFile`` that is only read forward."""
+    return _forward_file()(file, **options)
+
+
+@lru_cache(maxsize=1)
+def _forward_file() -> Any:
     import soundfile
 
     class ForwardFile(soundfile.SoundFile):
@@ -227,7 +238,7 @@ def _open_sound(file: Any, **options: Any) -> Any:
             # Otherwise soundfile seeks after each block, which fails at the end of FLAC files without a length.
             return False
 
-    return ForwardFile(file, **options)
+    return ForwardFile
 
 
 def _read_wave(sound: Any, wanted: float, sample_rate: int, levels: Levels) -> Iterator[npt.NDArray[np.float32]]:
@@ -243,7 +254,7 @@ def _read_wave(sound: Any, wanted: float, sample_rate: int, levels: Levels) -> I
         block = sound.read(int(min(wanted - read, size)), dtype="float32", always_2d=True)  # [L, channels]
         if len(block) == 0:
             break
-        mono = block.mean(axis=1)
+        mono = block.mean(axis=1) if sound.channels > 1 else block[:, 0]
         read += len(mono)
         levels.add(block, mono, sound.subtype)
         yield resample(mono)

@@ -30,10 +30,11 @@ class Levels:
     def add(self, block: npt.NDArray[np.float32], mono: npt.NDArray[np.float32], subtype: str) -> None:
         """Add a block ``[L, channels]`` and its mean ``[L]``."""
         self.read += len(mono)
-        size = np.abs(mono)
-        self._bad += len(mono) - int(np.count_nonzero(size <= _LOUDEST))
-        if subtype in ("FLOAT", "DOUBLE"):
-            self._peak = max(self._peak, float(size.max()))
+        peak = float(np.abs(mono).max())
+        if not peak <= _LOUDEST:
+            self._bad += len(mono) - int(np.count_nonzero(np.abs(mono) <= _LOUDEST))
+        elif subtype in ("FLOAT", "DOUBLE"):
+            self._peak = max(self._peak, peak)
         if block.shape[1] > 1:
             self._energy += _energy(block) / block.shape[1]
             self._mean_energy += _energy(mono)
