@@ -28,7 +28,7 @@ AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".
 
 MIN_SECONDS = 0.025  # one analysis window of the filterbank
 
-_BLOCK = 1 << 20  # samples in a block, which is read, mixed down and resampled in one step
+_BLOCK = 1 << 19  # samples in a block, which is read, mixed down and resampled in one step
 _LOWEST_RATE, _HIGHEST_RATE = 100, 768_000  # Hz
 _MARGIN = 0.25  # seconds read beyond `seconds`, for the resampler's filter
 

@@ -2,6 +2,7 @@ import errno
 import math
 import os
 import struct
+import subprocess
 import sys
 import tracemalloc
 
@@ -268,3 +269,37 @@ def test_low_rates_are_resampled_in_small_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(soundfile.SoundFile, "read", spy)
     assert len(load_audio(path)) == pytest.approx(30 * 16000, abs=320)
     assert max(read) <= (1 << 20) * 100 // 16000
+
+
+MEASURED = """
+import resource, sys
+from pruneattn.data import load_audio
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+load_audio(sys.argv[1], seconds=1)
+before = peak()
+wave = load_audio(sys.argv[1], seconds=float(sys.argv[2]))
+print(len(wave), peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="units of ru_maxrss, sparse files")
+@pytest.mark.parametrize("rate, channels", [(100, 1), (8000, 1), (8000, 60), (44100, 2), (768_000, 1)])
+@pytest.mark.parametrize("seconds", [10, 600])
+def test_the_memory_of_decoding_is_that_of_the_result(tmp_path, rate, channels, seconds):
+    """260 MB an hour, and for the start of a clip the memory of the start."""
+    path = tmp_path / "a.wav"
+    size = rate * channels * 600
+    chunk = b"data" + struct.pack("<I", size)
+    header = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * channels, channels, 8) + chunk
+    with open(path, "wb") as file:
+        file.write(b"RIFF" + struct.pack("<I", len(header) + size) + header)
+        file.truncate(8 + len(header) + size)
+    command = [sys.executable, "-c", MEASURED, str(path), str(seconds)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    samples, used = map(int, printed.split())
+    assert samples == seconds * 16_000
+    assert used < 4 * samples + 30e6
