@@ -119,13 +119,15 @@ def _received(path: str) -> Iterator[np.ndarray]:
     except (EOFError, OSError):
         raise UserError(f"{path}: its decoding process crashed or was killed, maybe for lack of memory") from None
     finally:
-        receiver.close()  # ends the other process if it still sends
+        receiver.close()
+        process.kill()  # it may be in the middle of the clip
         process.join()
 
 
 def _send(path: str, sender: Connection) -> None:
     """Send the blocks of a clip, or the error as text, and None at the end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process stops this one
+    for signum in (signal.SIGINT, signal.SIGTERM):  # can reach all processes; the main process stops this one
+        signal.signal(signum, signal.SIG_IGN)
     try:
         for block in stream_audio(path, SAMPLE_RATE):
             for start in range(0, len(block), _SENT):
