@@ -3,6 +3,7 @@
 import os
 import struct
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -266,6 +267,17 @@ def test_the_size_of_a_large_wav_is_its_true_size(tmp_path):
         file.write(wav(3 * 10**9, rate=768_000) + b"\1" * 10**6)
     with pytest.raises(UserError, match="seconds are missing"):
         load_audio(path)
+
+
+@pytest.mark.parametrize("form", ["W64", "RF64", "CAF", "AU", "AIFF"])
+def test_an_absurd_size_is_a_clear_error(tmp_path, form):
+    path = write(tmp_path / "a.x", tone(), format=form, subtype="PCM_16")
+    data = path.read_bytes()
+    for size in (b"\xff" * 7 + b"\x7f", b"\x7f" + b"\xff" * 7, b"\xff" * 7 + b"\x3f"):
+        for place in range(4, 120, 4):
+            path.write_bytes(data[:place] + size + data[place + 8 :])
+            with suppress(UserError):  # other errors are faults
+                load_audio(path)
 
 
 # FLAC of unknown length -----------------------------------------------------------------------------------------------

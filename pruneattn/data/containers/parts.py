@@ -66,6 +66,8 @@ class PartFile(io.RawIOBase):
 
 def read_bytes(file: BinaryIO, at: int, count: int) -> bytes:
     """Bytes at a position, fewer at the end of the file."""
+    if not 0 <= at < 1 << 63:  # of a damaged header
+        return b""
     file.seek(at)
     return file.read(count)
 
