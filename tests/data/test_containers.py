@@ -280,6 +280,16 @@ def test_an_absurd_size_is_a_clear_error(tmp_path, form):
                 load_audio(path)
 
 
+def test_a_size_that_no_file_of_this_length_can_have(tmp_path):
+    """libsndfile returns silence for 10**11 samples."""
+    path = write(tmp_path / "a.w64", tone(), 8000, format="W64", subtype="GSM610")
+    data = path.read_bytes()
+    at = data.index(b"data\xf3\xac") + 16
+    path.write_bytes(data[:at] + struct.pack("<q", -7722026292521988064) + data[at + 8 :])
+    with pytest.raises(UserError, match=r"bytes, but its header announces \d+ samples|truncated"):
+        load_audio(path)
+
+
 # FLAC of unknown length -----------------------------------------------------------------------------------------------
 
 

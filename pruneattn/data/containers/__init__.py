@@ -11,9 +11,10 @@ from typing import Any, BinaryIO, Literal
 
 from . import flac, mpeg, ogg
 from .headers import find_extent
-from .parts import Part, read_bytes
+from .parts import Incomplete, Part, read_bytes
 
 _WIDTHS = dict(PCM_S8=1, PCM_U8=1, PCM_16=2, PCM_24=3, PCM_32=4, FLOAT=4, DOUBLE=8, ULAW=1, ALAW=1)  # bytes
+_MOST_FRAMES = 1000  # per byte; damaged sizes make libsndfile return silence for years
 #: Formats whose truncation libsndfile reports.
 _CHECKED = frozenset({"HTK"})
 
@@ -42,6 +43,8 @@ def parts(file: BinaryIO, size: int, sound: Any, seconds: float | None) -> Itera
 
 def _plain_parts(file: BinaryIO, size: int, sound: Any) -> Iterator[Part]:
     """The sounds of a format that stores a number of bytes or samples."""
+    if sound.frames > _MOST_FRAMES * size:
+        raise Incomplete(f"the file has {size} bytes, but its header announces {sound.frames} samples")
     magic = read_bytes(file, 0, 4)
     at: int | None = 0
     while at is not None:
