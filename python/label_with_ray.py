@@ -74,7 +74,7 @@ def label(args, paths):
 
 def decode_batch(batch):
     """Decode a batch of clips: columns ``path``, ``wave`` (float32, empty if decoding failed) and ``error``."""
-    clips = [decode(str(path)) for path in batch["path"]]
+    clips = [decode(str(path), whole=True) for path in batch["path"]]
     waves = np.empty(len(clips), dtype=object)
     waves[:] = [np.zeros(0, np.float32) if clip.wave is None else clip.wave for clip in clips]
     return {"path": batch["path"], "wave": waves, "error": np.array([clip.error or "" for clip in clips])}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import math
 import os
-import re
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -16,19 +18,18 @@ import torch
 
 from ..constants import SAMPLE_RATE
 from ..errors import UserError
-
-#: Suffixes that ``find_audio`` looks for. libsndfile ignores suffixes and decodes a few more formats.
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64"})
+from . import containers
+from .containers.parts import Incomplete, Part, PartFile
+from .levels import Levels
+from .notices import say_once
+from .search import unsupported_reason, unsupported_suffixes
 
 MIN_SECONDS = 0.025  # one analysis window of the filterbank
 
-_BLOCK = 1 << 20  # samples per channel in a block, which is read, mixed down and resampled in one step
+_BLOCK = 1 << 19  # samples in a block, which is read, mixed down and resampled in one step
 _LOWEST_RATE, _HIGHEST_RATE = 100, 768_000  # Hz
-_LOUDEST = 1e9  # the squares of much larger samples overflow float32
+_HEADERLESS = (".gsm", ".vox")  # libsndfile takes any other file named .au or .snd without a header for u-law samples
 _MARGIN = 0.25  # seconds read beyond `seconds`, for the resampler's filter
-# libsndfile has no field for it, but its log reports a sound chunk that claims more bytes than the file has.
-_CHUNK_CUT = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-_STREAMED = 0x7FFF0000  # programs that write to a pipe do not know the size and write one near 2^31 or 2^32
 
 
 def load_audio(
@@ -37,11 +38,13 @@ def load_audio(
     """Decode an audio file to a mono waveform.
 
     Any format of libsndfile (wav, flac, ogg, opus, mp3, aiff, ...), any number of channels (averaged) and any sample
-    rate (resampled with soxr at very high quality). Full scale is +-1.
+    rate (resampled with soxr at very high quality). Full scale is +-1. Ogg, MP3, FLAC and WAV files that were joined
+    are decoded up to the end of the last.
 
-    A truncated file is rejected if that can be detected: lossless files have their length in the header, and a
-    truncated Ogg file ends inside a page. MP3 has no reliable length, so it is decoded up to its end. A truncation
-    after the requested ``seconds`` is not reported.
+    A file from which a part is missing is rejected: the length in the header is compared with the file and with the
+    decoded samples, the pages of Ogg are checked, and the frames of MP3 are counted. A truncation after the requested
+    ``seconds`` is not reported. A few formats have no length (PAF, PVF, IRCAM, SD2, MP3 without a Xing header, files
+    written to a pipe); they are decoded up to their end, and the first one is reported in a warning.
 
     Args:
         path: the file.
@@ -52,51 +55,62 @@ def load_audio(
         float32 tensor ``[L]``, at least 25 ms long.
 
     Raises:
-        UserError: the file does not exist, is empty, truncated, not audio, or shorter than 25 ms, or it has samples
-            that are not finite or beyond +-1e9.
+        UserError: the file does not exist, is not a regular file, is empty, truncated, damaged, not audio, or shorter
+            than 25 ms, or it has samples that are not finite or beyond +-1e9.
+    """
+    blocks = stream_audio(path, sample_rate, seconds=seconds)
+    first, second = next(blocks), next(blocks, None)
+    if second is None:
+        return torch.from_numpy(first)
+    wave = bytearray(first.data)  # grows in place; joining blocks would need twice the memory
+    wave += second.data
+    for block in blocks:
+        wave += block.data
+    return torch.frombuffer(wave, dtype=torch.float32)
+
+
+def stream_audio(
+    path: str | os.PathLike[str], sample_rate: int = SAMPLE_RATE, *, seconds: float | None = None
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Decode an audio file to blocks of a mono waveform, which :func:`load_audio` joins.
+
+    It needs the memory of one block. An error can be raised after any number of blocks.
+
+    Yields:
+        float32 array ``[L]``, not empty.
     """
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds must be positive or None, got {seconds}")
-    path = Path(path)
-    wave = _decode(path, sample_rate, seconds)
-    if seconds is not None:
-        wave = wave[: math.ceil(seconds * sample_rate)]
-    if len(wave) < int(MIN_SECONDS * sample_rate):
-        raise UserError(f"{path}: too short: {1000 * len(wave) / sample_rate:.1f} ms, at least 25 ms are needed")
-    return torch.from_numpy(wave)
+    import soundfile
 
-
-def find_audio(folder: str | os.PathLike[str], onerror: Callable[[OSError], Any] | None = None) -> list[Path]:
-    """Find audio files anywhere below ``folder``, by suffix, in sorted order, without hidden files and folders.
-
-    Links to folders are followed. Each folder is searched once, under its own name if it has one below ``folder``.
-
-    Args:
-        folder: the folder.
-        onerror: called with the ``OSError`` of each folder that cannot be read, and the search continues. Without it,
-            such a folder raises a ``UserError``.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: not a folder; use a folder that contains audio files")
-    found: list[Path] = []
-    searched: set[str] = set()
-    tops: list[str | Path] = [folder]
-    for top in tops:  # grows by the links that are found
-        for parent, folders, files in os.walk(top, onerror=onerror or _reject_folder):
-            real = os.path.realpath(parent)
-            if real in searched:
-                folders.clear()
-                continue
-            searched.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            tops += [path for name in folders if os.path.islink(path := os.path.join(parent, name))]
-            found += [
-                Path(parent, name)
-                for name in files
-                if not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
-            ]
-    return sorted(found)
+    most = math.inf if seconds is None else math.ceil(seconds * sample_rate)
+    given, levels = 0, Levels()
+    try:
+        with _open_file(path) as file:
+            for block in _blocks(path, file, sample_rate, seconds, levels):
+                block = block[: int(min(len(block), most - given))]
+                given += len(block)
+                if len(block):
+                    yield block
+                if given >= most:
+                    break
+    except Incomplete as error:
+        raise UserError(f"{path}: {error}; copy or download it again") from error
+    except soundfile.LibsndfileError as error:
+        if Path(path).suffix.lower() in unsupported_suffixes():
+            raise UserError(f"{path}: {unsupported_reason(Path(path))}") from error
+        # For text named .mp3 libsndfile says that the file does not exist; its other messages are helpful.
+        reason = error.error_string.strip().rstrip(".")
+        reason = "" if "does not exist" in reason else f" ({reason})"
+        raise UserError(f"{path}: cannot be decoded: not audio, damaged or truncated{reason}") from error
+    except OSError as error:
+        reasons = {errno.ENOENT: "no such file", errno.EISDIR: "a folder, not an audio file"}
+        raise UserError(f"{path}: {reasons.get(error.errno or 0, error.strerror)}") from error
+    if levels.read == 0:
+        raise UserError(f"{path}: contains no samples")
+    levels.check(path)
+    if given < int(MIN_SECONDS * sample_rate):
+        raise UserError(f"{path}: too short: {1000 * given / sample_rate:.1f} ms, at least 25 ms are needed")
 
 
 def decoding_error(path: str | os.PathLike[str], error: Exception) -> str:
@@ -108,64 +122,107 @@ def decoding_error(path: str | os.PathLike[str], error: Exception) -> str:
     return f"{path}: cannot be decoded: {type(error).__name__}: {error}"
 
 
-def _reject_folder(error: OSError) -> NoReturn:
-    raise UserError(
-        f"{error.filename}: the folder cannot be read ({error.strerror}); change its permissions, or move it"
-    ) from error
+def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file that is not empty. Other files can block forever or have no end."""
+    # Opened here, because libsndfile says "System error" or "not recognised" for every file that it cannot open.
+    file = open(path, "rb", opener=_open_without_waiting)  # noqa: SIM115, closed by the caller
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size > 0:
+        return file
+    file.close()
+    if stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path}: the file is empty; copy or download it again")
+    raise UserError(f"{path}: a pipe, device or socket, not a regular file; write the sound to a file first")
 
 
-def _decode(path: Path, sample_rate: int, seconds: float | None) -> npt.NDArray[np.float32]:
-    """Channel mean float32 ``[L]`` of a file at ``sample_rate``: all of it, or as much as ``seconds`` need."""
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # the open of a pipe waits for a writer without it
+
+
+def _blocks(
+    path: str | os.PathLike[str], file: BinaryIO, sample_rate: int, seconds: float | None, levels: Levels
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Channel mean of all sounds in a file at ``sample_rate``, a little longer than ``seconds``."""
+    size = os.fstat(file.fileno()).st_size
+    with _open_sound(os.fsencode(path)) as whole:
+        if whole.format == "RAW" and Path(path).suffix.lower() not in _HEADERLESS:
+            raise UserError(f"{path}: cannot be decoded: it has no header of a sound file")
+        left = math.inf if seconds is None else seconds + _MARGIN
+        for part in containers.parts(file, size, whole, seconds):
+            with _open_part(file, part, size, whole) as sound:
+                if not _LOWEST_RATE <= sound.samplerate <= _HIGHEST_RATE:
+                    raise UserError(
+                        f"{path}: a sample rate of {sound.samplerate} Hz is not plausible; correct its header"
+                    )
+                wanted = left if left == math.inf else math.ceil(left * sound.samplerate)
+                before = levels.read
+                yield from _read_wave(sound, wanted, sample_rate, levels)
+                read = levels.read - before
+                if read >= wanted:
+                    return
+                _check_whole(part, read, sound.samplerate)
+                if not part.sized:
+                    say_once(
+                        "length",
+                        f"{path}: this {whole.format} file does not contain its length, so that a truncation cannot be "
+                        "detected (this is reported once)",
+                    )
+                left -= read / sound.samplerate
+
+
+def _check_whole(part: Part, read: int, rate: int) -> None:
+    if read < part.frames:
+        seconds = (part.frames - read) / rate
+        raise Incomplete(f"the file is truncated: {seconds:.3g} of {part.frames / rate:.3g} seconds are missing")
+    if part.missing:
+        raise Incomplete(f"the file is truncated: {part.missing} bytes of its sound are missing")
+
+
+def _open_part(file: BinaryIO, part: Part, size: int, whole: Any) -> AbstractContextManager[Any]:
+    """Open a part of a file as a sound of its own."""
+    if part.raw:
+        kind = dict(samplerate=whole.samplerate, channels=whole.channels, subtype=whole.subtype, endian=part.raw)
+        return _open_sound(PartFile(file, part), format="RAW", **kind)
+    if (part.start, part.end, part.head) == (0, size, b""):
+        return nullcontext(whole)
+    return _open_sound(PartFile(file, part))
+
+
+def _open_sound(file: Any, **options: Any) -> Any:
+    """A ``soundfile.SoundFile`` that is only read forward."""
+    return _forward_file()(file, **options)
+
+
+@lru_cache(maxsize=1)
+def _forward_file() -> Any:
     import soundfile
 
-    try:
-        # Opened here, because libsndfile says "System error" or "not recognised" for every file that it cannot open.
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise UserError(f"{path}: the file is empty; copy or download it again")
-        with soundfile.SoundFile(os.fsencode(path)) as sound:
-            if not _LOWEST_RATE <= sound.samplerate <= _HIGHEST_RATE:
-                raise UserError(f"{path}: a sample rate of {sound.samplerate} Hz is not plausible; correct its header")
-            wanted = math.inf if seconds is None else math.ceil((seconds + _MARGIN) * sound.samplerate)
-            wave, read, bad = _read_wave(sound, wanted, sample_rate)
-            if read < wanted and _is_cut(sound, path):
-                raise UserError(f"{path}: the file is truncated; copy or download it again")
-    except soundfile.LibsndfileError as error:
-        # For text named .mp3 libsndfile says that the file does not exist; its other messages are helpful.
-        reason = error.error_string.strip().rstrip(".")
-        reason = "" if "does not exist" in reason else f" ({reason})"
-        raise UserError(f"{path}: cannot be decoded: not audio, damaged or truncated{reason}") from error
-    except OSError as error:
-        reasons = {errno.ENOENT: "no such file", errno.EISDIR: "a folder, not an audio file"}
-        raise UserError(f"{path}: {reasons.get(error.errno or 0, error.strerror)}") from error
-    if read == 0:
-        raise UserError(f"{path}: contains no samples")
-    if bad:
-        raise UserError(f"{path}: {bad} samples are NaN, infinite or beyond +-{_LOUDEST:.0e}; export the clip again")
-    return wave
+    class ForwardFile(soundfile.SoundFile):
+        def seekable(self) -> bool:
+            # Otherwise soundfile seeks after each block, which fails at the end of FLAC files without a length.
+            return False
+
+    return ForwardFile
 
 
-def _read_wave(sound: Any, wanted: float, sample_rate: int) -> tuple[npt.NDArray[np.float32], int, int]:
-    """Read the next ``wanted`` samples, or fewer at the end of the file, in blocks at the file's own rate.
-
-    Returns:
-        Channel mean at ``sample_rate``, float32 ``[L]``; number of samples read; number of invalid samples.
-    """
+def _read_wave(sound: Any, wanted: float, sample_rate: int, levels: Levels) -> Iterator[npt.NDArray[np.float32]]:
+    """Read ``wanted`` samples, or fewer at the end of the file, and yield their channel mean at ``sample_rate``."""
     resample = _resampler(sound.samplerate, sample_rate)
-    wave, read, bad = bytearray(), 0, 0  # grows in place; joining blocks would need twice the memory
-    # Not `SoundFile.blocks`: if a file ends before the length in its header, it returns uninitialized memory.
+    read = 0
     # A low rate makes the resampled block longer than the block that was read.
-    size = max(1, int(_BLOCK * min(1.0, sound.samplerate / sample_rate)))
+    size = max(1, int(_BLOCK * min(1.0, sound.samplerate / sample_rate)) // sound.channels)
+    # Behind the last sample there may be bytes that are not sound. FLAC files without a length have 2**63 - 1 samples.
+    wanted = min(wanted, sound.frames)
     while read < wanted:
-        block = sound.read(min(wanted - read, size), dtype="float32", always_2d=True)  # [L, channels]
+        # If a file ends before the length in its header, `SoundFile.blocks` returns uninitialized memory.
+        block = sound.read(int(min(wanted - read, size)), dtype="float32", always_2d=True)  # [L, channels]
         if len(block) == 0:
             break
-        mono = block.mean(axis=1)
+        mono = block.mean(axis=1) if sound.channels > 1 else block[:, 0]
         read += len(mono)
-        bad += len(mono) - int(np.count_nonzero(np.abs(mono) <= _LOUDEST))
-        wave += resample(mono).tobytes()
-    wave += resample(np.zeros(0, np.float32), last=True).tobytes()
-    return np.frombuffer(wave, np.float32), read, bad
+        levels.add(block, mono, sound.subtype)
+        yield resample(mono)
+    yield resample(np.zeros(0, np.float32), last=True)
 
 
 def _resampler(rate: int, sample_rate: int) -> Callable[..., npt.NDArray[np.float32]]:
@@ -175,29 +232,3 @@ def _resampler(rate: int, sample_rate: int) -> Callable[..., npt.NDArray[np.floa
     import soxr
 
     return soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="VHQ").resample_chunk
-
-
-def _is_cut(sound: Any, path: Path) -> bool:
-    """Whether a file ends before the length in its header."""
-    if sound.format == "OGG":
-        return _ends_inside_ogg_page(path)
-    cut = _CHUNK_CUT.search(sound.extra_info)
-    return cut is not None and int(cut[2]) < int(cut[1]) < _STREAMED
-
-
-def _ends_inside_ogg_page(path: Path) -> bool:
-    """Whether an Ogg file ends inside a page.
-
-    A page has a header of 27 bytes, the last of which is the number of segments; their lengths; the segments (RFC
-    3533).
-    """
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 2 * 65307))  # a page has at most 65307 bytes
-        tail = file.read()
-    start = tail.rfind(b"OggS\0")
-    if start < 0 or len(tail) < start + 27:
-        return True
-    segments = tail[start + 26]
-    lengths = tail[start + 27 : start + 27 + segments]
-    return len(lengths) < segments or len(tail) < start + 27 + segments + sum(lengths)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from ..errors import UserError
 
-# Usual suffixes of libsndfile's formats. Not of MATLAB files (.mat) and raw samples (.raw), which mostly are no sound.
+# Usual suffixes of libsndfile's formats. Not of MATLAB files (.mat) and raw samples (.raw), which mostly are no sound,
+# and not of sample dumps (.sds): libsndfile prints text to standard output for a damaged one.
 # Without a header, libsndfile decodes only sound with the suffix .gsm or .vox.
 _FORMATS = {
     "AIFF": (".aif", ".aifc", ".aiff"),
@@ -30,7 +31,6 @@ _FORMATS = {
     "RAW": (".gsm", ".vox"),
     "RF64": (".rf64",),
     "SD2": (".sd2",),
-    "SDS": (".sds",),
     "SVX": (".16svx", ".8svx", ".iff", ".svx"),
     "VOC": (".voc",),
     "W64": (".w64",),

@@ -19,12 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..constants import SAMPLE_RATE
 from ..data import load_audio
 from ..data.decode import decoding_error
 from ..data.manifest import csv_table, here_or_below, list_folders, read_entries, read_text
 from ..data.search import left_out, search_audio, unsupported_reason
 from ..errors import UserError
 from ..files import TEXT
+from .long_clips import LONGEST_SECONDS, LongClip, decoding_context
 
 # Decoded samples that may wait for the model, 17 minutes or 64 MB; but at least one clip for each process.
 _WAITING = 1 << 24
@@ -44,7 +46,8 @@ class Decoded(NamedTuple):
     """A decoded clip, or the error for which it could not be decoded."""
 
     path: str
-    wave: np.ndarray | None  # float32 [L] at 16 kHz; a tensor would be passed between processes through a file
+    # float32 [L] at 16 kHz; a tensor would be passed between processes through a file
+    wave: np.ndarray | LongClip | None
     error: str | None  # None if there is a wave
 
 
@@ -105,10 +108,18 @@ def find_clips(
     return list(paths), [(path.encode(**TEXT).decode(), reason) for path, reason in failed]
 
 
-def decode(path: str) -> Decoded:
-    """Decode one clip. A clip that cannot be decoded is returned with its error."""
+def decode(path: str, *, whole: bool = False) -> Decoded:
+    """Decode one clip. A clip that cannot be decoded is returned with its error.
+
+    A clip of more than ``LONGEST_SECONDS`` is returned as a ``LongClip``, unless ``whole`` asks for all its samples.
+    """
     try:
-        return Decoded(path, load_audio(path).numpy(), None)
+        if whole:
+            return Decoded(path, load_audio(path).numpy(), None)
+        wave = load_audio(path, seconds=LONGEST_SECONDS + 1).numpy()
+        if len(wave) > LONGEST_SECONDS * SAMPLE_RATE:
+            return Decoded(path, LongClip(path, apart=multiprocessing.parent_process() is not None), None)
+        return Decoded(path, wave, None)
     except Exception as error:  # no clip may end the work on all other clips
         return Decoded(path, None, decoding_error(path, error))
 
@@ -150,7 +161,9 @@ def decode_clips(paths: Iterable[str], workers: int, ahead: int) -> Iterator[Dec
                 clip = future.result()
             except BrokenProcessPool:
                 clip = _decode_alone(path)
-            longest = max(longest, 0 if clip.wave is None else len(clip.wave))
+            except Exception as error:  # such as no memory to pass the clip between processes
+                clip = Decoded(path, None, decoding_error(path, error))
+            longest = max(longest, len(clip.wave) if isinstance(clip.wave, np.ndarray) else 0)
             yield clip
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -165,12 +178,7 @@ def _decode_alone(path: str) -> Decoded:
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # Forked from a server that has loaded only the decoder. This process may have threads and a CUDA context, which do
-    # not survive a fork, and open files, which a fork would keep open.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["pruneattn.data"])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    return ProcessPoolExecutor(workers, mp_context=decoding_context(), initializer=_start_worker)
 
 
 def _start_worker() -> None:

@@ -30,11 +30,11 @@ def draw_clip(model: PrunedViT, clip: Clip, device: torch.device | str, amp: str
         clip: labeled ``windows.Clip``.
         amp: "fp32", "bf16" or "fp16".
     """
-    assert clip.wave is not None and model.labels is not None  # of a labeled clip and an opened checkpoint
+    assert model.labels is not None  # of an opened checkpoint
     top = int(clip.mean_scores.argmax())
     best = max(range(len(clip.starts)), key=lambda i: float(clip.scores[i][top]))
     start = clip.starts[best]
-    wave = clip.wave[start : start + samples_for(model.frames)]
+    wave = clip.part(start, samples_for(model.frames))
     fbank = FeatureExtractor(model.features).to(device)(wave[None].to(device))  # [1, frames, 128]
     with autocast(device, amp):
         kept = trace(model, fbank).kept
@@ -50,7 +50,7 @@ def draw_clip(model: PrunedViT, clip: Clip, device: torch.device | str, amp: str
         pruning = f"keep-rate {rate}, patches {' → '.join(map(str, counts))}"
     part = ""
     if len(clip.starts) > 1:
-        begin, end, whole = (samples / SAMPLE_RATE for samples in (start, start + len(wave), len(clip.wave)))
+        begin, end, whole = (samples / SAMPLE_RATE for samples in (start, start + len(wave), clip.samples))
         part = f", seconds {begin:.1f} to {end:.1f} of {whole:.1f}"
     return plot_kept_patches(
         fbank[0].float().cpu().numpy(),

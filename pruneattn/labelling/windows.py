@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from ..constants import PATCH, SAMPLE_RATE
 from ..data import FeatureExtractor
 from ..data.fbank import samples_for
+from ..errors import UserError
 from ..models import PrunedViT
 from ..runtime.inference import autocast
+from .long_clips import LongClip, stream_windows
 
 
 @dataclass
@@ -22,7 +25,7 @@ class Clip:
     """A clip and the model's scores of its windows, or the ``error`` for which it has none."""
 
     path: str
-    wave: Tensor | None = None  # float32 [L] at 16 kHz
+    wave: Tensor | LongClip | None = None  # float32 [L] at 16 kHz
     starts: list[int] = field(default_factory=list)  # first sample of each window
     scores: list[Tensor] = field(default_factory=list)  # float32 [K] per window
     error: str | None = None
@@ -31,6 +34,17 @@ class Clip:
     def mean_scores(self) -> Tensor:
         """Mean of the windows' scores, float32 ``[K]``."""
         return torch.stack(self.scores).mean(0)  # [K]
+
+    @property
+    def samples(self) -> int:
+        """Length of the clip."""
+        assert self.wave is not None
+        return self.wave.samples if isinstance(self.wave, LongClip) else len(self.wave)
+
+    def part(self, start: int, length: int) -> Tensor:
+        """The samples from ``start`` on, ``length`` of them or fewer at the end of the clip."""
+        assert self.wave is not None
+        return self.wave.part(start, length) if isinstance(self.wave, LongClip) else self.wave[start : start + length]
 
 
 def window_starts(samples: int, window: int, overlap: float, covered: int | None = None) -> list[int]:
@@ -88,8 +102,8 @@ class Labeler:
         """Label clips, with the windows of several clips in one batch.
 
         Args:
-            decoded: iterable of ``(path, wave, error)``, where ``wave`` is a float32 array ``[L]`` at 16 kHz, or None
-                with an error.
+            decoded: iterable of ``(path, wave, error)``, where ``wave`` is a float32 array ``[L]`` at 16 kHz, a
+                ``LongClip``, or None with an error.
 
         Yields:
             ``Clip`` in the same order. Scores are sigmoids if the model is multilabel, else a softmax.
@@ -97,11 +111,17 @@ class Labeler:
         waiting: deque[Clip] = deque()  # clips that lack scores
         pending: list[tuple[Clip, int]] = []  # windows without a batch
         for path, wave, error in decoded:
+            while pending and isinstance(wave, LongClip):  # other clips do not wait for it
+                self._run(pending)
+            yield from self._complete(waiting)
             clip = Clip(path, error=error)
             waiting.append(clip)
-            if error is None:
+            if isinstance(wave, LongClip):
+                clip.wave = wave
+                self._score_long(clip, wave)
+            elif error is None:
                 clip.wave = torch.as_tensor(wave)
-                clip.starts = window_starts(len(wave), self.window, self.overlap, self.covered)
+                clip.starts = self._starts(clip.samples)
                 pending.extend((clip, start) for start in clip.starts)
             while len(pending) >= self.batch_size:
                 self._run(pending)
@@ -120,33 +140,47 @@ class Labeler:
         """
         if clip.error is not None:
             return {"path": clip.path, "error": clip.error}
-        assert clip.wave is not None
-        samples = len(clip.wave)
-        row: dict[str, Any] = {"path": clip.path, "seconds": samples / SAMPLE_RATE, **self._best(clip.mean_scores)}
+        row: dict[str, Any] = {"path": clip.path, "seconds": clip.samples / SAMPLE_RATE, **self._best(clip.mean_scores)}
         if self.windows:
             row["windows"] = [
                 {
                     "start": start / SAMPLE_RATE,
-                    "end": min(start + self.window, samples) / SAMPLE_RATE,
+                    "end": min(start + self.window, clip.samples) / SAMPLE_RATE,
                     **self._best(scores),
                 }
                 for start, scores in zip(clip.starts, clip.scores)
             ]
         return row
 
+    def _starts(self, samples: int) -> list[int]:
+        return window_starts(samples, self.window, self.overlap, self.covered)
+
     def _run(self, pending: list[tuple[Clip, int]]) -> None:
         """Score the first batch of windows, and remove them from the list."""
         batch = pending[: self.batch_size]
         del pending[: self.batch_size]
-        waves = [clip.wave[start : start + self.window] for clip, start in batch if clip.wave is not None]
+        for (clip, _), row in zip(batch, self._score([clip.part(start, self.window) for clip, start in batch])):
+            clip.scores.append(row)
+
+    def _score_long(self, clip: Clip, wave: LongClip) -> None:
+        """Score the windows of a clip while it is decoded."""
+        windows = stream_windows(wave, self.window, self._starts)
+        try:
+            while batch := list(islice(windows, self.batch_size)):
+                clip.scores.extend(self._score([window for _, window, _ in batch]))
+                clip.starts.extend(start for start, _, _ in batch)
+                wave.samples = batch[-1][2]
+        except UserError as error:
+            clip.error, clip.scores, clip.starts = str(error), [], []
+
+    def _score(self, waves: list[Tensor]) -> Tensor:
+        """Scores of windows, float32 ``[B, K]``."""
         lengths = torch.tensor([len(wave) for wave in waves])
         padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)  # [B, L]
         fbank = self.features(padded.to(self.device), lengths)  # [B, frames, 128]
         with autocast(self.device, self.amp):
             logits = self.model(fbank).float()  # [B, K]
-        scores = (logits.sigmoid() if self.model.multilabel else logits.softmax(-1)).cpu()
-        for (clip, _), row in zip(batch, scores):
-            clip.scores.append(row)
+        return (logits.sigmoid() if self.model.multilabel else logits.softmax(-1)).cpu()
 
     @staticmethod
     def _complete(waiting: deque[Clip]) -> Iterator[Clip]:

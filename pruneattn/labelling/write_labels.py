@@ -6,18 +6,21 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from ..runtime.signals import StopRequest
+from .deadline import Deadline
 from .label_files import LabelFile, json_line
 
 
 def write_labels(rows: Iterable[Mapping[str, Any]], total: int, output: LabelFile | Terminal) -> int:
     """Write labels to an output as they arrive, show progress, and print a summary.
 
-    Ctrl-C and SIGTERM stop it between two clips.
+    Ctrl-C and SIGTERM stop it between two clips. If the clip in progress does not end soon, because a read is blocked,
+    they end the process (``deadline``). Labels that are ready are written in any case, also after an error.
 
     Args:
         rows: iterable of the dicts that ``Labeler.row`` returns.
@@ -31,15 +34,17 @@ def write_labels(rows: Iterable[Mapping[str, Any]], total: int, output: LabelFil
     if output.done:
         print(f"{len(output.done)} clips are already labeled; {total} remain", file=sys.stderr)
     bar = tqdm(total=total, desc="predict", unit="clip", disable=None if total > 1 else True, leave=False)
-    with output, StopRequest() as stop, bar:
+    finish = partial(output.__exit__, None, None, None)
+    with output, StopRequest() as stop, Deadline(finish, output.ADVICE) as deadline, bar:
         for row in rows:
-            if "error" in row:
-                output.fail(row["path"], row["error"])
-                bar.set_postfix(failed=output.failed, refresh=False)
-            else:
-                output.add(row)
-                added, seconds = added + 1, seconds + row["seconds"]
-            bar.update()
+            with deadline.lock:
+                if "error" in row:
+                    output.fail(row["path"], row["error"])
+                    bar.set_postfix(failed=output.failed, refresh=False)
+                else:
+                    output.add(row)
+                    added, seconds = added + 1, seconds + row["seconds"]
+                bar.update()
             if stop.signum:
                 break
     took = time.perf_counter() - start

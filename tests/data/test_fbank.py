@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pruneattn.data import fbank as module
-from pruneattn.data.decode import find_audio, load_audio
+from pruneattn.data import find_audio, load_audio
 from pruneattn.data.fbank import LOG_FLOOR, FeatureConfig, FeatureExtractor, kaldi_fbank, samples_for
 from pruneattn.errors import UserError
 

@@ -60,7 +60,7 @@ def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
 
 def test_every_format_of_the_library_has_a_suffix():
     """MATLAB files mostly are no sound, and no table of suffixes can be right for a format of the future."""
-    assert set(soundfile.available_formats()) - search._FORMATS.keys() <= {"MAT4", "MAT5"}
+    assert set(soundfile.available_formats()) - search._FORMATS.keys() <= {"MAT4", "MAT5", "SDS"}
     usual = ".aif .aifc .aiff .au .caf .flac .mp3 .oga .ogg .opus .rf64 .snd .sph .voc .w64 .wav .wve"
     assert {*usual.split()} <= audio_suffixes()
     assert {*".m4a .aac .wma .mp4 .webm .amr".split()} <= unsupported_suffixes()

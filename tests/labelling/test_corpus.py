@@ -268,10 +268,10 @@ def test_a_clip_that_crashes_its_process_is_a_failure(tree, monkeypatch):
 def test_any_error_of_a_clip_is_a_failure_of_this_clip(tree, monkeypatch, error):
     paths, load = clips_of(tree)[:3], corpus.load_audio
 
-    def load_audio(path):
+    def load_audio(path, **options):
         if path == paths[1]:
             raise error
-        return load(path)
+        return load(path, **options)
 
     monkeypatch.setattr(corpus, "load_audio", load_audio)
     found = list(decode_clips(paths, 0, ahead=3))

@@ -1,8 +1,12 @@
 import json
 import signal
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
+from pruneattn.errors import UserError
 from pruneattn.labelling.label_files import LabelFile
 from pruneattn.labelling.write_labels import Terminal, write_labels
 
@@ -37,3 +41,54 @@ def test_a_signal_stops_between_two_clips(tmp_path, signum, capsys):
     assert write_labels(rows(), 5, LabelFile(path, {})) == 128 + signum
     assert [json.loads(line) for line in path.read_text().splitlines()] == [row_of(number) for number in range(3)]
     assert f"stopped by {signum.name}; run the same command again to resume" in capsys.readouterr().err
+
+
+def row_source(error):
+    yield row_of(1)
+    yield row_of(2)
+    raise error
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), BrokenProcessPool("died"), UserError("bad")])
+def test_labels_that_are_ready_are_written_before_an_error(tmp_path, name, error):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    with pytest.raises(type(error)):
+        write_labels(row_source(error), 3, LabelFile(tmp_path / name, {}))
+    assert LabelFile(tmp_path / name, {}).done == {"1.wav", "2.wav"}
+
+
+BLOCKED = """
+import os, sys
+from pruneattn.labelling import deadline
+from pruneattn.errors import UserError
+from pruneattn.labelling.label_files import LabelFile
+from pruneattn.labelling.write_labels import write_labels
+
+deadline.SECONDS = 0.3
+
+def rows():
+    for number in range(2):
+        yield {"path": f"{number}.wav", "seconds": 1.0, "labels": ["dog"], "scores": [0.75]}
+    print("ready", flush=True)
+    os.read(os.pipe()[0], 1)  # Python repeats the read after a signal
+
+write_labels(rows(), 3, LabelFile(sys.argv[1], {}))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM there")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_a_signal_ends_a_blocked_read(tmp_path, name, signum):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    command = [sys.executable, "-c", BLOCKED, str(tmp_path / name)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signum)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert f"stopped by {signum.name}, 0.3 s after it, because the clip in progress did not end; run the same" in said
+    assert LabelFile(tmp_path / name, {}).done == {"0.wav", "1.wav"}
