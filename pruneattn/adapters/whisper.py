@@ -17,7 +17,6 @@ from .packing import activate, add
 from .trunk import Trunk
 
 _PARTS = ("conv1", "conv2", "embed_positions", "layers", "layer_norm")
-#: The second block: earlier states hardly tell speech from silence, and later blocks save less.
 _PRUNE_BLOCKS = (1,)
 
 
