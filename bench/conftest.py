@@ -47,6 +47,12 @@ def pytest_addoption(parser):
     group.addoption("--bench-batches", type=_numbers, metavar="N,..", help="clips per call, at all levels")
     group.addoption("--bench-dtypes", type=_dtypes, metavar="DTYPE,..", help="dtypes, at all levels: float32,bfloat16")
     group.addoption(
+        "--bench-providers",
+        type=lambda text: text.split(","),
+        metavar="NAME,..",
+        help="measure only providers with these names, for example 'ours,OpenVINO'",
+    )
+    group.addoption(
         "--bench-output",
         type=Path,
         default=RESULTS,
@@ -182,7 +188,8 @@ def measure(request, record, run: Run, sizes: grid.Sizes) -> Callable:
     """``measure(case, providers)`` checks the providers of a case, times them in interleaved rounds and writes rows."""
 
     def measure(case, providers):
-        hot = request.config.getoption("bench_hot")
+        hot, names = request.config.getoption("bench_hot"), request.config.getoption("bench_providers")
+        providers = [provider for provider in providers if not names or provider.name in names]
         record(partial(measure_case, case, providers, run.peaks, sizes.rounds, hot, run.seen))
 
     return measure

@@ -114,7 +114,7 @@ def library_models(subject, sizes):
     fbank, work = subject.input, subject.work()
     model = make(subject.plain)
     yield Provider(name, partial(model, fbank), subject.check(), "eager", 1.0, work)
-    if sizes.all_ways:
+    if sizes.compiles(subject.case.batch):
         yield Provider(name, partial(peers.compiled(model, fbank), fbank), subject.check(), "compiled", 1.0, work)
     for rate in sizes.peer_rates:
         model = make(subject.plain)

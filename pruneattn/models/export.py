@@ -22,6 +22,7 @@ from ..data.fbank import FeatureExtractor, samples_for
 from ..errors import UserError
 from ..files import atomic_write
 from ..ops.backend import references
+from .optimize import PackedLinear
 from .vit import PrunedViT
 
 #: Format names and file name endings.
@@ -154,7 +155,7 @@ def _check(model: nn.Module, path: Path, format: str, example: Tensor | None, wa
         raise UserError(
             "kernels: ONNX does not support this package's operators: export without kernels, or as torch or aoti"
         )
-    if any(isinstance(module, PrunedViT) and module.optimized for module in model.modules()):
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise UserError(
             "export: the model was optimized for inference, and packed weights cannot be exported: load it again and "
             "export it without optimizing it"

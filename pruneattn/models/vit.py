@@ -229,19 +229,6 @@ class PrunedViT(nn.Module):
         embeddings = ("cls_token", "dist_token", "pos_embed", "patch_embed")
         return 0 if parameter_name.split(".")[0] in embeddings else len(self.blocks) + 1
 
-    # Restrictions of an optimized model ---------------------------------------------------------------------------
-    # These raise an error before any part of the model changes.
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrunedViT:
-        if self.optimized:
-            raise UserError("a model that was optimized for inference cannot be moved or cast: move or cast it first")
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.optimized:
-            raise UserError("a model that was optimized for inference accepts no new weights: load them first")
-        super()._load_from_state_dict(*args, **kwargs)
-
     # Forward pass -------------------------------------------------------------------------------------------------
 
     def extra_tokens(self) -> Tensor:
