@@ -82,7 +82,11 @@ def grid_of(config: pytest.Config) -> dict[str, grid.Sizes]:
     levels = grid.GRIDS[device_of(config), config.getoption("bench_full")]
     given = {name: config.getoption(f"bench_{name}") for name in ("rounds", "batches", "dtypes")}
     changes = {name: value for name, value in given.items() if value}
-    levels = {level: sizes._replace(**changes) for level, sizes in levels.items()}
+    # The cases of "precision" contain all dtypes.
+    kept = {"dtypes": levels["precision"].dtypes} if "precision" in levels else {}
+    levels = {
+        level: sizes._replace(**changes | (kept if level == "precision" else {})) for level, sizes in levels.items()
+    }
     if patches := config.getoption("bench_patches"):
         levels |= {level: levels[level]._replace(lengths=patches) for level in grid.OF_PATCHES if level in levels}
     return levels
@@ -126,7 +130,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     started, config, device = time.monotonic(), request.config, device_of(request.config)
     if config.getoption("bench_threads"):
         torch.set_num_threads(config.getoption("bench_threads"))
-    dtypes = sorted({dtype for sizes in grid_of(config).values() for dtype in sizes.dtypes})
+    dtypes = sorted({dtype for sizes in grid_of(config).values() for dtype in sizes.dtypes} - {"int8"})
     large = {"size": 8192, "copied": 2**30} if device == "cuda" else {}
     peaks = measure_peaks(device, dtypes, **large)
     machine = {**describe_machine(device), "peaks": peaks._asdict()}

@@ -49,7 +49,7 @@ def providers(case, sizes, folder):
             yield Provider(TRANSFORMERS, call(compiled, inputs), backend="compiled", **variant)
             yield from dense_engines(case, source, exact, mels, folder, variant)
         if case.device == "cpu":
-            fast = pruneattn.optimize_for_inference(pruned, case.torch_dtype)
+            fast = pruneattn.optimize_for_inference(copy.deepcopy(pruned), case.torch_dtype)
             yield Provider("ours", call(fast, inputs), backend="optimized", **variant)
 
 

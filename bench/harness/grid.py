@@ -61,7 +61,7 @@ _HALVES = ("bfloat16", "float16", "float32")
 _LENGTHS = (64, 256, 512)
 PUBLISHED = 1212  # patches of the published AST, at stride 10
 #: Levels whose number of patches ``--bench-patches`` sets.
-OF_PATCHES = ("block", "model", TRAINING, "wav to label", "exported")
+OF_PATCHES = ("block", "model", "precision", TRAINING, "wav to label", "exported")
 _POWERS = (64, 128, 256, 512, 1024, 2048, 4096)
 _SCALED = ("column_mean_attention", *MODELS)
 
@@ -72,6 +72,7 @@ GRIDS: dict[tuple[str, bool], dict[str, Sizes]] = {
         "block": Sizes(("float32",), (1,), (512,), 9, MODELS),
         "model": Sizes(("float32",), (1,), (512,), 5, MODELS),
         "adapters": Sizes(("float32",), (1,), (196,), 5, IMAGE_MODELS[:1], (1.0, 0.5)),
+        "precision": Sizes(("int8",), (1,), (512,), 5, MODELS[1:]),
         "whisper": Sizes(("float32",), (1,), (1500,), 5, WHISPER, (1.0, 0.5)),
         TRAINING: Sizes(("float32",), (1,), (128,), 7, SMALL_MODELS[:1]),
         "wav to label": Sizes(("float32",), (1,), (512,), 7, SMALL_MODELS[:1]),
@@ -85,6 +86,7 @@ GRIDS: dict[tuple[str, bool], dict[str, Sizes]] = {
         "block": Sizes(_FLOATS, (1, 4), _LENGTHS, 15, MODELS, ALL_RATES, ALL_RATES[1:]),
         "model": Sizes(_FLOATS, (1, 4, 16), (*_LENGTHS, PUBLISHED), 9, MODELS, ALL_RATES, ALL_RATES[1:], True),
         "adapters": Sizes(_FLOATS, (1, 4), (196,), 9, IMAGE_MODELS, ALL_RATES),
+        "precision": Sizes(("int8",), (1, 4), (512, PUBLISHED), 9, MODELS, ALL_RATES),
         "whisper": Sizes(_FLOATS, (1, 4), (1500,), 9, WHISPER, ALL_RATES),
         TRAINING: Sizes(_FLOATS, (4,), _LENGTHS, 5, MODELS),
         "wav to label": Sizes(_FLOATS, (1, 16), _LENGTHS, 9, MODELS, ALL_RATES, ALL_RATES[1:]),
