@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, Protocol
 
@@ -83,12 +83,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class LinearLayer(Protocol):
-    """Interface of a block's linear layers: :class:`Linear`, or the packed form of ``optimize.py``."""
+    """Interface of a block's linear layers: :class:`Linear`, or a packed form of ``packed.py``."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """GELU of the layer's output."""
+    def gelu(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """GELU of the layer's output for ``x``, or for ``norm(x)``."""
         ...
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -105,10 +105,10 @@ class PartialProjection(Protocol):
 
 
 class Linear(nn.Linear):
-    """A linear layer and the step after it. The packed layer of ``optimize.py`` fuses the two."""
+    """A linear layer and the steps around it. The packed layers of ``packed.py`` fuse them."""
 
-    def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(self(x))
+    def gelu(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        return F.gelu(self(x if norm is None else norm(x)))
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + self(x)
@@ -187,7 +187,7 @@ class Block(nn.Module):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The remaining steps of the block for these rows: projection of the attention output, residual add, MLP."""
         x = self.add(x, self.attn.proj, attended)
-        return self.add(x, self.mlp.fc2, self.mlp.fc1.gelu(self.norm2(x)))
+        return self.add(x, self.mlp.fc2, self.mlp.fc1.gelu(x, self.norm2))
 
     def add(self, x: Tensor, linear: LinearLayer, y: Tensor) -> Tensor:
         """``x + linear(y)``, a branch that stochastic depth may drop."""
