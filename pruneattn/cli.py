@@ -158,13 +158,16 @@ def add_data_options(parser: Options, split: str = "test") -> None:
     add_workers_option(data)
 
 
-def open_dataset(args: argparse.Namespace, model: PrunedViT) -> ClipDataset:
-    """Open the dataset that the options of ``add_data_options`` name; its classes must be those of the model."""
+def open_dataset(args: argparse.Namespace, model: PrunedViT, split: str | None = None) -> ClipDataset:
+    """Open the dataset that the options of ``add_data_options`` name; its classes must be those of the model.
+
+    ``split`` overrides ``--split``.
+    """
     from .checkpoints import opening
 
     names = ("data_dir", "fold", "manifest", "label_csv")
     options = {name: getattr(args, name) for name in names}
-    return opening.open_dataset(model, args.checkpoint, args.dataset, args.split, **options)
+    return opening.open_dataset(model, args.checkpoint, args.dataset, split or args.split, **options)
 
 
 def add_trained_for_option(parser: Options) -> None:
@@ -295,9 +298,14 @@ def add_batch_size_option(parser: Options, default: int, what: str = "clips") ->
 
 def add_amp_option(parser: Options) -> None:
     """Add ``--amp``: the precision of inference."""
-    from .runtime.inference import AMP_DTYPES
+    from .runtime.inference import AMP_DTYPES, INT8
 
-    parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
+    parser.add_argument(
+        "--amp",
+        choices=(*AMP_DTYPES, INT8),
+        default="fp32",
+        help="precision; int8: 8-bit weights, on a CPU only (default: fp32)",
+    )
 
 
 def add_workers_option(parser: Options) -> None:

@@ -36,7 +36,7 @@ from .models.macs import Macs, count_macs
 from .plot import KeepRate
 from .report import FAILED, Row, save_table, say_failed, table_text
 from .runtime import distributed
-from .runtime.inference import optimized, predict_dataset
+from .runtime.inference import INT8, optimized, predict_dataset
 from .runtime.timing import describe_device, measure_speed
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         macs = [count_macs(model, keep_rate) for keep_rate in keep_rates]  # rejects invalid rates before any work
         dataset = open_dataset(args, model)
         output = _make_output(args) if distributed.is_main() else None
+        if args.amp == INT8:
+            model, _ = optimized(model, device, INT8, _calibration_batches(args, model))
         scores, failed = score_keep_rates(
             model, dataset, keep_rates, device, amp=args.amp, batch_size=args.batch_size, workers=args.workers
         )
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "missing": len(dataset.missing),
             "metric": _metric(args.dataset, model.multilabel),
             "amp": args.amp,
+            "quantization": None if model.quantization is None else str(model.quantization),
             "batch_size": args.batch_size,
             "device": describe_device(device),
             "torch": torch.__version__,
@@ -84,10 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         save()  # before the timing, which may take longer than all previous work, and may fail
         try:
             if args.rounds:
-                _add_speed(rows, context, model.to(device), keep_rates, device, args)
+                _add_speed(rows, context, model if model.optimized else model.to(device), keep_rates, device, args)
                 save()
         finally:
             print(table_text(rows, context))
+            if model.quantization is not None:
+                print(model.quantization)
             say_failed(failed, len(dataset), output / FAILED)
             print(f"\nSaved in {output}")
         return 0
@@ -149,7 +154,7 @@ def score_keep_rates(
         dataset: dataset with the classes of the model.
         keep_rates: numbers, or tuples of one number for each pruning block.
         device: device to run on.
-        amp: "fp32", "bf16" or "fp16".
+        amp: "fp32", "bf16", "fp16" or "int8".
         batch_size: clips in a batch.
         workers: processes that decode clips.
 
@@ -244,9 +249,31 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_device_option(run)
     add_speed_options(run, batch_size=32)
+    run.add_argument(
+        "--calibrate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --amp int8: clips of the training split that measure the error of each layer, which chooses those "
+        "that stay in floating point (default: 0, by the error of the weights)",
+    )
     args = parser.parse_args(argv)
-    check_least(args, batch_size=1, rounds=0, workers=0)
+    check_least(args, batch_size=1, rounds=0, workers=0, calibrate=0)
+    if args.calibrate and args.amp != INT8:
+        raise UserError(f"--calibrate {args.calibrate} applies only with --amp int8")
     return args
+
+
+def _calibration_batches(args: argparse.Namespace, model: PrunedViT) -> list[torch.Tensor] | None:
+    """Spectrograms ``[B, frames, 128]`` of clips of the training split; None without ``--calibrate``."""
+    from .data import FeatureExtractor, make_loader
+
+    if not args.calibrate:
+        return None
+    dataset = open_dataset(args, model, "train")
+    loader = make_loader(dataset, args.batch_size, train=False, workers=args.workers, limit=args.calibrate)
+    features = FeatureExtractor(model.features)
+    return [features(batch.waves, batch.lengths) for batch in loader if len(batch.index)]
 
 
 def _make_output(args: argparse.Namespace) -> Path:

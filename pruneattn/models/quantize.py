@@ -104,24 +104,20 @@ def resolve(dtype: Precision, device: torch.device, packed: torch.dtype | None) 
         raise UserError(
             f"optimize_for_inference: dtype must be torch.float32, torch.bfloat16, torch.int8 or 'auto', got {dtype}"
         )
-    if packed is not None:
-        if dtype in (torch.float32, torch.bfloat16, torch.int8) and dtype != packed:
-            raise UserError(
-                f"optimize_for_inference: the model is already packed in {packed}: load it again to pack it in another "
-                "dtype"
-            )
-        return packed
+    reason = why_not_int8() if dtype in ("auto", torch.int8) else ""
+    if dtype == torch.int8 and device.type != "cpu":
+        raise UserError(f"optimize_for_inference: 8-bit weights need a CPU, but the model is on {device}")
+    if dtype == torch.int8 and reason:
+        dtype = float_dtype()
+        if packed is None:
+            warnings.warn(f"8-bit weights would be slower on this machine: {reason}; using {dtype}", stacklevel=4)
     if dtype == "auto":
-        if device.type != "cpu":
-            return None
-        return float_dtype() if why_not_int8() else torch.int8
-    if dtype == torch.int8:
-        if device.type != "cpu":
-            raise UserError(f"optimize_for_inference: 8-bit weights need a CPU, but the model is on {device}")
-        if reason := why_not_int8():
-            instead = float_dtype()
-            warnings.warn(f"8-bit weights would be slower on this machine: {reason}; using {instead}", stacklevel=4)
-            return instead
+        dtype = packed if packed or device.type != "cpu" else float_dtype() if reason else torch.int8
+    if packed is not None and dtype not in (None, packed):
+        raise UserError(
+            f"optimize_for_inference: the model is already packed in {packed}: load it again to pack it in another "
+            "dtype"
+        )
     return dtype
 
 

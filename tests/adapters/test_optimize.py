@@ -293,7 +293,7 @@ def test_masks_and_attention_weights(make_subject, assert_close):
     assert_close(subject.call(attn_mask=mask), expected)
     assert fast.forward_intermediates(**subject.inputs)[1][-1].shape == (2, 24, 4, 4)
     pruneattn.prune(fast, 0.5, BLOCKS)
-    with pytest.raises(UserError, match=r"blocks\[1\]: a pruned model takes no attention mask, but got attn_mask"):
+    with pytest.raises(UserError, match=r"blocks\[1\]: a pruned model takes no attention mask .* got attn_mask"):
         subject.call(attn_mask=mask)
     with pytest.raises(UserError, match="no complete grid"):
         fast.forward_intermediates(**subject.inputs)
