@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .checkpoints.opening import describe
 from .cli import (
     CommandParser,
+    add_calibrate_option,
     add_checkpoint_options,
     add_data_options,
     add_device_option,
@@ -24,6 +25,7 @@ from .cli import (
     add_keep_rates_option,
     add_output_option,
     add_speed_options,
+    calibration_batches,
     check_least,
     open_checkpoint,
     open_dataset,
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset = open_dataset(args, model)
         output = _make_output(args) if distributed.is_main() else None
         if args.amp == INT8:
-            model, _ = optimized(model, device, INT8, _calibration_batches(args, model))
+            model, _ = optimized(model, device, INT8, calibration_batches(args, model))
         scores, failed = score_keep_rates(
             model, dataset, keep_rates, device, amp=args.amp, batch_size=args.batch_size, workers=args.workers
         )
@@ -249,31 +251,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_device_option(run)
     add_speed_options(run, batch_size=32)
-    run.add_argument(
-        "--calibrate",
-        type=int,
-        default=0,
-        metavar="N",
-        help="with --amp int8: clips of the training split that measure the error of each layer, which chooses those "
-        "that stay in floating point (default: 0, by the error of the weights)",
-    )
+    add_calibrate_option(run)
     args = parser.parse_args(argv)
     check_least(args, batch_size=1, rounds=0, workers=0, calibrate=0)
     if args.calibrate and args.amp != INT8:
         raise UserError(f"--calibrate {args.calibrate} applies only with --amp int8")
     return args
-
-
-def _calibration_batches(args: argparse.Namespace, model: PrunedViT) -> list[torch.Tensor] | None:
-    """Spectrograms ``[B, frames, 128]`` of clips of the training split; None without ``--calibrate``."""
-    from .data import FeatureExtractor, make_loader
-
-    if not args.calibrate:
-        return None
-    dataset = open_dataset(args, model, "train")
-    loader = make_loader(dataset, args.batch_size, train=False, workers=args.workers, limit=args.calibrate)
-    features = FeatureExtractor(model.features)
-    return [features(batch.waves, batch.lengths) for batch in loader if len(batch.index)]
 
 
 def _make_output(args: argparse.Namespace) -> Path:
