@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..ops.int8_linear import pack_int8_weight, quantize_rows, unpack_int8_weight
 
 _Layer = TypeVar("_Layer")
+Norm = Callable[[Tensor], Tensor]
 #: Arguments of `Int8Linear`.
 Int8 = tuple[Tensor, Tensor, Tensor | None]
 #: Tensors that make a packed layer, each with the output channels first; None for a missing bias.
@@ -116,10 +117,11 @@ class PackedLinear(nn.Module):
             return Int8Linear(*int8)
         return cls(linear.weight, linear.bias) if is_plain_linear(layer) and can_pack(linear.weight) else layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x)
+    def forward(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """The layer's output for ``x``, or for ``norm(x)``."""
+        return self._run(x if norm is None else norm(x))
 
-    def gelu(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def gelu(self, x: Tensor, norm: Norm | None = None) -> Tensor:
         """GELU of the layer's output for ``x``, or for ``norm(x)``."""
         return self._run(x if norm is None else norm(x), gelu=True)
 
@@ -197,9 +199,13 @@ class Int8Linear(PackedLinear):
         self.register_buffer("scale", scale.contiguous(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.contiguous())
 
-    def gelu(self, x: Tensor, norm: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """GELU of the layer's output for ``x``, or for ``norm(x)``. A plain layer norm is part of the same pass."""
-        return self._run(x, gelu=True, norm=cast("nn.LayerNorm", norm)) if self._fuses(norm) else super().gelu(x, norm)
+    # A plain layer norm is part of the same pass.
+
+    def forward(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        return self._run(x, norm=norm) if self._fuses(norm) else super().forward(x, norm)
+
+    def gelu(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        return self._run(x, gelu=True, norm=norm) if self._fuses(norm) else super().gelu(x, norm)
 
     def _fuses(self, norm: Any) -> bool:
         if (type(norm).__module__, type(norm).__qualname__) not in _LAYER_NORMS or _has_hooks(norm):
@@ -207,9 +213,7 @@ class Int8Linear(PackedLinear):
         weights = (norm.weight, norm.bias)
         return all(w is not None and w.shape == (self.in_features,) and w.dtype == torch.float32 for w in weights)
 
-    def _run(
-        self, x: Tensor, residual: Tensor | None = None, gelu: bool = False, norm: nn.LayerNorm | None = None
-    ) -> Tensor:
+    def _run(self, x: Tensor, residual: Tensor | None = None, gelu: bool = False, norm: Any = None) -> Tensor:
         self._check_gradients(x, residual)
         steps = (None, None) if norm is None else (norm.weight, norm.bias, norm.eps)
         return ops.int8_linear(x, self.packed, self.scale, self.bias, residual, gelu, *steps)
@@ -330,14 +334,16 @@ class PackedQKV(nn.Module):
         """Queries, keys and values of all rows, ``[B, N, 3 * dim]``."""
         return torch.cat(self.project(x, "qkv"), dim=-1)
 
-    def project(self, x: Tensor, parts: str) -> list[Tensor]:
-        """Packed projections, in order, that together hold ``parts``."""
+    def project(self, x: Tensor, parts: str, norm: Norm | None = None) -> list[Tensor]:
+        """Packed projections of ``x``, or of ``norm(x)``, in order, that together hold ``parts``."""
+        if norm is not None and len(self.packed) > 1:
+            x, norm = norm(x), None  # once for all parts
         found = []
         for part, linear in self.packed.items():
             common = "".join(letter for letter in part if letter in parts)
             if common:  # a slice of a packed weight costs as much as the whole
                 first = part.index(common) * self.dim
-                found.append(linear(x)[..., first : first + len(common) * self.dim])  # [B, N, .. * dim]
+                found.append(linear(x, norm)[..., first : first + len(common) * self.dim])  # [B, N, .. * dim]
         return found
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
