@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .data.clips import ClipDataset
     from .models.vit import PrunedViT
 
@@ -158,13 +160,40 @@ def add_data_options(parser: Options, split: str = "test") -> None:
     add_workers_option(data)
 
 
-def open_dataset(args: argparse.Namespace, model: PrunedViT) -> ClipDataset:
-    """Open the dataset that the options of ``add_data_options`` name; its classes must be those of the model."""
+def open_dataset(args: argparse.Namespace, model: PrunedViT, split: str | None = None) -> ClipDataset:
+    """Open the dataset that the options of ``add_data_options`` name; its classes must be those of the model.
+
+    ``split`` overrides ``--split``.
+    """
     from .checkpoints import opening
 
     names = ("data_dir", "fold", "manifest", "label_csv")
     options = {name: getattr(args, name) for name in names}
-    return opening.open_dataset(model, args.checkpoint, args.dataset, args.split, **options)
+    return opening.open_dataset(model, args.checkpoint, args.dataset, split or args.split, **options)
+
+
+def add_calibrate_option(parser: Options) -> None:
+    """Add ``--calibrate`` for ``calibration_batches``."""
+    parser.add_argument(
+        "--calibrate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="8-bit weights: clips of the training split on which the error of each layer is measured, to choose those "
+        "that stay in floating point (default: 0, by the error of the weights)",
+    )
+
+
+def calibration_batches(args: argparse.Namespace, model: PrunedViT) -> list[Tensor] | None:
+    """Spectrograms ``[B, frames, 128]`` of the clips of ``--calibrate``, on the CPU; None if it is 0."""
+    from .data import FeatureExtractor, make_loader
+
+    if not args.calibrate:
+        return None
+    dataset = open_dataset(args, model, "train")
+    loader = make_loader(dataset, args.batch_size, train=False, workers=args.workers, limit=args.calibrate)
+    features = FeatureExtractor(model.features)
+    return [features(batch.waves, batch.lengths) for batch in loader if len(batch.index)]
 
 
 def add_trained_for_option(parser: Options) -> None:
@@ -295,9 +324,14 @@ def add_batch_size_option(parser: Options, default: int, what: str = "clips") ->
 
 def add_amp_option(parser: Options) -> None:
     """Add ``--amp``: the precision of inference."""
-    from .runtime.inference import AMP_DTYPES
+    from .runtime.inference import AMP_DTYPES, INT8
 
-    parser.add_argument("--amp", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
+    parser.add_argument(
+        "--amp",
+        choices=(*AMP_DTYPES, INT8),
+        default="fp32",
+        help="precision; int8: 8-bit weights, on a CPU only (default: fp32)",
+    )
 
 
 def add_workers_option(parser: Options) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .checkpoints.opening import describe
 from .cli import (
     CommandParser,
+    add_calibrate_option,
     add_checkpoint_options,
     add_data_options,
     add_device_option,
@@ -24,6 +25,7 @@ from .cli import (
     add_keep_rates_option,
     add_output_option,
     add_speed_options,
+    calibration_batches,
     check_least,
     open_checkpoint,
     open_dataset,
@@ -36,7 +38,7 @@ from .models.macs import Macs, count_macs
 from .plot import KeepRate
 from .report import FAILED, Row, save_table, say_failed, table_text
 from .runtime import distributed
-from .runtime.inference import optimized, predict_dataset
+from .runtime.inference import INT8, optimized, predict_dataset
 from .runtime.timing import describe_device, measure_speed
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         macs = [count_macs(model, keep_rate) for keep_rate in keep_rates]  # rejects invalid rates before any work
         dataset = open_dataset(args, model)
         output = _make_output(args) if distributed.is_main() else None
+        if args.amp == INT8:
+            model, _ = optimized(model, device, INT8, calibration_batches(args, model))
         scores, failed = score_keep_rates(
             model, dataset, keep_rates, device, amp=args.amp, batch_size=args.batch_size, workers=args.workers
         )
@@ -73,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "missing": len(dataset.missing),
             "metric": _metric(args.dataset, model.multilabel),
             "amp": args.amp,
+            "quantization": None if model.quantization is None else str(model.quantization),
             "batch_size": args.batch_size,
             "device": describe_device(device),
             "torch": torch.__version__,
@@ -84,10 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         save()  # before the timing, which may take longer than all previous work, and may fail
         try:
             if args.rounds:
-                _add_speed(rows, context, model.to(device), keep_rates, device, args)
+                _add_speed(rows, context, model if model.optimized else model.to(device), keep_rates, device, args)
                 save()
         finally:
             print(table_text(rows, context))
+            if model.quantization is not None:
+                print(model.quantization)
             say_failed(failed, len(dataset), output / FAILED)
             print(f"\nSaved in {output}")
         return 0
@@ -149,7 +156,7 @@ def score_keep_rates(
         dataset: dataset with the classes of the model.
         keep_rates: numbers, or tuples of one number for each pruning block.
         device: device to run on.
-        amp: "fp32", "bf16" or "fp16".
+        amp: "fp32", "bf16", "fp16" or "int8".
         batch_size: clips in a batch.
         workers: processes that decode clips.
 
@@ -244,8 +251,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_device_option(run)
     add_speed_options(run, batch_size=32)
+    add_calibrate_option(run)
     args = parser.parse_args(argv)
-    check_least(args, batch_size=1, rounds=0, workers=0)
+    check_least(args, batch_size=1, rounds=0, workers=0, calibrate=0)
+    if args.calibrate and args.amp != INT8:
+        raise UserError(f"--calibrate {args.calibrate} applies only with --amp int8")
     return args
 
 

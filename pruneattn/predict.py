@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = open_model(args)
     about = describe_labels(model, args)
     labeler = make_labeler(model, device, args)
+    if labeler.model.quantization is not None:
+        print(labeler.model.quantization, file=sys.stderr)
     paths, failed = find_clips(args.clips, args.data_dir)
     output: Terminal | LabelFile
     if args.output is None:

@@ -20,6 +20,7 @@ from pruneattn.labelling.label_files import LabelFile, check_label_path, label_s
 from pruneattn.labelling.write_labels import write_labels
 from pruneattn.predict import add_label_options, check_label_options, describe_labels, make_labeler, open_model
 from pruneattn.runtime import distributed
+from pruneattn.runtime.inference import can_optimize
 
 TASK_CLIPS = 64  # clips that one task decodes, and decodes again if the task is lost
 
@@ -120,6 +121,7 @@ def parse(argv):
     check_label_options(args)
     check_least(args, actors=1, gpus=0, cpus=0)
     check_label_path(args.output)
+    can_optimize("cuda" if args.gpus else "cpu", args.amp)  # rejects --amp int8 on GPUs
     return args
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..models.blocks import check_prune_blocks, spread_keep_rate
+from ..models.packed import pack
 from ..models.scores import Pruning, Score, make_pruning
 from ..models.vit import PrunedViT, unwrapped
 from .block import (
@@ -34,7 +35,6 @@ from .checks import check_block
 from .families import candidates, find_trunk, register_family
 from .keep_rate import at_keep_rate, set_keep_rate
 from .optimize import optimize_for_inference
-from .packing import pack
 from .record import config_of, forget, record
 from .trunk import Trunk
 

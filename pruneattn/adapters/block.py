@@ -32,7 +32,7 @@ class BlockView(MultiHead):
             through while every patch is kept. A pruned block rejects every argument that is neither None nor False.
         joint_projection: path in the block of the linear layer that projects to queries, keys and values together, in
             this order; empty if there is none. :func:`pruneattn.optimize_for_inference` replaces it with a
-            :class:`~pruneattn.models.optimize.PackedQKV`, which ``project`` must support, and each other linear layer
+            :class:`~pruneattn.models.packed.PackedQKV`, which ``project`` must support, and each other linear layer
             of the block with a packed layer that is called in the same way.
     """
 

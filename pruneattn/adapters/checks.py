@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.packed import pack
 from ..models.scores import make_pruning
 from .block import AdaptedBlock, BlockSettings, BlockView, adapt, restore
-from .packing import pack
 
 
 def check_block(block: nn.Module, path: str, view: type[BlockView], extra_tokens: int, packed: bool = False) -> None:

@@ -175,7 +175,7 @@ class LayersBlock(Block):
         if not has_parts(mlp, {"fc1", "activation_fn", "fc2"}, set()):
             return self.finish(x, attended)
         x = add(x, self.projection, attended)
-        return add(x, mlp.fc2, activate(mlp.fc1, mlp.activation_fn, block.layernorm_after(x)))
+        return add(x, mlp.fc2, activate(mlp.fc1, mlp.activation_fn, x, block.layernorm_after))
 
 
 class EncoderBlock(Block):
@@ -220,7 +220,7 @@ class EncoderBlock(Block):
         if not parts:
             return self.finish(x, attended)
         x = add(x, self.projection, attended)
-        y = activate(first.dense, first.intermediate_act_fn, self.block.layernorm_after(x))
+        y = activate(first.dense, first.intermediate_act_fn, x, self.block.layernorm_after)
         return self._returned(add(x, second.dense, y))
 
     def _returned(self, x: Tensor) -> Any:

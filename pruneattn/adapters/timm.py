@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.optimize import PackedQKV
+from ..models.packed import PackedQKV
 from .block import BlockView
 from .checks import expect_heads, expect_linear, expect_parts
 from .packing import activate, add, has_parts
@@ -118,11 +118,11 @@ class TimmBlock(BlockView):
     def finish_packed(self, x: Tensor, attended: Tensor) -> Tensor:
         block, attn, mlp = self.block, self.block.attn, self.block.mlp
         x = add(x, attn.proj, _apply(attn, "norm", attended), getattr(block, "ls1", None))
-        y, scale = block.norm2(x), getattr(block, "ls2", None)
+        scale = getattr(block, "ls2", None)
         two_layers = has_parts(mlp, {"fc1", "act", "fc2"}, {"drop1", "norm", "drop2"})
         if not two_layers or mlp.fc1.out_features != mlp.fc2.in_features:  # a gated MLP has the same parts
-            return add(x, mlp, y, scale)
-        return add(x, mlp.fc2, _apply(mlp, "norm", activate(mlp.fc1, mlp.act, y)), scale)
+            return add(x, mlp, block.norm2(x), scale)
+        return add(x, mlp.fc2, _apply(mlp, "norm", activate(mlp.fc1, mlp.act, x, block.norm2)), scale)
 
 
 def _apply(module: nn.Module, name: str | None, x: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class WhisperBlock(BlockView):
     def finish_packed(self, x: Tensor, attended: Tensor) -> Any:
         block = self.block
         x = add(x, block.self_attn.out_proj, attended)
-        y = activate(block.fc1, block.activation_fn, block.final_layer_norm(x))
+        y = activate(block.fc1, block.activation_fn, x, block.final_layer_norm)
         return self._returned(add(x, block.fc2, y))
 
     def _returned(self, x: Tensor) -> Any:

@@ -43,15 +43,18 @@ def _entry_point(name: str) -> Callable[[list[str]], int | None]:
             from .commands.kendall import main as run
         case "remove_clusters":
             from .commands.remove_clusters import main as run
-        case _:
+        case "kept_histogram":
             from .commands.kept_histogram import main as run
+        case _:
+            from .commands.precision import main as run
     return run
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pruneattn analyze",
-        description="Compute a table or a figure of the paper and write it to results/NAME as NAME.csv, .png and .pdf.",
+        description="Compute a table or a figure of the paper, or compare precisions, and write it to results/NAME as "
+        "NAME.csv, .png and .pdf.",
         epilog="'pruneattn analyze NAME --help' shows the options of an analysis.",
     )
     names = parser.add_subparsers(title="analyses", metavar="NAME", required=True)

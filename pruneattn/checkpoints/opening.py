@@ -22,6 +22,7 @@ from ..models.patches import Stride, stride_text
 from ..models.vit import PrunedViT
 from .load_checkpoint import load_complete
 from .pretrained import load_pretrained
+from .quantized import state_of
 from .weights import read_weights
 
 
@@ -142,9 +143,9 @@ def fingerprint(model: PrunedViT) -> str:
     config = {name: value for name, value in model.config.items() if name != "keep_rate"}
     known = [config, model.features.to_dict(), model.labels, model.multilabel]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(state_of(model).items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

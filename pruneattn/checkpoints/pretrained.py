@@ -24,11 +24,13 @@ from .folder import write_folder
 from .hub import CONFIG
 from .huggingface import create_from_config, read_config, statistics_given, stride_of
 from .load_checkpoint import load_complete
-from .state_files import METADATA, find_file, is_safetensors, read_metadata, read_safetensors
+from .quantized import restore, state_of, to_plain
+from .state_files import METADATA, dequantized, find_file, is_safetensors, read_metadata, read_safetensors
 from .weights import read_weights
 
 #: Versions of the file format. Version 2 has the key ``stride`` in ``model``; a stride of 16 is saved as version 1.
-FORMAT_VERSIONS = (1, 2)
+#: Version 3 has 8-bit weights and the key ``quantization``.
+FORMAT_VERSIONS = (1, 2, 3)
 _ABOUT = "a readable copy of the metadata of model.safetensors; load_pretrained reads the metadata, not this file"
 
 
@@ -49,7 +51,8 @@ def save_pretrained(
     safetensors file. Its metadata contains the configuration.
 
     Args:
-        model: a model of :func:`~pruneattn.create_model`.
+        model: a model of :func:`~pruneattn.create_model`. If it has 8-bit weights, these are saved, and
+            ``load_pretrained`` gives the optimized model again.
         path: a file to write if the name ends in ``.safetensors``; its folder must exist. Else a folder, which is
             created if it does not exist.
         features: :class:`~pruneattn.data.fbank.FeatureConfig` of the model's input. None: ``model.features``.
@@ -70,7 +73,7 @@ def save_pretrained(
     if description.features is None or unknown:
         raise UserError(f"save_pretrained: the model has no {', '.join(unknown)}; pass them as arguments")
     content = {
-        "format_version": 1 if own.stride == (PATCH, PATCH) else 2,
+        "format_version": _format_version(own),
         "pruneattn_version": VERSION,
         "model": own.config,
         "features": description.features.to_dict(),
@@ -78,17 +81,25 @@ def save_pretrained(
         "multilabel": bool(description.multilabel),
         "extra": description.extra,
     }
+    if own.quantization is not None:
+        content["quantization"] = to_plain(own.quantization)
     try:
         text = json.dumps(content, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"extra, labels: expected plain finite values that JSON can hold ({error})") from error
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in own.state_dict().items()}
+    state = state_of(own)
     if path.suffix == ".safetensors" and not path.is_dir():
         with atomic_write(path) as temporary:
             save_file(state, temporary, metadata={"format": "pt", METADATA: text})
         return
     configs = {CONFIG: {"about": _ABOUT, **content}}
     write_folder(path, state, configs, make_card(own, description), own="pruneattn_version", metadata={METADATA: text})
+
+
+def _format_version(model: PrunedViT) -> int:
+    if model.quantization is not None:
+        return 3
+    return 1 if model.stride == (PATCH, PATCH) else 2
 
 
 def complete_description(
@@ -131,7 +142,8 @@ def load_pretrained(
             the ``config.json`` next to its weights. It is pruned with the arguments in the entry ``pruneattn``, and not
             pruned if there is no such entry.
         stride: stride of the model's patches: one number, or ``(frequency, time)``. None: the stride of the checkpoint,
-            which keeps its positions. They are resampled for another stride, with a warning.
+            which keeps its positions. They are resampled for another stride, with a warning, and 8-bit weights are
+            dequantized.
         mean, std: statistics of the log-mel values of the training data, for a folder of Hugging Face's AST without
             ``preprocessor_config.json``. None: AudioSet's, with a warning, if the labels are those of AudioSet.
 
@@ -181,7 +193,7 @@ def _rebuild(path: Path, text: str, stride: tuple[int, int] | None) -> PrunedViT
     if version not in FORMAT_VERSIONS:
         raise UserError(
             f"{path}: written in format version {version} by pruneattn {content.get('pruneattn_version', '?')}; this "
-            f"is pruneattn {VERSION}, which reads versions {' and '.join(map(str, FORMAT_VERSIONS))}: install a "
+            f"is pruneattn {VERSION}, which reads versions {', '.join(map(str, FORMAT_VERSIONS))}: install a "
             "matching version"
         )
     try:
@@ -193,9 +205,12 @@ def _rebuild(path: Path, text: str, stride: tuple[int, int] | None) -> PrunedViT
             extra=dict(content["extra"]),
         )
         if stride in (None, model.stride):
-            model.load_state_dict(read_safetensors(path)[0])
+            state = read_safetensors(path)[0]
+            model.load_state_dict(dequantized(state))
+            if version == 3:
+                restore(model, state, content["quantization"])
             return model.eval()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())  # load_state_dict writes several lines
         raise UserError(
             f"{path}: its configuration and its weights do not match ({reason}); save the model again"

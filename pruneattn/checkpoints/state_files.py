@@ -20,6 +20,8 @@ from .hub import download, is_hub_name
 WEIGHTS = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
 #: Key of the safetensors metadata of this package's own files; its value is JSON.
 METADATA = "pruneattn"
+#: End of the name of a layer's scales, which its weight has if it is int8: ``<layer>.weight_scale``.
+SCALE = ".weight_scale"
 DAMAGED = "it is truncated or damaged: copy or download it again"
 
 
@@ -67,9 +69,18 @@ def read_state(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
     """
     if is_safetensors(path):
         tensors, metadata = read_safetensors(path)
-        return _state(tensors, path), _model_of(metadata)
+        return dequantized(_state(tensors, path)), _model_of(metadata)
     content = _read_torch(path)
     return _state(content, path), _options_of(content)
+
+
+def dequantized(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with dequantized weights, float32, in place of 8-bit weights and their scales."""
+    plain = {name: tensor for name, tensor in state.items() if not name.endswith(SCALE)}
+    for name in state.keys() - plain.keys():
+        weight = name.removesuffix(SCALE) + ".weight"
+        plain[weight] = state[weight].float() * state[name].unsqueeze(-1)
+    return plain
 
 
 def _state(content: Mapping[Any, Any], path: Path) -> dict[str, torch.Tensor]:

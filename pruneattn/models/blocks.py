@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +82,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.attention(q, k, v)
 
 
+#: A layer norm, which packed layers may fuse.
+Norm: TypeAlias = Callable[[Tensor], Tensor]
+
+
 class LinearLayer(Protocol):
-    """Interface of a block's linear layers: :class:`Linear`, or the packed form of ``optimize.py``."""
+    """Interface of a block's linear layers: :class:`Linear`, or a packed form of ``packed.py``."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """GELU of the layer's output."""
+    def gelu(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """GELU of the layer's output for ``x``, or for ``norm(x)``."""
         ...
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -99,16 +103,19 @@ class LinearLayer(Protocol):
 class PartialProjection(Protocol):
     """Interface of the projection to queries, keys and values: :class:`QKV`, or its packed form."""
 
-    def project(self, x: Tensor, parts: str) -> list[Tensor]:
-        """Packed projections ``[B, N, .. * C]``, in order, that together hold ``parts``, for example "qkv" or "kv"."""
+    def project(self, x: Tensor, parts: str, norm: Norm | None = None) -> list[Tensor]:
+        """Packed projections ``[B, N, .. * C]``, in order, that together hold ``parts``, for example "qkv" or "kv".
+
+        They are those of ``x``, or of ``norm(x)``.
+        """
         ...
 
 
 class Linear(nn.Linear):
-    """A linear layer and the step after it. The packed layer of ``optimize.py`` fuses the two."""
+    """A linear layer and the steps around it. The packed layers of ``packed.py`` fuse them."""
 
-    def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(self(x))
+    def gelu(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        return F.gelu(self(x if norm is None else norm(x)))
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + self(x)
@@ -117,7 +124,8 @@ class Linear(nn.Linear):
 class QKV(Linear):
     """The projection to queries, keys and values, or to some of them."""
 
-    def project(self, x: Tensor, parts: str) -> list[Tensor]:
+    def project(self, x: Tensor, parts: str, norm: Norm | None = None) -> list[Tensor]:
+        x = x if norm is None else norm(x)
         if parts == "qkv":
             return [self(x)]
         start, dim = "qkv".index(parts), self.in_features
@@ -152,12 +160,12 @@ class Attention(MultiHead, nn.Module):
         self.qkv: PartialProjection = QKV(dim, 3 * dim)
         self.proj: LinearLayer = Linear(dim, dim)
 
-    def project(self, x: Tensor, parts: str) -> list[Tensor]:
-        return [view for packed in self.qkv.project(x, parts) for view in self.split_heads(packed)]
+    def project(self, x: Tensor, parts: str, norm: Norm | None = None) -> list[Tensor]:
+        return [view for packed in self.qkv.project(x, parts, norm) for view in self.split_heads(packed)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attention output of all rows before the projection, ``[B, N, C]``."""
-        return self.attend(*self.project(x, "qkv"))
+    def forward(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        """Attention output of all rows of ``x``, or of ``norm(x)``, before the projection, ``[B, N, C]``."""
+        return self.attend(*self.project(x, "qkv", norm))
 
 
 class Mlp(nn.Module):
@@ -182,12 +190,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block on the tokens ``x`` ``[B, N, C]``."""
-        return self.finish(x, self.attn(self.norm1(x)))
+        return self.finish(x, self.attn(x, self.norm1))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The remaining steps of the block for these rows: projection of the attention output, residual add, MLP."""
         x = self.add(x, self.attn.proj, attended)
-        return self.add(x, self.mlp.fc2, self.mlp.fc1.gelu(self.norm2(x)))
+        return self.add(x, self.mlp.fc2, self.mlp.fc1.gelu(x, self.norm2))
 
     def add(self, x: Tensor, linear: LinearLayer, y: Tensor) -> Tensor:
         """``x + linear(y)``, a branch that stochastic depth may drop."""

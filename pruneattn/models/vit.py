@@ -15,6 +15,7 @@ from ..errors import UserError
 from .blocks import Block, PatchEmbed, PruningBlock, check_prune_blocks, spread_keep_rate
 from .description import Description, DescriptionField
 from .patches import Stride, check_stride
+from .quantize import Quantization
 from .scores import Score, make_pruning
 
 
@@ -53,6 +54,8 @@ class PrunedViT(nn.Module):
         description: features, labels and further values that belong to the weights. ``features``, ``labels``,
             ``multilabel`` and ``extra`` of the model read and set its fields.
         optimized: True after :func:`pruneattn.optimize_for_inference` packed the weights.
+        quantization: the linear layers with 8-bit weights (:class:`~pruneattn.models.quantize.Quantization`); None if
+            there are none.
     """
 
     time_major: bool  # token order: time column by time column (True), or mel row by mel row
@@ -61,6 +64,7 @@ class PrunedViT(nn.Module):
     head: nn.Linear
     keep_rates: tuple[float, ...]
     optimized: bool = False
+    quantization: Quantization | None = None
 
     features = DescriptionField[FeatureConfig | None](
         "Conversion of waveforms to the input (``FeatureConfig``); None if unknown."

@@ -18,6 +18,8 @@ from . import distributed
 
 #: Precision of a model by its name in ``--amp``; None means no autocast.
 AMP_DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Name in ``--amp`` of 8-bit weights, on a CPU only.
+INT8 = "int8"
 
 
 class Predictions(NamedTuple):
@@ -31,28 +33,52 @@ class Predictions(NamedTuple):
 
 
 def autocast(device: torch.device | str, amp: str) -> AbstractContextManager:
-    """Context in which a model runs in the precision ``amp`` ("fp32", "bf16" or "fp16") on ``device``."""
-    dtype = AMP_DTYPES[amp]
+    """Context in which a model runs in the precision ``amp`` ("fp32", "bf16" or "fp16") on ``device``.
+
+    "int8" changes nothing: only `optimized` gives a model 8-bit weights.
+    """
+    dtype = None if amp == INT8 else AMP_DTYPES[amp]
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, dtype)
 
 
 def can_optimize(device: torch.device | str, amp: str) -> bool:
-    """Whether ``optimize_for_inference`` supports this device and precision."""
-    return torch.device(device).type == "cpu" and amp != "fp16"
+    """Whether ``optimize_for_inference`` supports this device and precision.
+
+    Raises:
+        UserError: 8-bit weights on another device than a CPU.
+    """
+    cpu = torch.device(device).type == "cpu"
+    if amp == INT8 and not cpu:
+        raise UserError(
+            f"amp (--amp) int8: 8-bit weights need a CPU, but the device is {device}: use bf16 or fp16 there"
+        )
+    return cpu and amp != "fp16"
 
 
-def optimized(model: PrunedViT, device: torch.device | str, amp: str) -> tuple[PrunedViT, str]:
+def optimized(
+    model: PrunedViT, device: torch.device | str, amp: str, calibrate: Iterable[torch.Tensor] | None = None
+) -> tuple[PrunedViT, str]:
     """Move a model to a device, in the form that runs fastest there.
 
     On a CPU, ``optimize_for_inference`` changes the model in place and converts it to the precision of ``amp``.
 
+    Args:
+        model: the model. One with 8-bit weights, as ``load_pretrained`` may give, supports "int8" only.
+        device: the device.
+        amp: "fp32", "bf16", "fp16" or "int8".
+        calibrate: batches of spectrograms for 8-bit weights, float32 ``[B, frames, 128]``.
+
     Returns:
         The model, and the ``amp`` in which to call it ("fp32" if the model itself has the precision).
     """
-    model = model.to(device)
+    if model.quantization is not None and amp != INT8:
+        raise UserError(f"amp (--amp) {amp}: the checkpoint has 8-bit weights, which run with int8 only")
     if not can_optimize(device, amp):
-        return model, amp
-    return optimize_for_inference(model, AMP_DTYPES[amp] or torch.float32), "fp32"
+        return model.to(device), amp
+    if not model.optimized:
+        model = model.to(device)
+    dtype = torch.int8 if amp == INT8 else AMP_DTYPES[amp] or torch.float32
+    return optimize_for_inference(model, dtype, calibrate), "fp32"
 
 
 @torch.inference_mode()

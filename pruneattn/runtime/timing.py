@@ -138,7 +138,7 @@ def measure_speed(
         model: ``PrunedViT`` on ``device``, in evaluation mode. It is not changed.
         keep_rates: each a number in (0, 1], or a tuple with one per pruning block; 1.0 is added if it is missing.
         device: device of the model.
-        amp: "fp32", "bf16" or "fp16".
+        amp: "fp32", "bf16", "fp16" or "int8".
         batch_size: clips per call.
         rounds: see `interleaved_rounds`.
         compiled: also time each keep-rate with ``torch.compile``.

@@ -228,8 +228,8 @@ def rewritten(path, change):
     ("change", "message"),
     [
         (
-            lambda content, state: content | {"format_version": 3},
-            "format version 3 by pruneattn 0.*reads versions 1 and 2",
+            lambda content, state: content | {"format_version": 4},
+            "format version 4 by pruneattn 0.*reads versions 1, 2, 3",
         ),
         (lambda content, state: "{", "configuration is not readable"),
         (lambda content, state: [1], "configuration is not readable"),

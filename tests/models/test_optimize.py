@@ -108,7 +108,9 @@ def test_unsupported_uses_are_rejected(make_model):
         optimize_for_inference(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="expected a model created by pruneattn.create_model, got Linear"):
         optimize.optimize_for_inference(torch.nn.Linear(2, 2))
-    with pytest.raises(UserError, match="dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
+    with pytest.raises(
+        UserError, match="dtype must be torch.float32, torch.bfloat16, torch.int8 or 'auto', got torch.float16"
+    ):
         optimize_for_inference(make_model("ast"), torch.float16)
     fast = optimize_for_inference(make_model("ast"))
     assert optimize_for_inference(fast) is fast and not fast.training
