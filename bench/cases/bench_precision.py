@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import pruneattn
-from bench.harness import engines, quantized
+from bench.harness import engines, peers, quantized
 from bench.harness.case import Provider, left_out
 from bench.harness.guards import TOLERANCE, check_close
 from bench.harness.subject import PRUNED_TOLERANCE, Subject, call_at_keep_rate
@@ -23,6 +23,7 @@ INT8_TOLERANCE, INT8_PRUNED_TOLERANCE = 0.1, 0.3
 def providers(case, sizes, folder):
     subject = Subject(case._replace(dtype="float32"))
     yield from ours(subject, sizes)
+    yield from library_model(subject)
     path = Path(folder, "dense.onnx")
     for dtype in (torch.float32, torch.bfloat16):
         other = case._replace(dtype=str(dtype).removeprefix("torch."))
@@ -38,13 +39,31 @@ def ours(subject, sizes):
     """Our optimized model in each precision that this machine has."""
     for dtype in (torch.float32, torch.bfloat16, torch.int8):
         name = str(dtype).removeprefix("torch.")
-        if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        if not has(dtype):
             yield left_out("ours", "this CPU has no instructions for it", backend=name)
             continue
         model = pruneattn.optimize_for_inference(copy.deepcopy(subject.model), dtype)
         for rate in sizes.keep_rates:
             call = partial(call_at_keep_rate, model, rate, subject.fbank)
             yield Provider("ours", call, check(subject, rate, dtype), name, rate, subject.work(rate))
+
+
+def library_model(subject):
+    """The other library's model with the same weights."""
+    name, make = peers.library_model(subject.model)
+    if why_not := peers.why_not(name):
+        yield left_out(name, why_not)
+        return
+    for dtype in filter(has, (torch.float32, torch.bfloat16)):
+        model = make(copy.deepcopy(subject.model).to(dtype))
+        call = partial(model, subject.fbank.to(dtype))
+        backend = str(dtype).removeprefix("torch.")
+        yield Provider(name, call, check(subject, 1.0, dtype), backend, 1.0, subject.work())
+
+
+def has(dtype):
+    """Whether this CPU has instructions for products in this dtype, or the package has a kernel."""
+    return dtype != torch.bfloat16 or torch.cpu._is_avx512_bf16_supported()
 
 
 def check(subject, rate, dtype):

@@ -1,12 +1,16 @@
 """Benchmarks of other libraries' models and of other engines, at a small size."""
 
+import warnings
+from functools import partial
+
 import pytest
 import torch
 
 import pruneattn
-from bench.cases import bench_adapters, bench_model, bench_whisper
-from bench.harness import engines, grid
+from bench.cases import bench_adapters, bench_model, bench_precision, bench_whisper
+from bench.harness import engines, grid, quantized
 from bench.harness.case import Case
+from bench.harness.guards import check_close
 from bench.harness.measure import measure_case
 from bench.harness.subject import Subject
 
@@ -90,3 +94,45 @@ def test_whisper(peaks, monkeypatch, not_compiled, tmp_path, weights_exist):
     pruned = [row for row in rows if row["keep_rate"] == 0.5]
     assert [row["backend"] for row in pruned] == ["pruneattn.prune", "optimized"]
     assert all(0.2 < row["theory"] < 0.5 for row in pruned)  # two of three blocks save at most half
+
+
+def test_precision(peaks, monkeypatch, tmp_path):
+    """Each precision of ours is right, and 8-bit weights are found to be worse than the limit of float32."""
+    monkeypatch.setattr(engines, "ENGINES", ())
+    monkeypatch.setattr(quantized, "why_not", lambda *arguments: "left out here")
+    # A single other patch of 32 changes the logits by more than the limits, which are for 512 patches.
+    monkeypatch.setattr(bench_precision, "PRUNED_TOLERANCE", dict.fromkeys((torch.float32, torch.bfloat16), 1.0))
+    monkeypatch.setattr(bench_precision, "INT8_PRUNED_TOLERANCE", 1.0)
+    case = Case("precision", "ast_tiny", "cpu", "int8", 2, 34)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on a machine without instructions for 8 bits
+        rows = measure_case(case, list(bench_precision.providers(case, SIZES, tmp_path)), peaks, 1)
+        bad = [row["status"] for row in rows if row["status"] != "ok" and not row["status"].startswith("left out")]
+        assert not bad
+        assert {(row["backend"], row["keep_rate"]) for row in rows if row["provider"] == "ours" and row["p50_ms"]} >= {
+            ("float32", 1.0),
+            ("int8", 0.5),
+        }
+        monkeypatch.setattr(bench_precision, "INT8_TOLERANCE", 1e-7)
+        rows = measure_case(case, list(bench_precision.providers(case, SIZES, tmp_path)), peaks, 1)
+    status = {(row["provider"], row["backend"], row["keep_rate"]): row["status"] for row in rows}
+    assert status["ours", "int8", 1.0].startswith("wrong: logits differ")
+    assert {row["status"] for row in rows if row["provider"] == "OpenVINO"} == {"left out: left out here"}
+
+
+def test_quantized_files_run(tmp_path):
+    """ONNX Runtime's 8-bit form of an exported model has about its logits."""
+    subject = Subject(Case("model", "ast_tiny", "cpu", "float32", 2, 34), depth=3, prune_blocks=(1,))
+    path = tmp_path / "dense.onnx"
+    pruneattn.export_model(subject.model, path, "onnx")
+    checks = partial(check_close, "logits", expected=subject.expected(1.0).logits, tolerance=0.1)
+    case = subject.case._replace(level="precision")
+    make = bench_precision.inputs_like(subject.fbank)
+    found = list(quantized.int8_providers(case, path, make, subject.fbank, checks, subject.work()))
+    assert [(provider.name, provider.backend) for provider in found] == [
+        ("ONNX Runtime", "int8, dynamic"),
+        ("OpenVINO", "int8, NNCF, float32 for the rest"),
+        ("OpenVINO", "int8, NNCF, bfloat16 for the rest"),
+    ]
+    for provider in found:
+        assert provider.call is None or provider.check(provider.call()) is None
