@@ -10,7 +10,7 @@ from typing import Any
 
 from ..constants import AUDIOSET_MEAN, AUDIOSET_STD, MEL_BINS, PATCH, patch_grid
 from ..data.fbank import FeatureConfig
-from ..errors import UserError
+from ..errors import UserError, warn_caller
 from ..models import create_model, name_of_size
 from ..models.blocks import MLP_RATIO
 from ..models.description import Description
@@ -18,7 +18,6 @@ from ..models.patches import check_stride
 from ..models.scores import ADAPTED_SCORES
 from ..models.vit import PrunedViT
 from .hub import CONFIG, PREPROCESSOR
-from .warn import warn_caller
 
 MODEL_TYPE = "audio-spectrogram-transformer"
 _MULTILABEL, _SINGLE = "multi_label_classification", "single_label_classification"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..constants import MEL_BINS, PATCH, patch_grid
-from ..errors import UserError
+from ..errors import UserError, warn_caller
 from ..models.audiomae import sincos_positions
 from ..models.patches import Stride, check_stride, stride_text
 from ..models.vit import PrunedViT
-from .warn import warn_caller
 
 #: Strides of published ASTs, equal along mel and time.
 PUBLISHED_STRIDES = (10, 12, 14, 16)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import warn_caller
 from ..models.optimize import pack_model
 from ..models.packed import Int8Linear, PackedLinear, PackedQKV
 from ..models.quantize import LayerError, Quantization, cast, float_dtype, why_not_int8
 from ..models.vit import PrunedViT
 from .state_files import SCALE
-from .warn import warn_caller
 
 
 def state_of(model: PrunedViT) -> dict[str, Tensor]:

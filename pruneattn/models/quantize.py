@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -10,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, warn_caller
 from ..ops import backend
 from .packed import Int8, Int8Linear, can_pack, plain_linears, quantize_linear
 
@@ -59,9 +58,9 @@ class Quantization:
     def __str__(self) -> str:
         total, name = len(self.errors), _NAMES[self.dtype]
         lines = [f"8-bit weights in {total - len(self.kept)} of {total} linear layers; {name} elsewhere"]
-        for layer, error, of in self.kept:
-            limit = MAX_OUTPUT_ERROR if of == "output" else MAX_WEIGHT_ERROR
-            lines.append(f"{layer} stays in {name}: relative error of its {of} {error:.1%}, more than {limit:.0%}")
+        for one in self.kept:
+            why = f"relative error of its {one.of} {one.error:.1%}, more than {one.limit:.0%}"
+            lines.append(f"{one.layer} stays in {name}: {why}")
         return "\n".join(lines)
 
 
@@ -110,7 +109,7 @@ def resolve(dtype: Precision, device: torch.device, packed: torch.dtype | None) 
     if dtype == torch.int8 and reason:
         dtype = float_dtype()
         if packed is None:
-            warnings.warn(f"8-bit weights would be slower on this machine: {reason}; using {dtype}", stacklevel=4)
+            warn_caller(f"8-bit weights would be slower on this machine: {reason}; using {dtype}")
     if dtype == "auto":
         dtype = packed if packed or device.type != "cpu" else float_dtype() if reason else torch.int8
     if packed is not None and dtype not in (None, packed):

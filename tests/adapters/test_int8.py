@@ -163,3 +163,12 @@ def test_memory(make_subject, kind):
     before = matrices()
     optimize_for_inference(subject.model, torch.int8)
     assert matrices() <= 0.5 * before  # 24 channels are padded to 32
+
+
+def test_machines_on_which_8_bits_are_slow(make_subject, monkeypatch):
+    subject = make_subject("timm")
+    monkeypatch.setattr(quantize, "why_not_int8", lambda: "it has no instructions")
+    with pytest.warns(UserWarning, match="slower on this machine: it has no instructions") as caught:
+        optimize_for_inference(subject.model, torch.int8)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert not count(subject.model) and subject.call().dtype == quantize.float_dtype()

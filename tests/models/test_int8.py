@@ -375,3 +375,13 @@ def test_projections_are_split_without_rounding_again(bias):
         given = torch.cat(layer.project(x, "qkv", norm), -1)
         torch.testing.assert_close(given, whole(x, norm) if parts == ("qkv",) else whole(norm(x)), rtol=0, atol=0)
         assert torch.equal(torch.cat(layer.project(x, "kv"), -1), whole(x)[..., 12:])
+
+
+@needs_int8
+@pytest.mark.slow
+def test_compiled_models(make_model):
+    torch._dynamo.reset()
+    fast = optimize_for_inference(make_model("ast", keep_rate=0.5, depth=4, prune_blocks=(1,)), torch.int8)
+    fbank = torch.randn(2, 128, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(fast, backend="eager", fullgraph=True)(fbank), fast(fbank))
