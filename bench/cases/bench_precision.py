@@ -16,8 +16,8 @@ from pruneattn.constants import MEL_BINS
 
 LEVELS = ("precision",)
 
-#: Largest difference of the logits, relative to the largest logit. In int8, more patches cross the threshold.
-INT8_TOLERANCE, INT8_PRUNED_TOLERANCE = 0.1, 0.3
+#: Largest difference of the logits, relative to the largest logit. Static ranges of activations give 0.1 on random weights.
+INT8_TOLERANCE, INT8_PRUNED_TOLERANCE = 0.2, 0.3
 
 
 def providers(case, sizes, folder):
