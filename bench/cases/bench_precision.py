@@ -16,7 +16,7 @@ from pruneattn.constants import MEL_BINS
 
 LEVELS = ("precision",)
 
-#: Largest difference of the logits, relative to the largest logit. Static ranges of activations give 0.1 on random weights.
+#: Largest difference of the logits, relative to the largest logit. Static ranges give 0.1 on random weights.
 INT8_TOLERANCE, INT8_PRUNED_TOLERANCE = 0.2, 0.3
 
 
