@@ -87,7 +87,7 @@ def export_model(
             need, padded with any values) and the clips' lengths in samples (int64 ``[B]``, at least 400), instead of
             log-mel spectrograms. Needs ``model.features``.
         dtype: dtype of weights and activations; None: the model's. Inputs and logits are always float32.
-            ``torch.int8``, only for ONNX: int8 weights and uint8 inputs and outputs of the linear layers, all else
+            ``torch.int8``, only for ONNX: int8 weights and uint8 inputs of the linear layers, all else
             float32; requires ``calibrate`` and does not support ``waveform``.
         kernels: call this package's kernels, which are faster on a CPU. The program that runs the file then needs
             ``import pruneattn.ops``. Not for ONNX.

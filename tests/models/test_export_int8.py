@@ -91,7 +91,7 @@ def test_a_module_with_an_example(onnxruntime, tmp_path):
     assert 1e-4 < relative(logits, net(x)) < 0.1
     # The ranges are those of the calibration inputs: larger values saturate.
     large, _ = run_onnx(onnxruntime, path, 100 * x)
-    assert large.abs().max() < 2 * logits.abs().max() < net(100 * x).abs().max()
+    assert large.abs().max() < 4 * logits.abs().max() < net(100 * x).abs().max()
 
 
 @pytest.mark.parametrize(
