@@ -103,7 +103,7 @@ def quantize_file(file: Path, batches: list[Tensor]) -> None:
         def get_next(self) -> dict[str, Any] | None:
             return next(self.feeds, None)
 
-    name = _fold_weights(file)
+    name, floating = _prepare(file)
     quantized = file.with_name("int8.onnx")
     linear = ["MatMul", "Gemm"]
     with _quiet():
@@ -113,27 +113,36 @@ def quantize_file(file: Path, batches: list[Tensor]) -> None:
             Reader(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=linear,
+            nodes_to_exclude=floating,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             # Outputs stay float32: ONNX Runtime then adds the bias in its 8-bit kernel, which is faster.
-            extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": linear},
+            extra_options={"OpTypesToExcludeOutputQuantization": linear},
         )
     quantized.replace(file)
 
 
-def _fold_weights(file: Path) -> str:
-    """Compute slices and transposes of weights now, because only stored weights are quantized; return the input's name.
+def _prepare(file: Path) -> tuple[str, list[str]]:
+    """Prepare a float file for quantization; return its input's name and the nodes that stay in floating point.
 
-    The pruning blocks slice the weight of queries, keys and values. PyTorch's exporter computes only small constants.
+    Slices and transposes of weights, for example for the queries of the pruning blocks, are computed here, because only
+    stored weights are quantized and PyTorch's exporter computes only small constants. Products of two activations stay
+    in floating point, for the precision of scores and attention. So do products of concatenated tokens, which are these
+    queries: OpenVINO 2026 cannot compile their quantized form.
     """
     import onnx
     from onnxscript import optimizer
 
     model = optimizer.optimize(onnx.load(file), input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
     onnx.save(model, file)
-    (one,) = model.graph.input
-    return str(one.name)
+    graph = model.graph
+    stored = {one.name for one in graph.initializer}
+    concatenated = {node.output[0] for node in graph.node if node.op_type == "Concat"}
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    floating = [node.name for node in products if node.input[1] not in stored or node.input[0] in concatenated]
+    (one,) = graph.input
+    return one.name, floating
 
 
 @contextmanager
