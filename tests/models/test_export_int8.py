@@ -65,8 +65,8 @@ def test_a_pruned_model(model, onnxruntime, tmp_path, capfd):
     weights = [one for one in stored.values() if one.data_type == onnx.TensorProto.INT8 and len(one.dims) == 2]
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     assert sum(one.dims[0] * one.dims[1] for one in weights) == sum(linear.weight.numel() for linear in linears)
-    # Attention (two products) and scores have no quantized input. Quantized are keys and values, query of the CLS token,
-    # projection and MLP of a pruning block, but not the queries of its kept tokens.
+    # Attention (two products) and scores are not quantized. A pruning block quantizes keys and values, the CLS query,
+    # projection and MLP, but not the queries of its kept tokens.
     quantized = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
     products = [node.input for node in graph.node if node.op_type == "MatMul"]
     assert sum(not quantized & set(inputs) for inputs in products) == 2 * 3 + 2
