@@ -153,6 +153,11 @@ def add_data_options(parser: Options, split: str = "test") -> None:
     data = parser.add_argument_group("data")
     add_dataset_option(data, f"name of the dataset: {', '.join(DATASETS)}", required=True)
     data.add_argument("--split", default=split, choices=SPLITS, help=f"split of the dataset (default: {split})")
+    add_source_options(data)
+
+
+def add_source_options(data: Options) -> None:
+    """Add the options that ``open_dataset`` reads to find the clips, and ``--workers``."""
     add_data_dir_option(data, "folder of the data (default: the variable PRUNEATTN_DATA)")
     data.add_argument("--fold", type=int, default=1, help="esc50: the held-out fold (default: 1)")
     data.add_argument("--manifest", metavar="JSON", help="manifest, as20k: JSON file of the clips, in AST's format")
@@ -172,16 +177,15 @@ def open_dataset(args: argparse.Namespace, model: PrunedViT, split: str | None =
     return opening.open_dataset(model, args.checkpoint, args.dataset, split or args.split, **options)
 
 
-def add_calibrate_option(parser: Options) -> None:
+_CALIBRATE = (
+    "8-bit weights: clips of the training split on which the error of each layer is measured, to choose those that "
+    "stay in floating point (default: 0, by the error of the weights)"
+)
+
+
+def add_calibrate_option(parser: Options, text: str = _CALIBRATE) -> None:
     """Add ``--calibrate`` for ``calibration_batches``."""
-    parser.add_argument(
-        "--calibrate",
-        type=int,
-        default=0,
-        metavar="N",
-        help="8-bit weights: clips of the training split on which the error of each layer is measured, to choose those "
-        "that stay in floating point (default: 0, by the error of the weights)",
-    )
+    parser.add_argument("--calibrate", type=int, default=0, metavar="N", help=text)
 
 
 def calibration_batches(args: argparse.Namespace, model: PrunedViT) -> list[Tensor] | None:

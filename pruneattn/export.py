@@ -11,24 +11,31 @@ import torch
 from .checkpoints.opening import describe
 from .cli import (
     CommandParser,
+    add_calibrate_option,
     add_checkpoint_options,
+    add_dataset_option,
     add_device_option,
     add_format_option,
     add_keep_rate_option,
     add_output_option,
-    add_trained_for_option,
+    add_source_options,
+    calibration_batches,
+    check_least,
     open_checkpoint,
     run_command,
 )
 from .models.export import FORMATS, export_model
+from .models.export_int8 import check_int8
 from .plot import keep_rate_text
 from .runtime import distributed
-from .runtime.inference import AMP_DTYPES
+from .runtime.inference import AMP_DTYPES, INT8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export a checkpoint with these command-line arguments, and return the exit code."""
     args = _parse(argv)
+    dtype = torch.int8 if args.dtype == INT8 else AMP_DTYPES[args.dtype] or torch.float32
+    check_int8(dtype, args.format, args.waveform, args.calibrate > 0)  # before the clips are read
     device = distributed.start("cpu" if args.format == "onnx" else args.device)
     model = open_checkpoint(args, args.dataset).to(device)
     if args.keep_rate is not None:
@@ -39,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         path,
         args.format,
         waveform=args.waveform,
-        dtype=AMP_DTYPES[args.dtype] or torch.float32,
+        dtype=dtype,
         kernels=args.kernels,
+        calibrate=calibration_batches(args, model),
     )
     rates = keep_rate_text(model.keep_rates)
     print(f"{path}: {describe(model)}, keep-rate {rates}, {path.stat().st_size / 2**20:.1f} MiB")
@@ -68,15 +76,31 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="take samples at 16 kHz and their number instead of log-mels: the file contains the filterbank, too",
     )
-    parser.add_argument("--dtype", choices=tuple(AMP_DTYPES), default="fp32", help="precision (default: fp32)")
+    parser.add_argument(
+        "--dtype",
+        choices=(*AMP_DTYPES, INT8),
+        default="fp32",
+        help="precision; int8: 8-bit linear layers, onnx only, needs --calibrate (default: fp32)",
+    )
     parser.add_argument(
         "--kernels",
         action="store_true",
         help="torch, aoti: call the kernels of pruneattn; the program that runs the file needs 'import pruneattn.ops'",
     )
-    add_trained_for_option(parser)
+    add_dataset_option(
+        parser,
+        "with --model: dataset that the checkpoint was trained for; with --calibrate: dataset of the clips (default: "
+        "as20k)",
+        default="as20k",
+    )
     add_device_option(parser, "target device of the exported file")
-    return parser.parse_args(argv)
+    data = parser.add_argument_group("calibration data (--dtype int8)")
+    add_calibrate_option(data, "clips of the training split that give the ranges of the activations, for example 64")
+    add_source_options(data)
+    parser.set_defaults(batch_size=8)  # of the calibration
+    args = parser.parse_args(argv)
+    check_least(args, calibrate=0, workers=0)
+    return args
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +22,7 @@ from ..data.fbank import FeatureExtractor, samples_for
 from ..errors import UserError
 from ..files import atomic_write
 from ..ops.backend import references
+from . import export_int8
 from .optimize import PackedLinear
 from .vit import PrunedViT
 
@@ -34,6 +35,7 @@ DESCRIPTION_FILE = "pruneattn.json"
 
 # Relative difference of the logits that rounding can cause: a patch may cross the threshold; in half precision many do.
 _TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+_TOLERANCE[torch.int8] = export_int8.TOLERANCE
 
 _RUN_ELSEWHERE = """
 import sys
@@ -62,6 +64,7 @@ def export_model(
     waveform: bool = False,
     dtype: torch.dtype | None = None,
     kernels: bool = False,
+    calibrate: Iterable[Tensor] | None = None,
 ) -> float:
     """Write a model to a file for inference without this package.
 
@@ -84,8 +87,13 @@ def export_model(
             need, padded with any values) and the clips' lengths in samples (int64 ``[B]``, at least 400), instead of
             log-mel spectrograms. Needs ``model.features``.
         dtype: dtype of weights and activations; None: the model's. Inputs and logits are always float32.
+            ``torch.int8``, only for ONNX: int8 weights and uint8 inputs of the linear layers, all else
+            float32; requires ``calibrate`` and does not support ``waveform``.
         kernels: call this package's kernels, which are faster on a CPU. The program that runs the file then needs
             ``import pruneattn.ops``. Not for ONNX.
+        calibrate: inputs of the model ``[B, ...]`` for ``torch.int8``, for example log-mel spectrograms
+            ``[B, frames, 128]`` of some training clips. Their activations give the fixed range of each tensor, and the
+            file is checked on the first four of them instead of random input. They are all held in memory.
 
     Returns:
         Largest difference of a logit from the model's, relative to the root mean square of the model's logits.
@@ -96,16 +104,24 @@ def export_model(
     """
     path = Path(path)
     _check(model, path, format, example, waveform, kernels)
-    wrapped = _Exported(model, waveform, dtype)
+    export_int8.check_int8(dtype, format, waveform, calibrate is not None)
+    wrapped = _Exported(model, waveform, torch.float32 if dtype == torch.int8 else dtype)
+    dtype = dtype or wrapped.dtype
     inputs = _inputs(wrapped.model, example, waveform, batch=2)
-    names, description = _names(model, waveform), _description(model, waveform, wrapped, kernels)
+    batches = None if calibrate is None else export_int8.calibration_inputs(calibrate, inputs[0])
+    names, description = _names(model, waveform), _description(model, waveform, dtype, kernels)
     try:
         with warnings.catch_warnings(), atomic_write(path) as temporary:
             warnings.simplefilter("ignore")  # the exporters warn about their own code
             with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".export-") as folder:
                 file = Path(folder, path.name)
                 _WRITERS[format](_program(wrapped, inputs, format, kernels), file, names, description)
-                difference = _check_file(file, format, kernels, wrapped, example, waveform)
+                if batches is None:
+                    runs = [_inputs(wrapped.model, example, waveform, batch) for batch in (1, 3)]
+                else:
+                    export_int8.quantize_file(file, batches)
+                    runs = export_int8.check_runs(batches)
+                difference = _check_file(file, format, kernels, wrapped, runs, _TOLERANCE[dtype])
                 file.replace(temporary)
     except (UserError, OSError):
         raise
@@ -200,12 +216,12 @@ def _names(model: nn.Module, waveform: bool) -> list[str]:
     return ["fbank"] if isinstance(model, PrunedViT) else ["input"]
 
 
-def _description(model: nn.Module, waveform: bool, wrapped: _Exported, kernels: bool) -> str:
+def _description(model: nn.Module, waveform: bool, dtype: torch.dtype, kernels: bool) -> str:
     """The facts that a user of the file needs, as JSON."""
     about: dict[str, Any] = {
         "pruneattn": VERSION,
         "torch": torch.__version__,
-        "dtype": str(wrapped.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
     }
     about |= {"inputs": _names(model, waveform), "output": "logits", "needs_pruneattn_ops": kernels}
     if isinstance(model, PrunedViT):
@@ -296,20 +312,19 @@ _WRITERS = {"onnx": _write_onnx, "torch": _write_torch, "aoti": _write_aoti}
 
 
 def _check_file(
-    file: Path, format: str, kernels: bool, wrapped: _Exported, example: Tensor | None, waveform: bool
+    file: Path, format: str, kernels: bool, wrapped: _Exported, runs: list[tuple[Tensor, ...]], tolerance: float
 ) -> float:
-    """Run a file as its users will, and return the largest relative difference from the model.
+    """Run a file as its users will, and return the largest relative difference from the model on these inputs.
 
     Raises:
         UserError: the difference is too large, or the file does not run.
     """
-    runs = [_inputs(wrapped.model, example, waveform, batch) for batch in (1, 3)]
     with torch.no_grad():
         expected = torch.cat([wrapped(*inputs) for inputs in runs])  # [4, num_classes]
     outputs = _run_onnx(file, runs) if format == "onnx" else _run_elsewhere(file, runs, format, kernels)
     scale = expected.square().mean().sqrt()
     difference = ((torch.cat(outputs).to(expected) - expected).abs().max() / scale).item()
-    if not difference < _TOLERANCE[wrapped.dtype]:
+    if not difference < tolerance:
         raise UserError(
             f"the file in the format {format} was not kept, because it does not compute the model's logits: they "
             f"differ by {difference:.2g} relative to their root mean square"

@@ -1,11 +1,14 @@
 """``pruneattn export``: options and messages. tests/models/test_export.py tests the files."""
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 import pruneattn
 from pruneattn import export
-from pruneattn.data import FeatureConfig
+from pruneattn.data import FeatureConfig, FeatureExtractor, load_audio
+from pruneattn.data.toy import make_sound
 from pruneattn.errors import UserError
 
 pytestmark = pytest.mark.device  # commands use the GPU if there is one
@@ -66,7 +69,41 @@ def test_options_reach_the_exporter(checkpoint, tmp_path, exported, monkeypatch)
         "waveform": True,
         "dtype": torch.bfloat16,
         "kernels": True,
+        "calibrate": None,
     }
+
+
+def test_int8_is_calibrated_on_the_training_split(checkpoint, tmp_path, exported):
+    for number, label in enumerate("ab" * 4):
+        folder = tmp_path / "clips" / ("train" if number < 6 else "test") / label
+        folder.mkdir(parents=True, exist_ok=True)
+        sound = make_sound(("tone", "siren")[number % 2], np.random.default_rng(number))
+        soundfile.write(folder / f"{number}.wav", sound, 16000)
+    data = ["--dataset", "folder", "--data-dir", str(tmp_path / "clips")]
+    path = tmp_path / "out.onnx"
+    words = [str(checkpoint), "--format", "onnx", "--dtype", "int8", "--calibrate", "99", "--output", str(path), *data]
+    assert export.main(words) == 0
+    paths = sorted((tmp_path / "clips" / "train").rglob("*.wav"))
+    features = FeatureExtractor(FeatureConfig(frames=128, mean=-11.0, std=3.0))
+    expected = torch.cat([features(load_audio(path)[None]) for path in paths])
+    torch.testing.assert_close(torch.cat(exported["calibrate"]), expected)
+    assert exported["dtype"] == torch.int8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--format", "onnx", "--dtype", "int8"], r"calibrate \(--calibrate\): .* needs calibration inputs"),
+        (["--format", "onnx", "--calibrate", "3"], r"\(--calibrate\) applies only with dtype \(--dtype\) int8"),
+        (["--format", "torch", "--dtype", "int8", "--calibrate", "3"], "the format torch does not support it"),
+        (["--format", "onnx", "--dtype", "int8", "--calibrate", "3", "--waveform"], r"waveform \(--waveform\): not"),
+        (["--format", "onnx", "--dtype", "int8", "--calibrate", "-1"], "--calibrate -1: must be at least 0"),
+    ],
+)
+def test_rejected_int8_options(checkpoint, exported, words, message):
+    with pytest.raises(UserError, match=message):
+        export.main([str(checkpoint), *words])
+    assert not exported
 
 
 def test_a_wrong_number_of_keep_rates_is_an_error(checkpoint, exported):
