@@ -62,6 +62,9 @@ BENCHMARKS = (
     "wav_to_label",
 )
 
+#: Benchmarks of kernels and engines that run on the CPU only.
+CPU_ONLY = ("int8_linear", "precision", "whisper")
+
 #: Tests that run under the sanitizer: some sizes, values and alignments of each kernel, which is 10 to 50 times slower.
 SANITIZED = "device and (33 or 513 or any_bits or strided or any_order or out_of_range or 4112 or 7-1)"
 

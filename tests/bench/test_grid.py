@@ -54,8 +54,10 @@ def test_options_replace_the_sizes_of_the_grid():
     changed = grid_of(config(**options, bench_rounds=2))
     assert changed.keys() == usual.keys()
     for level, sizes in changed.items():
-        lengths = (512, 1212) if level in ("model", "block", TRAINING, "wav to label") else usual[level].lengths
-        assert sizes == usual[level]._replace(lengths=lengths, batches=(1, 4), dtypes=("float32", "bfloat16"), rounds=2)
+        of_patches = ("model", "block", "precision", TRAINING, "wav to label")
+        lengths = (512, 1212) if level in of_patches else usual[level].lengths
+        dtypes = usual[level].dtypes if level == "precision" else ("float32", "bfloat16")
+        assert sizes == usual[level]._replace(lengths=lengths, batches=(1, 4), dtypes=dtypes, rounds=2)
 
 
 @pytest.mark.parametrize("key", grid.GRIDS)

@@ -143,7 +143,7 @@ def test_the_whole_grid_has_all_variants(model_providers):
     assert ("SDPA", "compiled", 1.0) in ways
 
 
-@pytest.mark.parametrize("batches, expected", [(None, [("ours", 0.5), ("SDPA", 1.0)]), ((), [])])
+@pytest.mark.parametrize("batches, expected", [(None, [("ours", 0.5), ("SDPA", 1.0), ("timm ViT", 1.0)]), ((), [])])
 def test_our_model_is_compiled_at_some_rates_where_the_dense_model_is(model_providers, batches, expected):
     sizes = SIZES._replace(compiled_batches=batches, compiled_rates=(0.5,))
     providers = model_providers(model_case("model", "audiomae_tiny"), sizes)
