@@ -324,7 +324,8 @@ def test_the_error_names_the_root_cause(model, tmp_path, monkeypatch):
 
 def test_a_file_with_other_logits_is_rejected(model, monkeypatch, tmp_path):
     wrapped = export._Exported(model, False, None)
-    fitting = [wrapped(*export._inputs(wrapped.model, None, False, batch)) for batch in (1, 3)]
+    runs = [export._inputs(wrapped.model, None, False, batch) for batch in (1, 3)]
+    fitting = [wrapped(*inputs) for inputs in runs]
     for outputs, accepted in (
         (fitting, True),
         ([logits * 1.1 for logits in fitting], False),
@@ -332,10 +333,10 @@ def test_a_file_with_other_logits_is_rejected(model, monkeypatch, tmp_path):
     ):
         monkeypatch.setattr(export, "_run_elsewhere", lambda *_, outputs=outputs: outputs)
         if accepted:
-            assert export._check_file(tmp_path, "torch", False, wrapped, None, False) < 1e-6
+            assert export._check_file(tmp_path, "torch", False, wrapped, runs, 0.01) < 1e-6
             continue
         with pytest.raises(UserError, match="does not compute the model's logits"):
-            export._check_file(tmp_path, "torch", False, wrapped, None, False)
+            export._check_file(tmp_path, "torch", False, wrapped, runs, 0.01)
 
 
 def test_without_onnx(model, tmp_path, monkeypatch):

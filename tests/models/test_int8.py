@@ -79,9 +79,12 @@ def test_result_is_that_of_rounded_weights_and_rows(make_model, float32, family,
         for one in (model, fast, rounded):
             one.set_keep_rate(keep_rate)
         with torch.no_grad():
-            truth, expected, given = model(fbank), rounded(fbank), fast(fbank)
-        # A number near a tie may be rounded to another neighbor.
-        assert given.dtype == torch.float32 and 0 < (given - expected).norm() < 0.1 * (expected - truth).norm()
+            truth, expected, given = model(fbank), pruneattn.trace(rounded, fbank), pruneattn.trace(fast, fbank)
+        # A number near a tie may be rounded to another neighbor, and then another patch may be kept.
+        same = (expected.kept[0] == given.kept[0]).all(1)  # [B]
+        assert given.logits.dtype == torch.float32 and same.any()
+        difference = (given.logits - expected.logits)[same].norm()
+        assert 0 < difference < 0.1 * (expected.logits - truth)[same].norm()
 
 
 @needs_int8
