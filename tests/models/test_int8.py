@@ -84,7 +84,7 @@ def test_result_is_that_of_rounded_weights_and_rows(make_model, float32, family,
         same = (expected.kept[0] == given.kept[0]).all(1)  # [B]
         assert given.logits.dtype == torch.float32 and same.any()
         difference = (given.logits - expected.logits)[same].norm()
-        assert 0 < difference < 0.1 * (expected.logits - truth)[same].norm()
+        assert 0 < difference < 0.5 * (expected.logits - truth)[same].norm()
 
 
 @needs_int8
