@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ def providers(case, sizes, folder):
     subject = Subject(case._replace(dtype="float32"))
     yield from ours(subject, sizes)
     yield from library_model(subject)
+    yield from zentorch(subject)
     path = Path(folder, "dense.onnx")
     for dtype in (torch.float32, torch.bfloat16):
         other = case._replace(dtype=str(dtype).removeprefix("torch."))
@@ -59,6 +61,20 @@ def library_model(subject):
         call = partial(model, subject.fbank.to(dtype))
         backend = str(dtype).removeprefix("torch.")
         yield Provider(name, call, check(subject, 1.0, dtype), backend, 1.0, subject.work())
+
+
+def zentorch(subject):
+    """The unpruned model compiled by AMD's backend of ``torch.compile``."""
+    if find_spec("zentorch") is None:
+        yield left_out("zentorch", "zentorch is not installed", keep_rate=1.0)
+        return
+    import zentorch as _  # registers the backend
+
+    for dtype in filter(has, (torch.float32, torch.bfloat16)):
+        model = torch.compile(copy.deepcopy(subject.model).to(dtype), backend="zentorch", dynamic=False)
+        call = partial(model, subject.fbank.to(dtype))
+        backend = str(dtype).removeprefix("torch.")
+        yield Provider("zentorch", call, check(subject, 1.0, dtype), backend, 1.0, subject.work())
 
 
 def has(dtype):

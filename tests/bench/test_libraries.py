@@ -118,6 +118,9 @@ def test_precision(peaks, monkeypatch, tmp_path):
     status = {(row["provider"], row["backend"], row["keep_rate"]): row["status"] for row in rows}
     assert status["ours", "int8", 1.0].startswith("wrong: logits differ")
     assert {row["status"] for row in rows if row["provider"] == "OpenVINO"} == {"left out: left out here"}
+    monkeypatch.setattr(bench_precision, "find_spec", lambda name: None)
+    (row,) = bench_precision.zentorch(None)
+    assert row.why_not == "zentorch is not installed"
 
 
 def test_quantized_files_run(tmp_path):
