@@ -1,6 +1,7 @@
 """Whole models in float32, bfloat16 and int8, compared with unpruned models in other engines."""
 
 import copy
+import importlib
 import tempfile
 from functools import partial
 from importlib.util import find_spec
@@ -68,7 +69,7 @@ def zentorch(subject):
     if find_spec("zentorch") is None:
         yield left_out("zentorch", "zentorch is not installed", keep_rate=1.0)
         return
-    import zentorch as _  # registers the backend
+    importlib.import_module("zentorch")  # registers the backend
 
     for dtype in filter(has, (torch.float32, torch.bfloat16)):
         model = torch.compile(copy.deepcopy(subject.model).to(dtype), backend="zentorch", dynamic=False)
