@@ -102,7 +102,7 @@ def _fetch_esc50(folder: Path, unpacked: Path) -> tuple[Path, Path]:
 
 
 def _lack(name: str, folder: Path) -> str | None:
-    """What the folder of a dataset lacks of its clips and lists; None if it is complete."""
+    """The clips and lists that are missing in the folder of a dataset, in words; None if it is complete."""
     title, clip_folders, clips, lists = {
         "spc2": ("Speech Commands v0.02", SPEECH_COMMANDS, SPC2_CLIPS, ["validation_list.txt", "testing_list.txt"]),
         "esc50": ("ESC-50", ["audio"], ESC50_CLIPS, ["meta/esc50.csv"]),

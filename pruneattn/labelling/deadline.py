@@ -22,7 +22,7 @@ class Deadline:
     does nothing.
 
     Args:
-        finish: called before the end, to write what is ready. No thread may hold ``lock`` for long.
+        finish: called before the end, to write the rows that are ready. No thread may hold ``lock`` for long.
         advice: end of the message that the process prints.
     """
 

@@ -1,8 +1,7 @@
 """Optimization for inference on a CPU: packed weights, and linear layers fused with the steps around them.
 
 ``packed.py`` has the layers and ``quantize.py`` the choice of the precision, for models of this package and of other
-libraries. ``adapters/optimize.py`` has the public function, which calls the one of this file for models of this
-package.
+libraries. ``adapters/optimize.py`` has the public function. For models of this package it calls the function below.
 """
 
 from __future__ import annotations
